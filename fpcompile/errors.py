@@ -71,7 +71,7 @@ class FpcompileError(Exception):
         super().__init__(self.render())
 
     def render(self) -> str:
-        """The message: ``what`` on the first line, then one indented line for each further field that is set."""
+        """The message: ``what`` on the first line, then one indented line per further field that is set."""
         lines = [self.what or type(self).__name__]
         for label in ("expected", "got", "where", "remedy"):
             value: str | None = getattr(self, label)
@@ -98,7 +98,7 @@ class UsageError(FpcompileError, ValueError):
 
 
 class InvalidInputError(UsageError):
-    """An argument has a wrong value, shape, dtype or rank: token ids, SLOs, sizes, a model in training mode."""
+    """An argument has a wrong value, shape, dtype or rank: ids, SLOs, sizes, a model in training mode."""
 
 
 class UnknownNameError(UsageError):
@@ -231,6 +231,6 @@ class BudgetWarning(UserWarning):
 
 
 def _locate(*, node: str | None, module: str | None, line: str | None) -> str | None:
-    """``node mm_3, module model.layers.0.mlp, modeling_llama.py:176``, without the parts that are not known."""
+    """``node mm_3, module model.layers.0.mlp, modeling_llama.py:176``, without the unknown parts."""
     parts = [f"node {node}" if node else None, f"module {module}" if module else None, line]
     return ", ".join(part for part in parts if part) or None

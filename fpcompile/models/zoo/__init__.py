@@ -1,0 +1,22 @@
+"""The tiny zoo: every architecture of transformers at a size that builds in a fraction of a second.
+
+Random weights, real classes: what the zoo gives away is structure (windows, experts, recurrent states, rotary
+variants), small enough for a test and wide enough for a wrong mask, position or state to show in the logits.
+"""
+
+from __future__ import annotations
+
+from fpcompile.models.zoo.build import CAUSAL_ARCHS, sample_ids, tiny_config, tiny_model
+from fpcompile.models.zoo.overrides import MAIN_ARCHS, UNBUILDABLE
+from fpcompile.models.zoo.rope import ROPE_THRESHOLD, ROPE_VARIANTS
+
+__all__ = [
+    "CAUSAL_ARCHS",
+    "MAIN_ARCHS",
+    "ROPE_THRESHOLD",
+    "ROPE_VARIANTS",
+    "UNBUILDABLE",
+    "sample_ids",
+    "tiny_config",
+    "tiny_model",
+]

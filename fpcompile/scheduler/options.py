@@ -1,0 +1,60 @@
+"""What a user may set on the scheduler besides the policy; the defaults change nothing.
+
+Every time is in seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from math import inf
+from typing import Any
+
+from fpcompile.errors import InvalidInputError
+
+__all__ = ["SchedulerOptions", "make_options"]
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOptions:
+    """Options of any preemptive order.
+
+    ``max_queue_s``: a request that has waited so long without being started is rejected.
+    ``kv_blocks``: size of the device's cache in blocks; None: memory is not the core's business.
+    ``trail_cap``: a run that has executed more than this fraction of its size is paused only when the
+    challenger would otherwise miss its deadline (TRAIL's limited preemption). inf: off.
+    ``suspension_cap_s``: a run paused for longer goes first, and is not paused again. inf: off.
+    ``hysteresis_s``: a run with less than this left is paused only when the challenger would otherwise miss.
+    ``max_segments``: launch quota, passed through; None: run until paused or done.
+    """
+
+    max_queue_s: float = inf
+    kv_blocks: int | None = None
+    trail_cap: float = inf
+    suspension_cap_s: float = inf
+    hysteresis_s: float = 0.0
+    max_segments: int | None = None
+
+    def __post_init__(self) -> None:
+        def need(name: str, ok: bool, expected: str) -> None:
+            if not ok:
+                raise InvalidInputError(
+                    f"scheduler option {name} is wrong", expected=expected, got=repr(getattr(self, name))
+                )
+
+        need("max_queue_s", self.max_queue_s > 0, "seconds > 0")
+        need("kv_blocks", self.kv_blocks is None or self.kv_blocks > 0, "blocks > 0, or None")
+        need("trail_cap", self.trail_cap >= 0, "a fraction >= 0")
+        need("suspension_cap_s", self.suspension_cap_s > 0, "seconds > 0")
+        need("hysteresis_s", 0 <= self.hysteresis_s < inf, "finite seconds >= 0")
+        need("max_segments", self.max_segments is None or self.max_segments > 0, "segments > 0, or None")
+
+
+def make_options(base: SchedulerOptions | None, changes: dict[str, Any]) -> SchedulerOptions:
+    """``base`` with ``changes``; an unknown option raises and lists the legal ones."""
+    known = [field.name for field in fields(SchedulerOptions)]
+    unknown = sorted(set(changes) - set(known))
+    if unknown:
+        raise InvalidInputError(
+            f"unknown scheduler option {unknown[0]!r}", expected=f"one of {', '.join(known)}", got=unknown[0]
+        )
+    return replace(base or SchedulerOptions(), **changes)

@@ -1,0 +1,7 @@
+"""The policies that come with the package; importing this module registers them."""
+
+from __future__ import annotations
+
+from fpcompile.scheduler.policies import orders
+
+__all__ = ["orders"]

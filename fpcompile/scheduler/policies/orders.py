@@ -1,0 +1,125 @@
+"""Orders: whole requests ranked by one number. Each class is one published rule, without any addition.
+
+| name       | smallest key first                                    | source                                |
+|------------|-------------------------------------------------------|---------------------------------------|
+| `fcfs`     | arrival; never preempts                               | every server's default                |
+| `edf`      | deadline                                              | Liu and Layland 1973                  |
+| `s-edf`    | -(sgn(slack) / D)                                     | FlowPrefill, arXiv 2602.16603         |
+| `srpt`     | remaining device seconds                              | Schrage 1968, at the operator's grain |
+| `priority` | -priority (higher first)                              | SGLang's direction (vLLM: opposite)   |
+| `wfq`      | start tag of the tenant's virtual time                | start-time fair queueing, Goyal 1996  |
+"""
+
+from __future__ import annotations
+
+from math import inf
+
+from fpcompile.errors import InvalidInputError
+from fpcompile.scheduler.job import RequestView
+from fpcompile.scheduler.policy import Grain, KeyedPolicy, register
+
+__all__ = ["Edf", "Fcfs", "Priority", "SlackEdf", "Srpt", "Wfq"]
+
+
+@register("fcfs")
+class Fcfs(KeyedPolicy):
+    """First come, first served; a run is never paused."""
+
+    preemptive = False
+    grain = Grain("model")
+
+    def key(self, view: RequestView, now: float) -> float:
+        return view.request.arrival
+
+
+@register("edf")
+class Edf(KeyedPolicy):
+    """Earliest deadline first, late or not: collapses in overload."""
+
+    def key(self, view: RequestView, now: float) -> float:
+        return view.deadline
+
+
+_LATE_ORDERS = ("latest-deadline", "earliest-deadline", "shortest", "arrival")
+
+
+@register("s-edf")
+class SlackEdf(KeyedPolicy):
+    """Slack-aware EDF: priority = sgn(slack) / D with sgn(0) = -1, highest first.
+
+    slack = (D - now) - max(remaining, 0), remaining = predicted - executed. So feasible requests go first,
+    the earliest deadline first; then the infeasible ones, the latest deadline first (the published order;
+    ``late`` chooses another one). A request is feasible while now < D - remaining: the two forms of the rule
+    agree, and this one says when the key changes.
+    """
+
+    def __init__(self, late: str = "latest-deadline") -> None:
+        if late not in _LATE_ORDERS:
+            raise InvalidInputError(
+                "unknown order of late requests", expected=repr(_LATE_ORDERS), got=repr(late)
+            )
+        self.late = late
+
+    def key(self, view: RequestView, now: float) -> tuple[int, float]:
+        # -(1 / D) sorts as D does for D of one sign, and D itself neither divides by zero nor loses digits.
+        deadline = view.deadline
+        left = view.remaining(now)
+        if now < deadline - left:
+            return (0, deadline)
+        if self.late == "latest-deadline":
+            return (1, -deadline)
+        if self.late == "earliest-deadline":
+            return (1, deadline)
+        return (1, left) if self.late == "shortest" else (1, view.request.arrival)
+
+    def key_expires(self, view: RequestView) -> float:
+        return view.deadline - view.remaining(view.deadline)
+
+
+@register("srpt")
+class Srpt(KeyedPolicy):
+    """Shortest remaining processing time first: the least mean TTFT."""
+
+    def key(self, view: RequestView, now: float) -> float:
+        return view.remaining(now)
+
+
+@register("priority")
+class Priority(KeyedPolicy):
+    """The number that the caller gave, higher first."""
+
+    def key(self, view: RequestView, now: float) -> int:
+        return -view.request.priority
+
+
+@register("wfq")
+class Wfq(KeyedPolicy):
+    """Fair shares of device time between tenants, by virtual start tags.
+
+    ``weights`` are given as ``wfq:tenant=2.5`` (others have 1). A tenant that was idle starts at the present
+    virtual time: no credit is saved up. A request does not pause another one of its own tenant.
+    """
+
+    def __init__(self, **weights: float) -> None:
+        for tenant, weight in weights.items():
+            if not 0 < weight < inf:
+                raise InvalidInputError(f"weight of {tenant!r}", expected="a number > 0", got=repr(weight))
+        self._weights = weights
+        self._finish: dict[str, float] = {}
+        self._tags: dict[str, float] = {}
+        self._virtual = 0.0
+
+    def arrived(self, view: RequestView, now: float) -> None:
+        request = view.request
+        start = max(self._virtual, self._finish.get(request.tenant, 0.0))
+        self._tags[request.id] = start
+        self._finish[request.tenant] = start + request.cost / self._weights.get(request.tenant, 1.0)
+
+    def launched(self, view: RequestView, now: float) -> None:
+        self._virtual = max(self._virtual, self._tags[view.request.id])
+
+    def ended(self, view: RequestView, outcome: object, now: float) -> None:
+        self._tags.pop(view.request.id, None)
+
+    def key(self, view: RequestView, now: float) -> float:
+        return self._tags[view.request.id]

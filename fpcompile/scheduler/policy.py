@@ -1,0 +1,212 @@
+"""Policies: in which order the device serves requests, at which grain it can be stopped, what is packed.
+
+A policy *suggests*; the core decides, keeps the books, and refuses what is illegal. Two kinds:
+
+``KeyedPolicy``
+    gives every request a sort key, smallest first. While nothing changes, a key stays valid until
+    ``key_expires``; so a heap with lazy invalidation makes every event O(log n).
+``RankingPolicy``
+    sees all candidates at once and returns them in order, best first. It states its own cost.
+``StepPolicy``
+    composes each launch from token slices of several requests (the continuous-batching servers).
+
+Write your own in a few lines, and pass an instance (or its registered name) to ``Scheduler`` or ``Engine``::
+
+    @register("shortest-prompt")
+    class ShortestPrompt(KeyedPolicy):
+        def key(self, view, now):
+            return view.request.tokens
+
+Words
+    *grain*   where a run can stop: :class:`Grain`. The core does not use it; the device (or the simulator)
+              is set up from it.
+    *spec*    a policy's text form, ``name:argument,argument,option=value``; see :func:`make_policy`.
+
+Invariants
+    Policies read no clock and draw no random numbers: the same events give the same decisions.
+    One instance serves one core: ``make_policy`` builds a fresh one on each call.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any, Literal, Protocol, TypeVar
+
+from fpcompile.errors import InvalidInputError
+from fpcompile.scheduler.batching import Batching
+from fpcompile.scheduler.errors import UnknownPolicyError
+from fpcompile.scheduler.job import RequestView
+from fpcompile.scheduler.states import State
+
+__all__ = [
+    "Grain",
+    "KeyedPolicy",
+    "Policy",
+    "RankingPolicy",
+    "StepPolicy",
+    "StepView",
+    "Unit",
+    "make_policy",
+    "policy_names",
+    "register",
+]
+
+Unit = Literal["model", "layers", "half-layer", "operator", "tile", "tokens"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grain:
+    """Where a run of this policy can be stopped, and what a stop point costs.
+
+    ``unit``: whole model; groups of ``size`` layers (0: chosen by length); half layers; operators; tiles of
+    at most ``size`` microseconds; chunks of ``size`` tokens. ``synchronises``: the worker waits for the
+    device at every stop point, whether or not anybody asked it to pause.
+    """
+
+    unit: Unit = "operator"
+    size: int = 0
+    synchronises: bool = False
+
+
+class Policy:
+    """What every policy has. Attributes are read by the core; hooks are optional."""
+
+    name: str = "unnamed"
+    preemptive: bool = True
+    grain: Grain = Grain()
+    batching: Batching | None = None
+    eviction: bool = True
+    """Whether paused runs may be evicted for a better one; else only started runs go on then."""
+
+    def arrived(self, view: RequestView, now: float) -> None:
+        """A request has arrived; called before its first key."""
+
+    def launched(self, view: RequestView, now: float) -> None:
+        """A run is given to the device."""
+
+    def stopped(self, view: RequestView, now: float) -> None:
+        """The device stopped executing a run: it is paused or has ended."""
+
+    def ended(self, view: RequestView, outcome: State, now: float) -> None:
+        """A request has ended, this way."""
+
+
+class KeyedPolicy(Policy, ABC):
+    """Order by a sort key, smallest first; ties by arrival, then by sequence."""
+
+    @abstractmethod
+    def key(self, view: RequestView, now: float) -> Any:
+        """Anything sortable. Must stay the same from ``now`` until ``key_expires`` while nothing happens."""
+
+    def key_expires(self, view: RequestView) -> float:
+        """The time from which the key must be asked for again; inf when it stays valid."""
+        return inf
+
+
+class RankingPolicy(Policy, ABC):
+    """Order all candidates at once."""
+
+    @abstractmethod
+    def rank(self, views: Sequence[RequestView], now: float) -> Iterable[str]:
+        """Request ids of the runs, best first; leaving some out means: not now.
+
+        ``views`` holds every waiting and paused run, and the one on the device if there is one.
+        """
+
+    def wake(self, now: float) -> float:
+        """When to be asked again although nothing happens; inf for never."""
+        return inf
+
+
+class StepView(RequestView, Protocol):
+    """A view with the tokens that are left."""
+
+    @property
+    def tokens_left(self) -> int:
+        """New tokens of the prompt not yet executed."""
+
+
+class StepPolicy(Policy, ABC):
+    """Compose each launch from token slices; runs are stopped only between steps."""
+
+    preemptive = False
+
+    @abstractmethod
+    def compose(self, views: Sequence[StepView], now: float) -> Sequence[tuple[str, int]]:
+        """Pairs (request id, new tokens); ``views`` in order of arrival, those already started first."""
+
+
+_P = TypeVar("_P", bound="Callable[..., Policy]")
+_REGISTRY: dict[str, Callable[..., Policy]] = {}
+
+
+def register(name: str) -> Callable[[_P], _P]:
+    """Decorator: make a policy known under ``name``; returns its item, refuses duplicates."""
+
+    def put(factory: _P) -> _P:
+        if name in _REGISTRY:
+            raise InvalidInputError(f"policy {name!r} is registered twice", remedy="choose another name")
+        _REGISTRY[name] = factory
+        return factory
+
+    return put
+
+
+def policy_names() -> tuple[str, ...]:
+    """The registered names, sorted."""
+    _load()
+    return tuple(sorted(_REGISTRY))
+
+
+def make_policy(spec: Policy | str) -> Policy:
+    """A fresh policy from its text form, for example ``"s-edf"``, ``"chunked:512,edf"``, ``"vllm:2048,512"``.
+
+    A policy that is given passes through. Raises :class:`UnknownPolicyError` listing the legal names, or
+    :class:`fpcompile.errors.InvalidInputError` when the arguments do not fit.
+    """
+    if isinstance(spec, Policy):
+        return spec
+    _load()
+    name, _, arguments = str(spec).partition(":")
+    factory = _REGISTRY.get(name)
+    if factory is None:
+        raise UnknownPolicyError(spec, known=_REGISTRY)
+    positional: list[int | float | str] = []
+    named: dict[str, int | float | str] = {}
+    for part in filter(None, (text.strip() for text in arguments.split(","))):
+        option, equals, value = part.partition("=")
+        if equals:
+            named[option.replace("-", "_")] = _value(value)
+        else:
+            positional.append(_value(part))
+    try:
+        policy = factory(*positional, **named)
+    except TypeError as error:
+        raise InvalidInputError(
+            f"policy {name!r} does not take these arguments", expected=_usage(factory), got=repr(spec)
+        ) from error
+    policy.name = str(spec)
+    return policy
+
+
+def _value(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _usage(factory: Callable[..., Policy]) -> str:
+    import inspect
+
+    return str(inspect.signature(factory)).replace(" -> None", "")
+
+
+def _load() -> None:
+    """Import the modules whose policies register themselves."""
+    import fpcompile.scheduler.policies  # noqa: F401

@@ -1,0 +1,188 @@
+"""The runs that are not on the device, in the policy's order.
+
+:class:`KeyedQueue` keeps a heap of (key, arrival, sequence) whose stale entries are dropped when they come to
+the top; a second heap holds the times at which keys expire. Every operation is O(log n) amortised, except
+``ordered``, which sorts and is used only to pack, or when memory is short.
+:class:`RankedQueue` asks the policy to rank everything.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from heapq import heapify, heappop, heappush
+from math import inf
+from typing import Any
+
+from fpcompile.scheduler.job import Job
+from fpcompile.scheduler.policy import KeyedPolicy, RankingPolicy
+
+__all__ = ["ArrivalQueue", "KeyedQueue", "Queue", "RankedQueue"]
+
+_Entry = tuple[Any, float, int, int, Job]
+
+
+class Queue(ABC):
+    """Waiting and paused runs."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, Job] = {}
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    @abstractmethod
+    def add(self, job: Job, now: float) -> None:
+        """Put a run in."""
+
+    @abstractmethod
+    def remove(self, job: Job) -> None:
+        """Take a run out."""
+
+    @abstractmethod
+    def best(self, now: float) -> Job | None:
+        """The run to serve first, left in the queue."""
+
+    @abstractmethod
+    def ordered(self, now: float) -> Iterator[Job]:
+        """All runs, best first."""
+
+    @abstractmethod
+    def challenger(self, running: Job, now: float) -> Job | None:
+        """The run that should have the device instead of ``running``, or None."""
+
+    @abstractmethod
+    def wake(self, now: float) -> float:
+        """When the order may call for a decision although nothing happens; inf for never."""
+
+
+class KeyedQueue(Queue):
+    """Heap with lazy invalidation over a :class:`KeyedPolicy`."""
+
+    def __init__(self, policy: KeyedPolicy) -> None:
+        super().__init__()
+        self._policy = policy
+        self._heap: list[_Entry] = []
+        self._expiry: list[tuple[float, int, int, Job]] = []
+
+    def add(self, job: Job, now: float) -> None:
+        self.jobs[job.request.id] = job
+        self._push(job, now)
+
+    def _push(self, job: Job, now: float) -> None:
+        job.entry += 1
+        job.key = self._policy.key(job, now)
+        heappush(self._heap, (job.key, job.request.arrival, job.sequence, job.entry, job))
+        expires = self._policy.key_expires(job)
+        if now < expires < inf:
+            heappush(self._expiry, (expires, job.sequence, job.entry, job))
+
+    def remove(self, job: Job) -> None:
+        del self.jobs[job.request.id]
+        job.entry += 1
+        if len(self._heap) > 64 and len(self._heap) > 4 * len(self.jobs):
+            self._heap = [entry for entry in self._heap if entry[3] == entry[4].entry]
+            heapify(self._heap)
+            self._expiry = [entry for entry in self._expiry if entry[2] == entry[3].entry]
+            heapify(self._expiry)
+
+    def _refresh(self, now: float) -> None:
+        expiry = self._expiry
+        while expiry and expiry[0][0] <= now:
+            _, _, entry, job = heappop(expiry)
+            if entry == job.entry:
+                self._push(job, now)
+
+    def best(self, now: float) -> Job | None:
+        expiry = self._expiry
+        if expiry and expiry[0][0] <= now:
+            self._refresh(now)
+        heap = self._heap
+        while heap:
+            top = heap[0]
+            job = top[4]
+            if top[3] == job.entry:
+                return job
+            heappop(heap)
+        return None
+
+    def ordered(self, now: float) -> Iterator[Job]:
+        self._refresh(now)
+        for entry in sorted(self._heap, key=_order):
+            if entry[3] == entry[4].entry:
+                yield entry[4]
+
+    def challenger(self, running: Job, now: float) -> Job | None:
+        job = self.best(now)
+        if job is None:
+            return None
+        key: Any = job.key
+        return job if key < self._policy.key(running, now) else None
+
+    def wake(self, now: float) -> float:
+        return inf
+
+
+def _order(entry: _Entry) -> tuple[Any, float, int]:
+    return entry[:3]
+
+
+class RankedQueue(Queue):
+    """Everything is ranked anew at each decision; ids that the policy should not name go to ``refuse``."""
+
+    def __init__(self, policy: RankingPolicy, refuse: Callable[[str, str], None]) -> None:
+        super().__init__()
+        self._policy = policy
+        self._refuse = refuse
+
+    def add(self, job: Job, now: float) -> None:
+        self.jobs[job.request.id] = job
+
+    def remove(self, job: Job) -> None:
+        del self.jobs[job.request.id]
+
+    def _ranked(self, now: float, running: Job | None) -> Iterator[Job]:
+        views = [*self.jobs.values(), running] if running is not None else list(self.jobs.values())
+        for name in self._policy.rank(views, now):
+            job = self.jobs.get(name)
+            if job is None and running is not None and name == running.request.id:
+                job = running
+            if job is None:
+                self._refuse(str(name), "suggested a run that is neither waiting nor paused nor running")
+                continue
+            yield job
+
+    def best(self, now: float) -> Job | None:
+        return next(self._ranked(now, None), None)
+
+    def ordered(self, now: float) -> Iterator[Job]:
+        return self._ranked(now, None)
+
+    def challenger(self, running: Job, now: float) -> Job | None:
+        job = next(self._ranked(now, running), None)
+        return None if job is running else job
+
+    def wake(self, now: float) -> float:
+        return self._policy.wake(now)
+
+
+class ArrivalQueue(Queue):
+    """No order of its own: a step policy composes from all runs."""
+
+    def add(self, job: Job, now: float) -> None:
+        self.jobs[job.request.id] = job
+
+    def remove(self, job: Job) -> None:
+        del self.jobs[job.request.id]
+
+    def best(self, now: float) -> Job | None:
+        return next(self.ordered(now), None)
+
+    def ordered(self, now: float) -> Iterator[Job]:
+        return iter(sorted(self.jobs.values(), key=lambda job: job.sequence))
+
+    def challenger(self, running: Job, now: float) -> Job | None:
+        return None
+
+    def wake(self, now: float) -> float:
+        return inf

@@ -1,0 +1,85 @@
+"""The layers: imports point down, the scheduler is free of torch, public names are exported exactly once."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Prints the names of fpcompile.__all__, each with the identity of what it resolves to.
+RESOLVE_PUBLIC_NAMES = """
+import json
+import fpcompile
+print(json.dumps([(name, id(getattr(fpcompile, name))) for name in fpcompile.__all__]))
+"""
+
+# Imports the module named in argv, with all that a layer contains; prints which heavy packages that loaded.
+LOADED_BY = """
+import importlib, json, pkgutil, sys
+name = sys.argv[1]
+module = importlib.import_module(name)
+if name != "fpcompile":
+    for inner in pkgutil.walk_packages(getattr(module, "__path__", ()), name + "."):
+        importlib.import_module(inner.name)
+heavy = {"torch", "transformers", "matplotlib", "fastapi", "scipy"}
+print(json.dumps(sorted(heavy & set(sys.modules))))
+"""
+
+
+def _python(code: str, *argv: str) -> object:
+    """The JSON that ``code`` prints, run by a new interpreter in the repository's root."""
+    command = [sys.executable, "-c", code, *argv]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_import_points_down() -> None:
+    from importlinter.cli import lint_imports
+
+    assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True, no_logo=True) == 0
+
+
+@pytest.mark.parametrize(
+    "module", ["fpcompile", "fpcompile.errors", "fpcompile.scheduler", "fpcompile.engine.timeline"]
+)
+def test_it_is_imported_without_torch(module: str) -> None:
+    assert _python(LOADED_BY, module) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="resolving the names imports torch")
+def test_each_public_name_is_exported_exactly_once() -> None:
+    pairs = _python(RESOLVE_PUBLIC_NAMES)
+    assert isinstance(pairs, list)
+    names = [name for name, _ in pairs]
+    assert "segment" in names
+    assert len(names) == len(set(names)), "a name stands twice in __all__"
+    assert len({identity for _, identity in pairs}) == len(names), "one object has two public names"
+
+
+def test_pure_tests_import_no_torch() -> None:
+    found = [
+        f"{path.name} imports {name}"
+        for path in sorted((ROOT / "tests" / "pure").glob("**/*.py"))
+        for name in _imported(ast.parse(path.read_text()))
+        if name.split(".")[0] in {"torch", "transformers", "accelerate"}
+    ]
+    assert found == []
+
+
+def _imported(tree: ast.Module) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module or "")
+    return names

@@ -16,10 +16,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+import transformers
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fpcompile.errors import UnknownNameError, UnsupportedModelError
+from fpcompile.models.zoo import towers as _towers  # noqa: F401  (registers its classes)
 from fpcompile.models.zoo.overrides import OVERRIDES, UNBUILDABLE
 from fpcompile.models.zoo.rope import rope_changes
 from fpcompile.models.zoo.shrink import END_PLAIN_ID, FIRST_PLAIN_ID, merged, shrunk_arguments
@@ -74,10 +76,10 @@ def tiny_model(
     config = tiny_config(arch, rope=rope, overrides=overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = _instantiate(config, torch.float32, attn_implementation)
+        model: PreTrainedModel = _instantiate(arch, config, torch.float32, attn_implementation)
         reinitialise(model, seed=seed)
         if dtype != torch.float32:
-            rounded = _instantiate(config, dtype, attn_implementation)
+            rounded = _instantiate(arch, config, dtype, attn_implementation)
             rounded.load_state_dict(model.state_dict())
             model = rounded
     model.train(False)
@@ -91,10 +93,15 @@ def sample_ids(length: int, *, batch: int = 1, seed: int = 0) -> torch.Tensor:
 
 
 def _instantiate(
-    config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None
+    arch: str, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None
 ) -> PreTrainedModel:
+    """The causal LM class of ``arch``, given the part of ``config`` that it takes, as AutoModel does."""
+    model_class: type[PreTrainedModel] = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[arch])
+    for name, nested_class in config.sub_configs.items():
+        if nested_class is model_class.config_class:
+            config = getattr(config, name)
     chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+    model: PreTrainedModel = model_class._from_config(  # type: ignore[no-untyped-call]
         config, dtype=dtype, **chosen
     )
     return model

@@ -70,6 +70,13 @@ SMALL: Mapping[str, object] = MappingProxyType(
         **dict.fromkeys(("shared_expert_intermediate_size", "shared_intermediate_size"), 48),
         **dict.fromkeys(("shared_experts_intermediate_size", "moe_shared_expert_intermediate_size"), 48),
         "decoder_sparse_step": 1,
+        # vision and audio towers
+        **dict.fromkeys(("image_size", "img_size"), 32),
+        **dict.fromkeys(("patch_size", "output_channels"), 8),
+        **dict.fromkeys(("mlp_dim", "vision_intermediate_size"), 96),
+        **dict.fromkeys(("depth", "num_blocks"), 2),
+        **dict.fromkeys(("out_hidden_size", "hidden_size_per_layer_input"), 64),
+        "vocab_size_per_layer_input": VOCAB_SIZE,
         # recurrent and convolutional mixers
         **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size"), 8),
         **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads"), 8),
@@ -104,21 +111,23 @@ def shrunk_arguments(config_class: type[PretrainedConfig], changes: Mapping[str,
 
     A value in ``changes`` that is a mapping, under the name of a nested config, changes that nested config.
     """
-    nested_names = set(config_class.sub_configs)
     default = config_class()
+    values = _field_values(default)
+    changes = _by_field_name(config_class, changes)
     arguments: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):
         name = field.name
-        if name in nested_names:
-            nested = _shrunk_nested(config_class, name, getattr(default, name, None), changes.get(name))
+        if name in config_class.sub_configs:
+            nested = _shrunk_nested(config_class, name, values[name], changes.get(name))
             if nested is not None:
                 arguments[name] = nested
         elif name in changes:
             arguments[name] = changes[name]
         else:
-            _shrink_field(arguments, name, getattr(default, name, None))
+            _shrink_field(arguments, name, values.get(name))
     arguments.update({name: value for name, value in changes.items() if name not in arguments})
-    _shrink_patterns(arguments, default, changes)
+    _shrink_latent_attention(arguments, values, changes)
+    _shrink_patterns(arguments, values, changes)
     return arguments
 
 
@@ -133,6 +142,20 @@ def merged(base: Mapping[str, object], over: Mapping[str, object]) -> dict[str, 
     return result
 
 
+def _field_values(config: PretrainedConfig) -> dict[str, object]:
+    """Declared fields of ``config``; some are stored under another name, that of ``attribute_map``."""
+    stored = vars(config)
+    names = (field.name for field in dataclasses.fields(config))
+    return {name: stored.get(config.attribute_map.get(name, name)) for name in names}
+
+
+def _by_field_name(config_class: type[PretrainedConfig], changes: Mapping[str, object]) -> dict[str, object]:
+    """``changes`` under the names that the class declares, where they use those it stores."""
+    declared = {field.name for field in dataclasses.fields(config_class)}
+    renamed = {new: old for old, new in config_class.attribute_map.items() if old in declared}
+    return {name if name in declared else renamed.get(name, name): value for name, value in changes.items()}
+
+
 def _shrink_field(arguments: dict[str, Any], name: str, default: object) -> None:
     """Set ``arguments[name]`` when the field has a tiny value; a field whose default is None stays None."""
     if name in _SPECIAL_IDS:
@@ -140,7 +163,7 @@ def _shrink_field(arguments: dict[str, Any], name: str, default: object) -> None
             arguments[name] = _SPECIAL_IDS[name]
         elif isinstance(default, list):
             arguments[name] = [_SPECIAL_IDS[name]]
-    elif name in SMALL and default is not None and not isinstance(default, bool | list | tuple):
+    elif name in SMALL and isinstance(default, int | float | str) and not isinstance(default, bool):
         arguments[name] = SMALL[name]
 
 
@@ -152,9 +175,10 @@ def _shrunk_nested(
     wanted = dict(changes) if isinstance(changes, Mapping) else {}
     model_type = wanted.pop("model_type", None)
     if model_type is not None:
-        nested_class: type[PretrainedConfig] = CONFIG_MAPPING[str(model_type)]
-    elif isinstance(default, PretrainedConfig):
-        nested_class = type(default)
+        named: type[PretrainedConfig] = CONFIG_MAPPING[str(model_type)]
+        return named(**shrunk_arguments(named, wanted))
+    if isinstance(default, PretrainedConfig):
+        nested_class: type[PretrainedConfig] = type(default)
     elif wanted:
         nested_class = owner.sub_configs[name]
     else:
@@ -163,28 +187,38 @@ def _shrunk_nested(
     return {"model_type": nested_class.model_type} | arguments
 
 
-def _shrink_patterns(
-    arguments: dict[str, Any], default: PretrainedConfig, changes: Mapping[str, object]
+def _shrink_latent_attention(
+    arguments: dict[str, Any], default: Mapping[str, object], changes: Mapping[str, object]
 ) -> None:
-    """Give every pattern field each of its kinds twice, and the config as many layers as that takes."""
-    kinds = {name: _kinds(default, name) for name in _PATTERNS if hasattr(default, name)}
-    for name in kinds:
-        if isinstance(arguments.get(name), list):
-            kinds[name] = list(dict.fromkeys(arguments[name]))
-    kinds = {name: found for name, found in kinds.items() if found}
-    if not kinds:
+    """MLA has a key and a value per query head, and calls the rotated part ``head_dim``."""
+    if default.get("kv_lora_rank") is None:
         return
-    given = [len(value) for name in kinds if isinstance(value := changes.get(name), list)]
+    if "num_key_value_heads" in arguments and "num_key_value_heads" not in changes:
+        arguments["num_key_value_heads"] = arguments["num_attention_heads"]
+    if "head_dim" in arguments and default.get("head_dim") == default.get("qk_rope_head_dim"):
+        arguments["head_dim"] = arguments["qk_rope_head_dim"]
+
+
+def _shrink_patterns(
+    arguments: dict[str, Any], default: Mapping[str, object], changes: Mapping[str, object]
+) -> None:
+    """Give every pattern field each of its kinds twice, and the config as many layers as that takes.
+
+    The kinds of one pattern alternate, those of the other come in blocks, so that they are crossed.
+    """
+    values = {name: value for name in _PATTERNS if isinstance(value := default.get(name), list)}
+    values |= {name: value for name in _PATTERNS if isinstance(value := changes.get(name), list)}
+    if not values:
+        return
+    kinds = {name: list(dict.fromkeys(value)) for name, value in values.items()}
+    given = [len(values[name]) for name in values if name in changes]
     layers = changes.get("num_hidden_layers")
     count = layers if isinstance(layers, int) else max(given + [2 * len(found) for found in kinds.values()])
     arguments["num_hidden_layers"] = count
-    if "layer_types" in kinds and "layer_types" not in changes:
-        arguments["layer_types"] = [kinds["layer_types"][i % len(kinds["layer_types"])] for i in range(count)]
-    if "mlp_layer_types" in kinds and "mlp_layer_types" not in changes:
-        found = kinds["mlp_layer_types"]
-        arguments["mlp_layer_types"] = [found[i * len(found) // count] for i in range(count)]
-
-
-def _kinds(default: PretrainedConfig, name: str) -> list[str]:
-    value = getattr(default, name)
-    return list(dict.fromkeys(value)) if isinstance(value, list) else []
+    for name, found in kinds.items():
+        if name in changes:
+            continue
+        if name == "layer_types":
+            arguments[name] = [found[i % len(found)] for i in range(count)]
+        else:
+            arguments[name] = [found[i * len(found) // count] for i in range(count)]

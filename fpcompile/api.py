@@ -1,0 +1,57 @@
+"""The compiler's entry point: :func:`segment`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from fpcompile.errors import InvalidInputError, UnknownNameError
+from fpcompile.executor.program import Program
+from fpcompile.executor.verify import self_check
+from fpcompile.ir import Granularity
+from fpcompile.models.capture import capture
+from fpcompile.passes.pipeline import compile_packed
+
+BACKENDS = ("eager",)
+
+
+def segment(
+    model: PreTrainedModel, *, granularity: str = "operator", backend: str = "eager", verify: bool = True
+) -> Program:
+    """Compile ``model`` into preemptible segments.
+
+    ``granularity`` places the cuts: ``"operator"`` (around attention, every projection and experts),
+    ``"layer"`` or ``"model"``. ``verify`` runs a self-check on the model's own weights: two short sequences,
+    alone and packed, against the unmodified model. The model is left as found and shares its weights with
+    the program.
+
+    Raises :class:`InvalidInputError` for something that is no evaluating model, :class:`UnknownNameError` for
+    an unknown granularity or backend, :class:`UnsupportedModelError` for a model that cannot be captured or
+    is not proven token-wise.
+    """
+    _check_model(model)
+    if granularity not in list(Granularity):
+        raise UnknownNameError("granularity", granularity, known=[str(g) for g in Granularity])
+    if backend not in BACKENDS:
+        raise UnknownNameError("backend", backend, known=BACKENDS)
+    captured = capture(model)
+    program = Program(compile_packed(captured, Granularity(granularity)), captured)
+    if verify:
+        self_check(program, model)
+    return program
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, PreTrainedModel):
+        hint = "a torch module of another kind" if isinstance(model, nn.Module) else type(model).__name__
+        raise InvalidInputError(
+            "model is not a transformers model",
+            expected="a transformers PreTrainedModel, such as AutoModelForCausalLM.from_pretrained(...)",
+            got=hint,
+        )
+    if model.training:
+        raise InvalidInputError(
+            "the model is in training mode", expected="a model in evaluation mode", remedy="call model.eval() first"
+        )

@@ -1,0 +1,246 @@
+"""Checkpoints: portable snapshots of a run, on disk as one safetensors file with a JSON description inside.
+
+Live values may be views of shared storages, and their strides matter for bits: each storage is kept once,
+and every value as (storage, offset, sizes, strides). A file carries a SHA-256 over its description and its
+bytes, is written beside its place and renamed, and never holds a pickle. On load the fingerprints of the
+program and of its weights, the shapes, dtypes and strides are checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fpcompile.errors import CheckpointError
+from fpcompile.executor.inputs import Group, Layout
+from fpcompile.executor.kv import LayerKV
+
+if TYPE_CHECKING:
+    from fpcompile.executor.program import Program
+    from fpcompile.executor.run import Run
+
+FORMAT = "fpcompile-checkpoint-1"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Placement:
+    """A tensor as a view: ``storage`` index, ``offset``, ``sizes`` and ``strides`` in elements."""
+
+    storage: int
+    offset: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """A snapshot between two segments. ``storages`` are flat byte tensors; everything else is plain data."""
+
+    program: str
+    weights: str
+    torch_version: str
+    cursor: int
+    groups: tuple[Group, ...]
+    columns: int
+    rows: int
+    kept: int
+    use_cache: bool
+    values: dict[str, Placement]
+    kv: tuple[dict[int, tuple[Placement, Placement, int]], ...]
+    extra: dict[str, Placement]
+    storages: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(int(s.numel()) for s in self.storages)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the snapshot to one file, replacing an older one atomically."""
+        target = Path(path)
+        tensors = {f"s{i}": s.cpu().contiguous() for i, s in enumerate(self.storages)}
+        description = json.dumps(_describe(self), sort_keys=True)
+        metadata = {"format": FORMAT, "description": description, "sha256": _digest(description, tensors)}
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Checkpoint:
+        """Read a snapshot. Raises :class:`CheckpointError` when the file is truncated, changed or no checkpoint."""
+        try:
+            with safetensors.safe_open(os.fspath(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                "the checkpoint cannot be read",
+                expected="a file written by Checkpoint.save",
+                got=f"{type(error).__name__}: {error}",
+                where=os.fspath(path),
+                remedy="the file is truncated or of another kind: take the checkpoint again",
+            ) from error
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(
+                "the file is no checkpoint of this version",
+                expected=FORMAT,
+                got=str(metadata.get("format")),
+                where=os.fspath(path),
+            )
+        if _digest(metadata["description"], tensors) != metadata["sha256"]:
+            raise CheckpointError(
+                "the checkpoint was changed after it was written",
+                expected=f"sha256 {metadata['sha256']}",
+                got="another digest",
+                where=os.fspath(path),
+            )
+        return _rebuild(json.loads(metadata["description"]), tensors)
+
+
+def _digest(description: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(description.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(memoryview(tensors[name].numpy()))
+    return digest.hexdigest()
+
+
+class _Packer:
+    """Collects storages; each is kept once."""
+
+    def __init__(self) -> None:
+        self.storages: list[Tensor] = []
+        self._index: dict[int, int] = {}
+
+    def place(self, tensor: Tensor) -> Placement:
+        storage = tensor.untyped_storage()
+        key = storage.data_ptr()
+        if key not in self._index:
+            self._index[key] = len(self.storages)
+            flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)  # type: ignore[call-overload]
+            self.storages.append(flat)
+        return Placement(
+            self._index[key],
+            int(tensor.storage_offset()),
+            tuple(int(s) for s in tensor.shape),
+            tuple(int(s) for s in tensor.stride()),
+            str(tensor.dtype).removeprefix("torch."),
+        )
+
+
+def take(run: Run) -> Checkpoint:
+    """Snapshot of a run between two steps."""
+    packer = _Packer()
+    program = run.program
+    extra = {"scatter": run.scatter, "padding": run.padding}
+    return Checkpoint(
+        program=program.fingerprint,
+        weights=program.weights_fingerprint,
+        torch_version=torch.__version__,
+        cursor=run.cursor,
+        groups=run.layout.groups,
+        columns=run.layout.columns,
+        rows=run.rows,
+        kept=run.kept,
+        use_cache=run.use_cache,
+        values={name: packer.place(v) for name, v in run.values.items()},
+        kv=tuple(
+            {i: (packer.place(kv.keys), packer.place(kv.values), kv.start) for i, kv in group.items()}
+            for group in run.kv
+        ),
+        extra={name: packer.place(t) for name, t in extra.items() if t is not None},
+        storages=tuple(packer.storages),
+    )
+
+
+def restore(program: Program, checkpoint: Checkpoint) -> Run:
+    """A run of ``program`` that goes on at the checkpoint."""
+    from fpcompile.executor.run import Run
+
+    for what, expected, got in (
+        ("program", program.fingerprint, checkpoint.program),
+        ("weights", program.weights_fingerprint, checkpoint.weights),
+        ("torch version", torch.__version__, checkpoint.torch_version),
+    ):
+        if expected != got:
+            raise CheckpointError(
+                f"the checkpoint belongs to another {what}",
+                expected=expected,
+                got=got,
+                remedy="resume it with the program, weights and torch version that it was taken with",
+            )
+    live = program.live_names(checkpoint.cursor)
+    if set(checkpoint.values) != set(live):
+        raise CheckpointError(
+            "the checkpoint's values are not the live set of its cut",
+            expected=str(sorted(live)),
+            got=str(sorted(checkpoint.values)),
+        )
+    moved = [s.to(program.device) for s in checkpoint.storages]
+
+    def view(p: Placement) -> Tensor:
+        dtype: torch.dtype = getattr(torch, p.dtype)
+        return torch.empty(0, dtype=dtype, device=program.device).set_(
+            moved[p.storage].untyped_storage(), p.offset, p.sizes, p.strides
+        )
+
+    return Run(
+        program,
+        layout=Layout(checkpoint.groups, checkpoint.columns),
+        values={name: view(checkpoint.values[name]) for name in live},
+        kv=[
+            {i: LayerKV(view(k), view(v), start) for i, (k, v, start) in group.items()} for group in checkpoint.kv
+        ],
+        rows=checkpoint.rows,
+        kept=checkpoint.kept,
+        scatter=view(checkpoint.extra["scatter"]) if "scatter" in checkpoint.extra else None,
+        padding=view(checkpoint.extra["padding"]) if "padding" in checkpoint.extra else None,
+        use_cache=checkpoint.use_cache,
+        cursor=checkpoint.cursor,
+    )
+
+
+def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    plain = {f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint) if f.name != "storages"}
+    plain["groups"] = [dataclasses.astuple(g) for g in checkpoint.groups]
+    for name in ("values", "extra"):
+        plain[name] = {k: dataclasses.astuple(p) for k, p in plain[name].items()}
+    plain["kv"] = [
+        {str(i): (dataclasses.astuple(k), dataclasses.astuple(v), start) for i, (k, v, start) in group.items()}
+        for group in checkpoint.kv
+    ]
+    return plain
+
+
+def _rebuild(plain: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
+    def placement(fields: list[Any]) -> Placement:
+        storage, offset, sizes, strides, dtype = fields
+        return Placement(storage, offset, tuple(sizes), tuple(strides), dtype)
+
+    plain["groups"] = tuple(Group(*g) for g in plain["groups"])
+    for name in ("values", "extra"):
+        plain[name] = {k: placement(p) for k, p in plain[name].items()}
+    plain["kv"] = tuple(
+        {int(i): (placement(k), placement(v), start) for i, (k, v, start) in group.items()} for group in plain["kv"]
+    )
+    return Checkpoint(**plain, storages=tuple(tensors[f"s{i}"] for i in range(len(tensors))))

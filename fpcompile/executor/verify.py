@@ -1,0 +1,55 @@
+"""Self-check of a packed program on the model's own weights.
+
+Two short sequences of different lengths are run by the unmodified model one at a time, and by the program
+one at a time and packed together. A model whose sequences mix when packed (positions counted from ids,
+state across tokens) differs by far more than rounding; the threshold only separates the two.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fpcompile.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from fpcompile.executor.program import Program
+
+_LENGTHS = (7, 12)
+_ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+def self_check(program: Program, model: PreTrainedModel) -> None:
+    """Raise :class:`UnsupportedModelError` when the program's numbers are not the model's."""
+    if program.device.type == "meta":
+        return
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(program.vocabulary, (1, n), generator=generator).to(program.device) for n in _LENGTHS]
+    with torch.no_grad():
+        own = [model(input_ids=i, use_cache=False).logits for i in ids]
+    alone = [program(i, use_cache=False).logits for i in ids]
+    width = max(_LENGTHS)
+    batch = torch.zeros(len(ids), width, dtype=torch.long, device=program.device)
+    mask = torch.zeros_like(batch)
+    for row, i in enumerate(ids):
+        batch[row, : i.shape[1]] = i[0]
+        mask[row, : i.shape[1]] = 1
+    packed = program(batch, attention_mask=mask, use_cache=False).logits
+    for row, (expected, single) in enumerate(zip(own, alone, strict=True)):
+        _compare(model, "run alone", expected, single)
+        _compare(model, "packed with another", expected, packed[row : row + 1, : expected.shape[1]])
+
+
+def _compare(model: Any, how: str, expected: Tensor, got: Tensor) -> None:
+    scale = expected.float().abs().max().clamp_min(1e-6)
+    error = float((expected.float() - got.float()).abs().max() / scale)
+    limit = _ROUNDING.get(expected.dtype, 0.1)
+    if not error <= limit:
+        raise UnsupportedModelError(
+            f"the program of {type(model).__name__} does not give the model's numbers",
+            reason=f"a sequence {how} differs by {error:.2g} of the largest logit (rounding stays under {limit:g})",
+            remedy="please report this model with its configuration",
+        )

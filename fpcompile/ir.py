@@ -1,0 +1,195 @@
+"""Frozen values that every other layer speaks: values, live sets, parts, segments, plans.
+
+Words: a *segment* is the unit of the plan; it consists of *parts* (graph code, one attention call, one
+opaque leaf) that are launched together. A *live set* holds the values that cross a *cut*. A *plan* is the
+printable description of a program and reads back from its own text (see :mod:`fpcompile.plan_text`).
+
+Invariants: nothing here is mutable, nothing here holds a tensor, and sizes are sympy expressions in the
+three symbolic dimensions ``tokens`` (new tokens in the run), ``rows`` (positions whose logits are asked
+for) and ``context`` (tokens that attention may look back to, cached ones included).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from enum import StrEnum
+
+import sympy
+
+from fpcompile.errors import InternalError
+
+TOKENS = sympy.Symbol("tokens", integer=True, positive=True)
+ROWS = sympy.Symbol("rows", integer=True, positive=True)
+CONTEXT = sympy.Symbol("context", integer=True, positive=True)
+SYMBOLS: dict[str, sympy.Symbol] = {"tokens": TOKENS, "rows": ROWS, "context": CONTEXT}
+ZERO: sympy.Expr = sympy.Integer(0)
+
+
+def evaluate(expr: sympy.Expr, *, tokens: int, rows: int = 1, context: int | None = None) -> int:
+    """Value of ``expr`` for ``tokens`` new tokens, ``rows`` logit rows and ``context`` visible tokens."""
+    return int(expr.subs({TOKENS: tokens, ROWS: rows, CONTEXT: tokens if context is None else context}))
+
+
+class Route(StrEnum):
+    """How a model's graph was obtained."""
+
+    PACKED = "packed"
+    GENERIC = "generic"
+
+
+class Granularity(StrEnum):
+    """Presets for the placement of cuts."""
+
+    OPERATOR = "operator"
+    LAYER = "layer"
+    MODEL = "model"
+
+
+class PartKind(StrEnum):
+    """What executes a part: generated graph code, an attention call, or an opaque leaf."""
+
+    GRAPH = "graph"
+    ATTENTION = "attention"
+    LEAF = "leaf"
+
+
+class CutReason(StrEnum):
+    """Why a segment ends where it does."""
+
+    BEFORE_ATTENTION = "before attention"
+    AFTER_ATTENTION = "after attention"
+    PROJECTION = "after projection"
+    EXPERTS = "after experts"
+    LAYER = "layer boundary"
+    END = "end of model"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+    """Where a node comes from: module path in the model and the source line that produced it."""
+
+    module: str
+    line: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.module or '<model>'} ({self.line})" if self.line else self.module or "<model>"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cost:
+    """Work of a part or segment: floating-point operations and bytes moved, as formulas."""
+
+    flops: sympy.Expr = ZERO
+    bytes: sympy.Expr = ZERO
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Value:
+    """One tensor that crosses a cut. Values with the same ``storage`` share memory."""
+
+    name: str
+    shape: tuple[sympy.Expr, ...]
+    dtype: str
+    storage: str
+    storage_bytes: sympy.Expr
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LiveSet:
+    """The values that later segments read: what must be kept at a cut."""
+
+    values: tuple[Value, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(set(self.names)) != len(self.values):
+            raise InternalError("a live set names a value twice", got=str(self.names))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the live values, in the order of their definition."""
+        return tuple(v.name for v in self.values)
+
+    @property
+    def nbytes(self) -> sympy.Expr:
+        """Bytes held, each storage counted once."""
+        return sum({v.storage: v.storage_bytes for v in self.values}.values(), ZERO)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Part:
+    """One call inside a segment.
+
+    ``function`` is the key of the callable in the program's table (identical layers have the same key);
+    it is called with the values ``inputs``, the weights ``params`` (paths in the model) and the run's
+    ``lengths`` (``tokens``, ``rows``) and defines ``outputs``. ``call`` numbers attention calls and leaves,
+    each by itself, and is -1 for graph code. ``nodes`` are the graph nodes it covers, with their sources,
+    for error messages.
+    """
+
+    name: str
+    kind: PartKind
+    function: str
+    inputs: tuple[str, ...]
+    params: tuple[str, ...]
+    lengths: tuple[str, ...]
+    outputs: tuple[str, ...]
+    call: int
+    cost: Cost
+    nodes: tuple[tuple[str, Source], ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of graph nodes launched together.
+
+    ``live`` is the live set of the cut behind it; ``reason`` says why the cut is there.
+    """
+
+    index: int
+    name: str
+    kind: str
+    parts: tuple[Part, ...]
+    live: LiveSet
+    reason: CutReason
+
+    @property
+    def cost(self) -> Cost:
+        """Sum of the parts' costs."""
+        return sum((p.cost for p in self.parts), Cost())
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """The printable description of a program: every segment, its cost, its live set, the reason of its cut."""
+
+    architecture: str
+    route: Route
+    granularity: Granularity
+    inputs: tuple[str, ...]
+    output: str
+    segments: tuple[Segment, ...]
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check that the recorded live sets equal those that definitions and uses imply."""
+        needed: set[str] = {self.output}
+        for segment in reversed(self.segments):
+            recorded = set(segment.live.names)
+            if recorded != needed:
+                raise InternalError(
+                    f"live set behind segment {segment.index} ({segment.name}) is not what is read later",
+                    expected=str(sorted(needed)),
+                    got=str(sorted(recorded)),
+                )
+            for part in reversed(segment.parts):
+                needed = (needed - set(part.outputs)) | set(part.inputs)
+        if not needed <= set(self.inputs):
+            raise InternalError("the plan reads undefined values", got=str(sorted(needed - set(self.inputs))))
+
+    @property
+    def cost(self) -> Cost:
+        """Work of a whole prefill."""
+        return sum((s.cost for s in self.segments), Cost())

@@ -1,0 +1,265 @@
+"""Attention as one node per call: mask recognition at capture, the model's own kernel at run time.
+
+At capture, transformers' registries are given fpcompile's mask and attention functions. The mask function
+materialises nothing and returns a frozen :class:`MaskSpec`; the attention function makes one
+``fpcompile::attention`` node and records an :class:`AttentionCall`. At run time :func:`attend` calls the
+function that the unmodified model would have called, with the mask that it would have built, on explicit
+(q, k, v) and explicit sequence boundaries: no ambient state.
+
+Shapes: q ``[B, Hq, T, D]``, k and v ``[B, Hkv, T, D]``, output ``[B, T, Hq, Dv]``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import masking_utils as mu
+
+from fpcompile.errors import UnsupportedModelError
+
+NAME = "fpcompile"
+_IGNORED_KWARGS = frozenset(
+    {
+        "position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits",
+        "cache_position", "dropout", "return_dict", "layer_idx", "num_items_in_batch", "is_training",
+    }
+)  # fmt: skip
+
+
+class MaskKind(StrEnum):
+    """The recognised shapes of attention masks."""
+
+    CAUSAL = "causal"
+    SLIDING = "sliding"
+    CHUNKED = "chunked"
+    BIDIRECTIONAL = "bidirectional"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MaskSpec:
+    """Which keys a query sees. ``size`` is the window or chunk in tokens, 0 when the kind has none."""
+
+    kind: MaskKind
+    size: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind}({self.size})" if self.size else str(self.kind)
+
+    def build(
+        self, implementation: str, *, queries: int, q_offset: int, keys: int, k_offset: int, like: Tensor, config: Any
+    ) -> Tensor | None:
+        """The mask that transformers' ``implementation`` builds for one sequence, or None where it needs none.
+
+        ``queries`` new tokens start at position ``q_offset``; ``keys`` visible keys start at ``k_offset``.
+        """
+        function: Callable[..., Any] = mu.causal_mask_function
+        if self.kind is MaskKind.SLIDING:
+            function = mu.sliding_window_causal_mask_function(self.size)
+        elif self.kind is MaskKind.CHUNKED:
+            function = mu.chunked_causal_mask_function(self.size, torch.zeros(1, dtype=torch.long, device=like.device))
+        elif self.kind is MaskKind.BIDIRECTIONAL:
+            function = mu.bidirectional_mask_function
+        bidirectional = self.kind is MaskKind.BIDIRECTIONAL
+        mask: Tensor | None = mu.ALL_MASK_ATTENTION_FUNCTIONS[implementation](
+            batch_size=1,
+            q_length=queries,
+            kv_length=keys,
+            q_offset=q_offset,
+            kv_offset=k_offset,
+            mask_function=function,
+            attention_mask=None,
+            local_size=self.size or None,
+            allow_is_causal_skip=not bidirectional,
+            allow_is_bidirectional_skip=bidirectional,
+            dtype=like.dtype,
+            config=config,
+            use_vmap=False,
+            device=like.device,
+        )
+        return mask
+
+
+def _closure(function: Callable[..., Any]) -> dict[str, Any]:
+    cells = function.__closure__ or ()
+    return dict(zip(function.__code__.co_freevars, (c.cell_contents for c in cells), strict=True))
+
+
+def _same_code(function: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    return function.__code__ is other.__code__
+
+
+_AND = mu.and_masks(mu.causal_mask_function)
+_PACKED = mu.packed_sequence_mask_function(torch.zeros(1, 1))
+_REMAP = mu.remap_positions_for_packed_sequence(mu.causal_mask_function, torch.zeros(1, 1))
+_SLIDING = mu.sliding_window_overlay(1)
+_CHUNKED = mu.chunked_overlay(1, torch.zeros(1))
+
+
+def recognise_mask(function: Callable[..., Any]) -> MaskSpec | None:
+    """The :class:`MaskSpec` that ``function`` computes, read off its closures, or None when unknown.
+
+    transformers composes masks from a few factories; each is known by its code object, so a function
+    that merely looks alike is not accepted.
+    """
+    if _same_code(function, mu.causal_mask_function):
+        return MaskSpec(MaskKind.CAUSAL)
+    if _same_code(function, mu.bidirectional_mask_function):
+        return MaskSpec(MaskKind.BIDIRECTIONAL)
+    if _same_code(function, _REMAP):
+        return recognise_mask(_closure(function)["mask_function"])
+    if not _same_code(function, _AND):
+        return None
+    members = [m for m in _closure(function)["mask_functions"] if not _same_code(m, _PACKED)]
+    if len(members) == 1:
+        return recognise_mask(members[0])
+    if len(members) == 2 and recognise_mask(members[1]) == MaskSpec(MaskKind.CAUSAL):
+        if _same_code(members[0], _SLIDING):
+            return MaskSpec(MaskKind.SLIDING, int(_closure(members[0])["sliding_window"]))
+        if _same_code(members[0], _CHUNKED):
+            return MaskSpec(MaskKind.CHUNKED, int(_closure(members[0])["chunk_size"]))
+    return None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class AttentionCall:
+    """Everything static about one attention node.
+
+    ``module`` is the shadow's own attention module (it carries head counts and sinks), ``function`` the
+    attention function of the unmodified model, ``layer`` the index of its key/value cache entry.
+    """
+
+    module: nn.Module
+    function: Callable[..., tuple[Tensor, Tensor | None]]
+    implementation: str
+    layer: int
+    mask: MaskSpec
+    kwargs: dict[str, Any]
+    heads: int
+    kv_heads: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """One call of the model's own attention function; the output is ``[B, T, Hq, Dv]``."""
+        return self.function(self.module, q, k, v, mask, dropout=0.0, **self.kwargs)[0]
+
+
+@dataclasses.dataclass(slots=True)
+class AttentionRecorder:
+    """Collects the attention calls of one trace. ``implementation`` is what the unmodified model uses."""
+
+    implementation: str
+    calls: list[AttentionCall] = dataclasses.field(default_factory=list)
+
+    def record(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: object, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Add a call and return its node."""
+        def refuse(reason: str) -> UnsupportedModelError:
+            return UnsupportedModelError(
+                "an attention call cannot take the packed route",
+                reason=reason,
+                module_path=f"{type(module).__name__} (layer {getattr(module, 'layer_idx', '?')})",
+            )
+
+        if isinstance(mask, UnknownMask):
+            raise refuse(f"attention mask of an unknown form: {mask.why}")
+        if mask is None:
+            raise refuse("attention is called without a mask of a known form")
+        if not isinstance(mask, MaskSpec):
+            raise refuse("the model builds an attention mask of its own")
+        layer = getattr(module, "layer_idx", None)
+        if not isinstance(layer, int):
+            raise refuse("the attention module has no layer_idx")
+        if any(c.layer == layer for c in self.calls):
+            raise refuse(f"two attention calls share the cache entry {layer}")
+        keep: dict[str, Any] = {}
+        for key, value in kwargs.items():
+            if key in _IGNORED_KWARGS or value is None:
+                continue
+            if key == "s_aux" and isinstance(value, Tensor):
+                continue  # sinks: the model's own function reads them from the module
+            if isinstance(value, Tensor):
+                raise refuse(f"attention takes an extra tensor argument {key!r}")
+            keep[key] = value
+        function = own_attention(module, self.implementation)
+        self.calls.append(
+            AttentionCall(
+                module, function, self.implementation, layer, mask, keep, int(q.shape[1]), int(k.shape[1])
+            )
+        )
+        return torch.ops.fpcompile.attention(q, k, v, len(self.calls) - 1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class UnknownMask:
+    """Stands in for a mask that was not recognised; using it is what fails."""
+
+    why: str
+
+
+def own_attention(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention function that ``module`` calls under ``implementation`` when nothing is registered over it."""
+    if implementation != "eager":
+        function: Callable[..., tuple[Tensor, Tensor | None]] = AttentionInterface()[implementation]
+        return function
+    for cls in type(module).__mro__:
+        found = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if found is not None:
+            return found  # type: ignore[no-any-return]
+    raise UnsupportedModelError(
+        "an attention call cannot take the packed route",
+        reason="the model's eager attention function was not found",
+        module_path=type(module).__name__,
+        remedy='load the model with attn_implementation="sdpa"',
+    )
+
+
+_recorder: contextvars.ContextVar[AttentionRecorder] = contextvars.ContextVar("fpcompile_attention_recorder")
+
+
+@contextlib.contextmanager
+def recording(implementation: str) -> Iterator[AttentionRecorder]:
+    """While it is open, attention calls made under the name ``fpcompile`` are recorded (trace time only)."""
+    recorder = AttentionRecorder(implementation)
+    token = _recorder.set(recorder)
+    try:
+        yield recorder
+    finally:
+        _recorder.reset(token)
+
+
+def _mask_entry(**kwargs: Any) -> MaskSpec | UnknownMask:
+    spec = recognise_mask(kwargs["mask_function"])
+    if spec is None:
+        return UnknownMask("its mask function is not one of causal, sliding window, chunked, bidirectional")
+    if kwargs.get("attention_mask") is not None:
+        return UnknownMask("it is combined with a padding mask")
+    return spec
+
+
+def _attention_entry(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **kwargs: Any
+) -> tuple[Tensor, None]:
+    return _recorder.get().record(module, query, key, value, attention_mask, kwargs), None
+
+
+@torch.library.custom_op("fpcompile::attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor, call: int) -> Tensor:
+    raise NotImplementedError("fpcompile::attention is a marker for the compiler and is never executed")
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, call: int) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+AttentionInterface.register(NAME, _attention_entry)
+AttentionMaskInterface.register(NAME, _mask_entry)

@@ -1,0 +1,159 @@
+"""Capture by the packed route: a decoder LM as one graph over a row of tokens, attention left as nodes.
+
+The graph's inputs are ``input_ids [1, tokens]``, ``position_ids [1, tokens]`` and ``logits_to_keep [rows]``
+(row indices), its output is ``logits [1, rows, vocabulary]``. It is traced by :func:`torch.export.export`
+on a shadow of the model (:mod:`fpcompile.models.shadow`) with both lengths symbolic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import traceback
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from transformers import PreTrainedModel
+
+from fpcompile.errors import UnsupportedModelError
+from fpcompile.models import attention, leaves
+from fpcompile.models.shadow import shadow
+
+INPUTS = ("input_ids", "position_ids", "logits_to_keep")
+_DESIGN_TOKENS, _DESIGN_ROWS = 37, 11  # any two distinct sizes that no model dimension is likely to have
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Capture:
+    """A traced model: its graph, the weights behind the graph's placeholders, and the marked calls.
+
+    ``weights`` maps a placeholder's name to (path in the model, tensor). ``output_type`` is the class of
+    output that the model itself returns.
+    """
+
+    graph: fx.GraphModule
+    weights: dict[str, tuple[str, Tensor]]
+    attention: tuple[attention.AttentionCall, ...]
+    leaves: tuple[leaves.Leaf, ...]
+    output_type: type[Any]
+    model: PreTrainedModel
+
+
+class _Wrapper(nn.Module):
+    """Gives the model the three inputs of the packed route and picks the logits."""
+
+    def __init__(self, model: PreTrainedModel, returned: list[type[Any]]) -> None:
+        super().__init__()
+        self.model = model
+        self.note = returned.append  # a bound method: export restores plain attributes after the trace
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: Tensor) -> Tensor:
+        out = self.model(
+            input_ids=input_ids, position_ids=position_ids, logits_to_keep=logits_to_keep, use_cache=False
+        )
+        self.note(type(out))
+        logits: Tensor = out.logits
+        return logits
+
+
+def attention_implementation(model: PreTrainedModel) -> str:
+    """The attention implementation that the unmodified model uses."""
+    return str(model.config._attn_implementation or "eager")
+
+
+def _prepare(model: PreTrainedModel) -> PreTrainedModel:
+    """A shadow of ``model`` whose attention, experts and length-dependent rotary modules are marked."""
+    traced = shadow(model)
+    for module in traced.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation_internal"):
+            for sub in (config, *(getattr(config, k, None) for k in getattr(config, "sub_configs", {}))):
+                if sub is not None:
+                    _mark(sub)
+        if hasattr(type(module).forward, "__wrapped__") and hasattr(module, "_is_expert_parallel"):
+            own = config._fpcompile_experts if hasattr(config, "_fpcompile_experts") else None
+            module._fpcompile_experts = own or "eager"
+        if leaves.needs_rotary_leaf(module):
+            leaves.install_rotary_leaf(module)
+    return traced
+
+
+def _mark(config: Any) -> None:
+    """Route a shadow's config to fpcompile's attention and experts functions, remembering the latter."""
+    if getattr(config, "_attn_implementation_internal", None) == attention.NAME:
+        return
+    config._fpcompile_experts = getattr(config, "_experts_implementation_internal", None)
+    config._attn_implementation_internal = attention.NAME
+    config._experts_implementation_internal = attention.NAME
+
+
+def capture(model: PreTrainedModel) -> Capture:
+    """Trace ``model`` by the packed route. The model is left as found, also when tracing fails.
+
+    Raises :class:`UnsupportedModelError` when it cannot be traced with symbolic lengths or its attention
+    is not of a form that the route knows; the message names the module, the source line and the reason.
+    """
+    traced = _prepare(model)
+    returned: list[type[Any]] = []
+    wrapper = _Wrapper(traced, returned).eval()
+    device = next(model.parameters()).device
+    example = (
+        torch.zeros(1, _DESIGN_TOKENS, dtype=torch.long, device=device),
+        torch.arange(_DESIGN_TOKENS, device=device)[None],
+        torch.arange(_DESIGN_ROWS, device=device),
+    )
+    tokens, rows = torch.export.Dim("tokens", min=2, max=1 << 24), torch.export.Dim("rows", min=2, max=1 << 24)
+    shapes = ({1: tokens}, {1: tokens}, {0: rows})
+    with (
+        torch.no_grad(),
+        attention.recording(attention_implementation(model)) as recorder,
+        leaves.collecting() as collected,
+    ):
+        try:
+            exported = torch.export.export(wrapper, example, dynamic_shapes=shapes, strict=False)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:
+            raise _explain(model, error) from error
+    signature = exported.graph_signature
+    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot take the packed route",
+            reason=f"its forward writes into buffers: {sorted(signature.buffers_to_mutate.values())}",
+        )
+    return Capture(
+        graph=exported.graph_module,
+        weights=_weights(exported),
+        attention=tuple(recorder.calls),
+        leaves=tuple(collected),
+        output_type=returned[-1],
+        model=traced,
+    )
+
+
+def _weights(exported: torch.export.ExportedProgram) -> dict[str, tuple[str, Tensor]]:
+    signature = exported.graph_signature
+    tensors: dict[str, Tensor] = {**exported.state_dict, **exported.constants}
+    named = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    return {p: (path.removeprefix("model."), tensors[path].detach()) for p, path in named.items()}
+
+
+def _explain(model: PreTrainedModel, error: Exception) -> UnsupportedModelError:
+    """The user's error for a failed trace: which line of the model, and what torch.export said, in one line."""
+    line = None
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if re.search(r"modeling_\w+\.py$", frame.filename) or "/models/" in frame.filename.replace("fpcompile", ""):
+            line = f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}: {frame.line}"
+            break
+    reason = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
+    return UnsupportedModelError(
+        f"{type(model).__name__} cannot be traced with symbolic lengths",
+        reason=f"{type(error).__name__}: {reason[:300]}",
+        source_line=line,
+        remedy="pass a model whose forward does not branch on tensor values or lengths",
+    )

@@ -1,0 +1,137 @@
+"""Opaque leaves: submodules captured as one operator (tensors) -> (tensors) and called as they are at run time.
+
+Two kinds are used by the packed route. *Experts*: the model's own experts forward, whose sorting by expert
+crosses tokens inside but whose rows depend only on their own token. *Rotary*: position embeddings whose
+frequencies depend on the longest position (dynamic NTK, longrope); each sequence is evaluated alone, on a
+fresh copy of the module's state, so sequences and runs never see one another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+LeafFunction = Callable[[Sequence[Tensor], tuple[int, ...]], tuple[Tensor, ...]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Leaf:
+    """One opaque leaf. ``run(tensors, lengths)`` takes the lengths of the packed sequences, in tokens.
+
+    ``flops_per_token`` and ``weight_bytes`` feed the cost model.
+    """
+
+    name: str
+    kind: str
+    run: LeafFunction
+    fake: Callable[[Sequence[Tensor]], list[Tensor]]
+    flops_per_token: int
+    weight_bytes: int
+
+
+@torch.library.custom_op("fpcompile::leaf", mutates_args=())
+def _leaf(tensors: list[Tensor], leaf: int) -> list[Tensor]:
+    raise NotImplementedError("fpcompile::leaf is a marker for the compiler and is never executed")
+
+
+@_leaf.register_fake
+def _(tensors: list[Tensor], leaf: int) -> list[Tensor]:
+    return _leaves.get()[leaf].fake(tensors)
+
+
+_leaves: contextvars.ContextVar[list[Leaf]] = contextvars.ContextVar("fpcompile_leaves")
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[list[Leaf]]:
+    """While it is open, leaves can be emitted; yields the list they are collected in (trace time only)."""
+    leaves: list[Leaf] = []
+    token = _leaves.set(leaves)
+    try:
+        yield leaves
+    finally:
+        _leaves.reset(token)
+
+
+def emit(leaf: Leaf, tensors: list[Tensor]) -> list[Tensor]:
+    """Add ``leaf`` to the trace that is being collected and return its node's outputs."""
+    leaves = _leaves.get()
+    leaves.append(leaf)
+    out: list[Tensor] = torch.ops.fpcompile.leaf(tensors, len(leaves) - 1)
+    return out
+
+
+def experts_leaf(module: nn.Module, implementation: str, top_k: int) -> Leaf:
+    """Leaf of an experts module under the model's own ``implementation`` (eager, grouped_mm, batched_mm)."""
+    original = type(module).forward.__wrapped__  # type: ignore[attr-defined]
+    forward = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, original)
+
+    def run(tensors: Sequence[Tensor], lengths: tuple[int, ...]) -> tuple[Tensor, ...]:
+        return (forward(module, *tensors),)
+
+    weights = list(module.parameters())
+    per_expert = sum(p.numel() // p.shape[0] for p in weights if p.dim() >= 3)
+    return Leaf(
+        name="experts",
+        kind="experts",
+        run=run,
+        fake=lambda tensors: [torch.empty_like(tensors[0], memory_format=torch.contiguous_format)],
+        flops_per_token=2 * top_k * per_expert,
+        weight_bytes=sum(p.numel() * p.element_size() for p in weights),
+    )
+
+
+def _experts_entry(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    implementation = module._fpcompile_experts  # set on the shadow by capture
+    leaf = experts_leaf(module, str(implementation), int(top_k_index.shape[-1]))
+    return emit(leaf, [hidden, top_k_index, top_k_weights])[0]
+
+
+ALL_EXPERTS_FUNCTIONS.register("fpcompile", _experts_entry)
+
+
+def needs_rotary_leaf(module: nn.Module) -> bool:
+    """Whether a rotary module's frequencies depend on the positions of the call (dynamic, longrope)."""
+    kind = getattr(module, "rope_type", None)
+    kinds = kind.values() if isinstance(kind, dict) else [kind]
+    return any(isinstance(k, str) and ("dynamic" in k or k == "longrope") for k in kinds)
+
+
+def install_rotary_leaf(module: nn.Module) -> None:
+    """Make ``module.forward`` emit a leaf. ``module`` belongs to a shadow: its state is fresh and stays so."""
+    fresh = copy.deepcopy(module)
+
+    def call(x: Tensor, position_ids: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+        out = copy.deepcopy(fresh)(x, position_ids, *args, **kwargs)
+        return tuple(out)
+
+    def forward(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        with disable_proxy_modes_tracing(), unset_fake_temporarily():
+            device = next(fresh.buffers()).device
+            probe = call(torch.zeros(1, device=device), torch.arange(2, device=device)[None], args, kwargs)
+        dtype, dims = x.dtype, [p.shape[-1] for p in probe]
+
+        def fake(tensors: Sequence[Tensor]) -> list[Tensor]:
+            ids = tensors[0]
+            return [ids.new_empty(*ids.shape, dim, dtype=dtype) for dim in dims]
+
+        def run(tensors: Sequence[Tensor], lengths: tuple[int, ...]) -> tuple[Tensor, ...]:
+            like = torch.zeros(1, dtype=dtype, device=tensors[0].device)
+            parts = [call(like, ids, args, kwargs) for ids in tensors[0].split(list(lengths), dim=1)]
+            return parts[0] if len(parts) == 1 else tuple(torch.cat(p, dim=1) for p in zip(*parts, strict=True))
+
+        leaf = Leaf("rotary", "rotary", run, fake, flops_per_token=0, weight_bytes=0)
+        return tuple(emit(leaf, [position_ids]))
+
+    module.forward = forward  # type: ignore[method-assign]
+

@@ -1,0 +1,113 @@
+"""Placement of cuts: where segments end, and why.
+
+``operator``: a cut before and behind each attention call, and one behind each projection and experts leaf;
+between two of these any position is legal, and the one with the fewest live bytes at the design length is
+taken (the earliest of equals). ``layer``: one cut where the decoder layer changes. ``model``: none.
+No cut is placed where a later in-place operator would write into a value that crosses it.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import fx
+
+from fpcompile.errors import InternalError
+from fpcompile.ir import CutReason, Granularity
+from fpcompile.passes.aliases import storage_owners, uncuttable
+from fpcompile.passes.context import ATTENTION, LEAF, Context, body, expression, source, symbols, tensors_of
+from fpcompile.passes.costs import is_projection, size_hint
+
+DESIGN_TOKENS = 2048
+
+
+def live_after(graph: fx.Graph) -> list[list[fx.Node]]:
+    """For each body node, the tensor values that later nodes read (weights and lengths excluded), in order."""
+    nodes = body(graph)
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and n.name in _RUN_INPUTS]
+    position = {n: i for i, n in enumerate(nodes)}
+    last = {
+        n: max((position.get(u, len(nodes)) for u in n.users), default=-1) for n in (*inputs, *nodes) if tensors_of(n)
+    }
+    first = {n: position.get(n, -1) for n in last}
+    return [[n for n in last if first[n] <= i < last[n]] for i in range(len(nodes))]
+
+
+_RUN_INPUTS = ("input_ids", "position_ids", "logits_to_keep")
+
+
+def _live_bytes(graph: fx.Graph) -> list[float]:
+    names, owners = symbols(graph), storage_owners(graph)
+    by_name = {n.name: n for n in graph.nodes}
+    sizes: dict[str, float] = {}
+    for owner in set(owners.values()):
+        value = tensors_of(by_name[owner])[0]
+        count = 1.0
+        for size in value.shape:
+            count *= size_hint(expression(size, names), DESIGN_TOKENS)
+        sizes[owner] = count * value.element_size()
+    return [sum(sizes[o] for o in {owners[n.name] for n in live}) for live in live_after(graph)]
+
+
+def layer_of(node: fx.Node) -> str | None:
+    """Path of the decoder layer that a node belongs to (``model.layers.3``), or None outside the layers."""
+    found = re.match(r"^(.*?\.\d+)(\.|$)", source(node).module)
+    return found.group(1) if found else None
+
+
+def _operator_cuts(graph: fx.Graph, ctx: Context, forbidden: dict[str, str]) -> dict[str, CutReason]:
+    nodes = body(graph)
+    sizes = _live_bytes(graph)
+    anchors: list[tuple[int, CutReason]] = []
+    for i, node in enumerate(nodes):
+        if node.target is ATTENTION:
+            anchors.append((i, CutReason.AFTER_ATTENTION))
+        elif node.target is LEAF and ctx.capture.leaves[int(node.args[1])].kind == "experts":  # type: ignore[arg-type]
+            anchors.append((i, CutReason.EXPERTS))
+        elif is_projection(node):
+            anchors.append((i, CutReason.PROJECTION))
+    cuts: dict[str, CutReason] = {}
+    for (at, reason), following in zip(anchors, [*anchors[1:], None], strict=True):
+        if following is None:
+            break
+        end = following[0]
+        if nodes[end].target is ATTENTION:
+            cuts[nodes[end - 1].name] = CutReason.BEFORE_ATTENTION
+        if reason is CutReason.AFTER_ATTENTION:
+            cuts[nodes[at].name] = reason
+        elif nodes[end].target is not ATTENTION:
+            window = [j for j in range(at, end) if nodes[j].name not in forbidden]
+            if window:
+                best = min(window, key=lambda j: (sizes[j], j))
+                cuts[nodes[best].name] = reason
+    return cuts
+
+
+def _layer_cuts(graph: fx.Graph, forbidden: dict[str, str]) -> dict[str, CutReason]:
+    nodes = body(graph)
+    cuts: dict[str, CutReason] = {}
+    order = [layer_of(n) for n in nodes]
+    seen = [layer for layer in dict.fromkeys(order) if layer is not None]
+    for layer in seen:
+        inside = [i for i, found in enumerate(order) if found == layer]
+        for boundary in (inside[0] - 1, inside[-1]):
+            if 0 <= boundary < len(nodes) - 1 and nodes[boundary].name not in forbidden:
+                cuts[nodes[boundary].name] = CutReason.LAYER
+    return cuts
+
+
+def place_cuts(graph: fx.Graph, ctx: Context, *, granularity: Granularity) -> fx.Graph:
+    """Fill ``ctx.cuts`` for one of the presets."""
+    forbidden = uncuttable(graph)
+    cuts: dict[str, CutReason] = {}
+    if granularity is Granularity.OPERATOR:
+        cuts = _operator_cuts(graph, ctx, forbidden)
+    elif granularity is Granularity.LAYER:
+        cuts = _layer_cuts(graph, forbidden)
+    nodes = body(graph)
+    for name in cuts:
+        if name in forbidden:
+            raise InternalError("a cut was placed inside an alias class that is written later", where=name)
+    cuts[nodes[-1].name] = CutReason.END
+    ctx.cuts = {n.name: cuts[n.name] for n in nodes if n.name in cuts}
+    return graph

@@ -1,0 +1,250 @@
+"""Partition a graph with placed cuts into segments and parts, and generate one callable for each distinct part.
+
+Order is kept. A part is generated as a function of (values, weights, lengths) whose names do not depend on
+where in the model it stands, so the text of two identical layers is identical and they share one callable.
+Integers computed from the lengths are recomputed inside each part; only tensors cross cuts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+from torch import Tensor, fx, nn
+
+from fpcompile.ir import Cost, CutReason, Granularity, LiveSet, Part, PartKind, Plan, Route, Segment, Value
+from fpcompile.passes.aliases import storage_owners
+from fpcompile.passes.context import ATTENTION, LEAF, Context, body, describe, expression, source, symbols, tensors_of
+from fpcompile.passes.costs import Names, is_projection
+from fpcompile.passes.cuts import live_after
+
+LENGTHS = ("tokens", "rows")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Function:
+    """A generated callable ``(*values, *weights, *lengths) -> tuple of outputs``.
+
+    ``names`` are its local names for the part's nodes, in their order: they locate an error.
+    """
+
+    call: Callable[..., tuple[Tensor, ...]]
+    names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Partitioned:
+    """A plan and the callables that its graph parts name."""
+
+    plan: Plan
+    functions: dict[str, Function]
+
+
+class Partitioner:
+    """Builds the segments of one graph. ``functions`` fills as distinct parts are met."""
+
+    def __init__(self, graph: fx.Graph, ctx: Context) -> None:
+        self.graph, self.ctx = graph, ctx
+        self.names: Names = symbols(graph)
+        self.owners = storage_owners(graph)
+        self.by_name = {n.name: n for n in graph.nodes}
+        self.live = dict(zip((n.name for n in body(graph)), live_after(graph), strict=True))
+        self.functions: dict[str, Function] = {}
+
+    def segments(self) -> tuple[Segment, ...]:
+        """All segments, in order."""
+        found: list[Segment] = []
+        pending: list[fx.Node] = []
+        for node in body(self.graph):
+            pending.append(node)
+            if node.name in self.ctx.cuts:
+                found.append(self._segment(len(found), pending, self.ctx.cuts[node.name]))
+                pending = []
+        return tuple(found)
+
+    def _segment(self, index: int, nodes: list[fx.Node], reason: CutReason) -> Segment:
+        parts = tuple(self._part(group) for group in _split_at_calls(nodes))
+        live = LiveSet(tuple(self._value(n) for n in self.live[nodes[-1].name]))
+        main = max(parts, key=lambda p: _weight(p.cost.flops))
+        return Segment(index, main.name, self._kind(main, nodes), parts, live, reason)
+
+    def _kind(self, main: Part, nodes: list[fx.Node]) -> str:
+        """One word for what a segment mostly does."""
+        if main.kind is PartKind.LEAF:
+            return self.ctx.capture.leaves[main.call].kind
+        if main.kind is PartKind.ATTENTION:
+            return "attention"
+        return "projection" if any(is_projection(n) for n in nodes) else "pointwise"
+
+    def _value(self, node: fx.Node) -> Value:
+        owner = tensors_of(self.by_name[self.owners[node.name]])[0]
+        value = tensors_of(node)[0]
+        shape = tuple(expression(s, self.names) for s in value.shape)
+        return Value(node.name, shape, str(value.dtype), self.owners[node.name], _bytes(owner, self.names))
+
+    def _part(self, nodes: list[fx.Node]) -> Part:
+        inside = set(nodes)
+        head = nodes[0]
+        outputs = [n for n in nodes if tensors_of(n) and any(u not in inside for u in n.users) and _is_value(n)]
+        cost = sum((self.ctx.costs[n.name] for n in nodes), Cost())
+        values, weights, lengths = _external(nodes)
+        heaviest = max(nodes, key=lambda n: _weight(self.ctx.costs[n.name].flops))
+        if head.target is ATTENTION:
+            kind, call, key = PartKind.ATTENTION, int(head.args[3]), self._attention_key(head)  # type: ignore[arg-type]
+        elif head.target is LEAF:
+            kind, call, key = PartKind.LEAF, int(head.args[1]), self._leaf_key(head)  # type: ignore[arg-type]
+        else:
+            kind, call, key = PartKind.GRAPH, -1, self._generate(nodes, values, weights, lengths, outputs)
+        return Part(
+            name=source(heaviest).module or heaviest.name,
+            kind=kind,
+            function=key,
+            inputs=tuple(n.name for n in values),
+            params=tuple(self.ctx.capture.weights[n.name][0] for n in weights),
+            lengths=tuple(n.name for n in lengths),
+            outputs=tuple(n.name for n in outputs),
+            call=call,
+            cost=cost,
+            nodes=describe(nodes),
+        )
+
+    def _attention_key(self, node: fx.Node) -> str:
+        call = self.ctx.capture.attention[int(node.args[3])]  # type: ignore[arg-type]
+        q, k, v = (tensors_of(n)[0] for n in node.all_input_nodes)
+        dims = f"{call.heads}x{q.shape[-1]},{call.kv_heads}x{k.shape[-1]},{v.shape[-1]}"
+        return f"attention[{call.implementation},{call.mask},{dims},{q.dtype}]"
+
+    def _leaf_key(self, node: fx.Node) -> str:
+        leaf = self.ctx.capture.leaves[int(node.args[1])]  # type: ignore[arg-type]
+        shapes = [_spec(n, self.names) for n in node.all_input_nodes]
+        return f"leaf[{leaf.kind},{','.join(shapes)}]"
+
+    def _generate(
+        self,
+        nodes: Sequence[fx.Node],
+        values: Sequence[fx.Node],
+        weights: Sequence[fx.Node],
+        lengths: Sequence[fx.Node],
+        outputs: Sequence[fx.Node],
+    ) -> str:
+        """Generate the part's function, or find the identical one; returns its key."""
+        graph = fx.Graph()
+        env: dict[fx.Node, fx.Node] = {}
+        for prefix, group in (("x", values), ("w", weights)):
+            for i, node in enumerate(group):
+                env[node] = graph.placeholder(f"{prefix}{i}")
+        for node in lengths:
+            env[node] = graph.placeholder(node.name)
+        for node in nodes:
+            _copy(graph, node, env)
+        graph.output(tuple(env[n] for n in outputs))
+        for node, copied in env.items():
+            copied.meta = {"val": node.meta.get("val")}
+        text = graph.python_code("self").src
+        shapes = ";".join(_spec(n, self.names) for n in (*values, *weights))
+        key = hashlib.sha256(f"{text}\n{shapes}".encode()).hexdigest()[:16]
+        if key not in self.functions:
+            names = tuple(env[n].name for n in nodes)
+            self.functions[key] = Function(fx.GraphModule(nn.Module(), graph).forward, names)
+        return key
+
+
+def _weight(expr: sympy.Expr) -> float:
+    return float(expr.subs({s: 2048 for s in expr.free_symbols}))
+
+
+def _bytes(value: Tensor, names: Names) -> sympy.Expr:
+    return sympy.Mul(value.element_size(), *(expression(s, names) for s in value.shape))
+
+
+def _spec(node: fx.Node, names: Names) -> str:
+    value = tensors_of(node)[0]
+    sizes = "x".join(str(expression(s, names)) for s in value.shape)
+    return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
+
+
+def _is_value(node: fx.Node) -> bool:
+    return not isinstance(node.meta["val"], (tuple, list))
+
+
+def _split_at_calls(nodes: list[fx.Node]) -> list[list[fx.Node]]:
+    """Groups of nodes: each attention call and each leaf (with the picks of its results) alone."""
+    groups: list[list[fx.Node]] = []
+    call: fx.Node | None = None
+    for node in nodes:
+        if node.target in (ATTENTION, LEAF):
+            call = node
+            groups.append([node])
+        elif call is not None and call in node.all_input_nodes and isinstance(call.meta["val"], (tuple, list)):
+            groups[-1].append(node)
+        elif not groups or call is not None:
+            call = None
+            groups.append([node])
+        else:
+            groups[-1].append(node)
+    return groups
+
+
+def _external(nodes: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node], list[fx.Node]]:
+    """What a part reads from outside: run values, weights, lengths; each in order of first use."""
+    inside = set(nodes)
+    values: dict[fx.Node, None] = {}
+    weights: dict[fx.Node, None] = {}
+    lengths: dict[fx.Node, None] = {}
+
+    def visit(node: fx.Node) -> None:
+        if node in inside:
+            return
+        if node.op == "placeholder" and node.name in LENGTHS:
+            lengths[node] = None
+        elif not tensors_of(node):
+            for argument in node.all_input_nodes:
+                visit(argument)
+        elif node.op == "placeholder" and node.name not in ("input_ids", "position_ids", "logits_to_keep"):
+            weights[node] = None
+        else:
+            values[node] = None
+
+    for node in nodes:
+        for argument in node.all_input_nodes:
+            visit(argument)
+    return list(values), list(weights), list(lengths)
+
+
+def _copy(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
+    """Copy ``node`` into a part's graph, with the integers it needs from outside."""
+    for argument in node.all_input_nodes:
+        if argument not in env:
+            _copy(graph, argument, env)
+    env[node] = graph.create_node(
+        node.op,
+        node.target,
+        fx.map_arg(node.args, lambda n: env[n]),
+        fx.map_arg(node.kwargs, lambda n: env[n]),
+        name=_operator_name(node),
+    )
+    return env[node]
+
+
+def _operator_name(node: fx.Node) -> str:
+    target: Any = node.target
+    return str(target._schema.name.split("::")[1] if hasattr(target, "_schema") else target.__name__)
+
+
+def partition(graph: fx.Graph, ctx: Context, *, granularity: Granularity) -> Partitioned:
+    """Segments, parts and functions of a graph whose costs and cuts are known."""
+    builder = Partitioner(graph, ctx)
+    output = next(n for n in graph.nodes if n.op == "output").all_input_nodes[0]
+    plan = Plan(
+        architecture=type(ctx.capture.model).__name__,
+        route=Route.PACKED,
+        granularity=granularity,
+        inputs=("input_ids", "position_ids", "logits_to_keep"),
+        output=output.name,
+        segments=builder.segments(),
+    )
+    return Partitioned(plan, builder.functions)
+

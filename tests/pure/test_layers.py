@@ -13,11 +13,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Prints the names of fpcompile.__all__, each with the identity of what it resolves to.
+# Prints the names of fpcompile.__all__, each with the identity of what it resolves to and the module of that.
 RESOLVE_PUBLIC_NAMES = """
 import json
 import fpcompile
-print(json.dumps([(name, id(getattr(fpcompile, name))) for name in fpcompile.__all__]))
+found = [(name, getattr(fpcompile, name)) for name in fpcompile.__all__]
+print(json.dumps([(name, id(value), value.__module__) for name, value in found]))
 """
 
 # Imports the module named in argv, with all that a layer contains; prints which heavy packages that loaded.
@@ -57,12 +58,26 @@ def test_it_is_imported_without_torch(module: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="resolving the names imports torch")
 def test_each_public_name_is_exported_exactly_once() -> None:
-    pairs = _python(RESOLVE_PUBLIC_NAMES)
-    assert isinstance(pairs, list)
-    names = [name for name, _ in pairs]
+    exported = _python(RESOLVE_PUBLIC_NAMES)
+    assert isinstance(exported, list)
+    names = [name for name, _, _ in exported]
     assert "segment" in names
     assert len(names) == len(set(names)), "a name stands twice in __all__"
-    assert len({identity for _, identity in pairs}) == len(names), "one object has two public names"
+    assert len({identity for _, identity, _ in exported}) == len(names), "one object has two public names"
+    assert {name: module for name, _, module in exported} == _exports_for_type_checkers()
+
+
+def _exports_for_type_checkers() -> dict[str, str]:
+    """Name -> module of what ``fpcompile/__init__.py`` imports under ``if TYPE_CHECKING``."""
+    tree = ast.parse((ROOT / "fpcompile" / "__init__.py").read_text())
+    return {
+        alias.name: node.module or ""
+        for guard in tree.body
+        if isinstance(guard, ast.If)
+        for node in guard.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
 
 
 def test_pure_tests_import_no_torch() -> None:

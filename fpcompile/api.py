@@ -53,5 +53,7 @@ def _check_model(model: Any) -> None:
         )
     if model.training:
         raise InvalidInputError(
-            "the model is in training mode", expected="a model in evaluation mode", remedy="call model.eval() first"
+            "the model is in training mode",
+            expected="a model in evaluation mode",
+            remedy="call model.eval() first",
         )

@@ -163,7 +163,7 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-    """The printable description of a program: every segment, its cost, its live set, the reason of its cut."""
+    """The printable description of a program: segments, costs, live sets, reasons of the cuts."""
 
     architecture: str
     route: Route

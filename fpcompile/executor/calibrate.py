@@ -59,7 +59,8 @@ class CostModel:
     def remaining(self, *, tokens: int, rows: int = 1, context: int | None = None, start: int = 0) -> float:
         """Predicted seconds of the segments from ``start`` on."""
         return sum(
-            self.segment(i, tokens=tokens, rows=rows, context=context) for i in range(start, len(self.coefficients))
+            self.segment(i, tokens=tokens, rows=rows, context=context)
+            for i in range(start, len(self.coefficients))
         )
 
     def rows(self) -> list[tuple[str, tuple[float, float, float]]]:
@@ -91,7 +92,9 @@ def calibrate(program: Program, *, lengths: tuple[int, ...] = LENGTHS, seconds: 
             break
         rounds = time.perf_counter()
         for repeat in range(3):
-            run = program.start(_random_ids(program, length), logits_to_keep=length if repeat else 1, use_cache=False)
+            run = program.start(
+                _random_ids(program, length), logits_to_keep=length if repeat else 1, use_cache=False
+            )
             _measure(run, measured if repeat else None)
         spent = time.perf_counter() - rounds
     fitted = {key: _fit(samples) for key, samples in measured.items()}
@@ -99,7 +102,9 @@ def calibrate(program: Program, *, lengths: tuple[int, ...] = LENGTHS, seconds: 
         device=str(program.device),
         coefficients=tuple(fitted[segment_key(s)] for s in program.segments),
         by_rows=tuple(is_by_rows(s) for s in program.segments),
-        samples={k: tuple((n, float(np.median(t))) for n, t in sorted(v.items())) for k, v in measured.items()},
+        samples={
+            k: tuple((n, float(np.median(t))) for n, t in sorted(v.items())) for k, v in measured.items()
+        },
     )
 
 

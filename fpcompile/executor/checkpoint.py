@@ -85,7 +85,7 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Checkpoint:
-        """Read a snapshot. Raises :class:`CheckpointError` when the file is truncated, changed or no checkpoint."""
+        """Read a snapshot. Raises :class:`CheckpointError` for a truncated, changed or foreign file."""
         try:
             with safetensors.safe_open(os.fspath(path), framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -121,7 +121,7 @@ def _digest(description: str, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(description.encode())
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(memoryview(tensors[name].numpy()))
+        digest.update(tensors[name].numpy().data)
     return digest.hexdigest()
 
 
@@ -137,7 +137,7 @@ class _Packer:
         key = storage.data_ptr()
         if key not in self._index:
             self._index[key] = len(self.storages)
-            flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)  # type: ignore[call-overload]
+            flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
             self.storages.append(flat)
         return Placement(
             self._index[key],
@@ -209,7 +209,8 @@ def restore(program: Program, checkpoint: Checkpoint) -> Run:
         layout=Layout(checkpoint.groups, checkpoint.columns),
         values={name: view(checkpoint.values[name]) for name in live},
         kv=[
-            {i: LayerKV(view(k), view(v), start) for i, (k, v, start) in group.items()} for group in checkpoint.kv
+            {i: LayerKV(view(k), view(v), start) for i, (k, v, start) in group.items()}
+            for group in checkpoint.kv
         ],
         rows=checkpoint.rows,
         kept=checkpoint.kept,
@@ -221,12 +222,17 @@ def restore(program: Program, checkpoint: Checkpoint) -> Run:
 
 
 def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    plain = {f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint) if f.name != "storages"}
+    plain = {
+        f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint) if f.name != "storages"
+    }
     plain["groups"] = [dataclasses.astuple(g) for g in checkpoint.groups]
     for name in ("values", "extra"):
         plain[name] = {k: dataclasses.astuple(p) for k, p in plain[name].items()}
     plain["kv"] = [
-        {str(i): (dataclasses.astuple(k), dataclasses.astuple(v), start) for i, (k, v, start) in group.items()}
+        {
+            str(i): (dataclasses.astuple(k), dataclasses.astuple(v), start)
+            for i, (k, v, start) in group.items()
+        }
         for group in checkpoint.kv
     ]
     return plain
@@ -241,6 +247,7 @@ def _rebuild(plain: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
     for name in ("values", "extra"):
         plain[name] = {k: placement(p) for k, p in plain[name].items()}
     plain["kv"] = tuple(
-        {int(i): (placement(k), placement(v), start) for i, (k, v, start) in group.items()} for group in plain["kv"]
+        {int(i): (placement(k), placement(v), start) for i, (k, v, start) in group.items()}
+        for group in plain["kv"]
     )
     return Checkpoint(**plain, storages=tuple(tensors[f"s{i}"] for i in range(len(tensors))))

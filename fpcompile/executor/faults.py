@@ -1,4 +1,4 @@
-"""Turn an exception inside a segment into a :class:`SegmentError` that names the node and the model's line."""
+"""Turn an exception inside a segment into a :class:`SegmentError` that names node and source line."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from fpcompile.errors import InvalidInputError
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Group:
-    """``batch`` sequences of ``length`` new tokens each, at ``start`` in the packed row, after ``past`` tokens."""
+    """``batch`` sequences of ``length`` new tokens, at ``start`` in the packed row, after ``past`` tokens."""
 
     start: int
     batch: int
@@ -109,7 +109,9 @@ def check_ids(input_ids: Any, vocabulary: int, device: torch.device) -> Tensor:
         input_ids = input_ids[None]
     if input_ids.dim() != 2:
         raise InvalidInputError(
-            "input_ids has a wrong rank", expected="[length] or [batch, length]", got=f"shape {list(input_ids.shape)}"
+            "input_ids has a wrong rank",
+            expected="[length] or [batch, length]",
+            got=f"shape {list(input_ids.shape)}",
         )
     low, high = (int(x) for x in input_ids.aminmax())
     if low < 0 or high >= vocabulary:
@@ -119,7 +121,8 @@ def check_ids(input_ids: Any, vocabulary: int, device: torch.device) -> Tensor:
             got=f"ids from {low} to {high}",
             remedy="use the tokenizer that belongs to the model",
         )
-    return input_ids.to(device=device, dtype=torch.int64)
+    ids: Tensor = input_ids.to(device=device, dtype=torch.int64)
+    return ids
 
 
 def check_mask(attention_mask: Any, ids: Tensor, past: int) -> Tensor | None:
@@ -131,7 +134,11 @@ def check_mask(attention_mask: Any, ids: Tensor, past: int) -> Tensor | None:
         return None
     shape = [ids.shape[0], past + ids.shape[1]]
     if not isinstance(attention_mask, Tensor) or list(attention_mask.shape) != shape:
-        got = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        got = (
+            list(attention_mask.shape)
+            if isinstance(attention_mask, Tensor)
+            else type(attention_mask).__name__
+        )
         raise InvalidInputError(
             "attention_mask does not fit input_ids", expected=f"a tensor of shape {shape}", got=str(got)
         )
@@ -147,7 +154,9 @@ def check_mask(attention_mask: Any, ids: Tensor, past: int) -> Tensor | None:
         )
     if not bool(mask.any(dim=1).all()):
         raise InvalidInputError(
-            "attention_mask hides a whole sequence", expected="at least one visible token in each row", got="none"
+            "attention_mask hides a whole sequence",
+            expected="at least one visible token in each row",
+            got="none",
         )
     if bool(((mask[:, 1:] != mask[:, :-1]).sum(dim=1) > 1).any()):
         raise InvalidInputError(
@@ -159,7 +168,7 @@ def check_mask(attention_mask: Any, ids: Tensor, past: int) -> Tensor | None:
 
 
 def check_rows(logits_to_keep: Any, columns: int) -> list[int]:
-    """Columns of ``input_ids`` whose logits are kept: 0 keeps all, n the last n, a tensor those that it names."""
+    """Columns of ``input_ids`` whose logits are kept: 0 for all, n for the last n, or a tensor."""
     if isinstance(logits_to_keep, Tensor):
         if logits_to_keep.dim() != 1 or logits_to_keep.dtype not in (torch.int64, torch.int32):
             raise InvalidInputError(
@@ -170,12 +179,16 @@ def check_rows(logits_to_keep: Any, columns: int) -> list[int]:
         rows = [int(r) + (columns if r < 0 else 0) for r in logits_to_keep.tolist()]
         if not rows or min(rows) < 0 or max(rows) >= columns:
             raise InvalidInputError(
-                "logits_to_keep names a position that is not there", expected=f"0 to {columns - 1}", got=str(rows[:8])
+                "logits_to_keep names a position that is not there",
+                expected=f"0 to {columns - 1}",
+                got=str(rows[:8]),
             )
         return rows
     if isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int) or logits_to_keep < 0:
         raise InvalidInputError(
-            "logits_to_keep has a wrong value", expected="an int >= 0 or a tensor of indices", got=repr(logits_to_keep)
+            "logits_to_keep has a wrong value",
+            expected="an int >= 0 or a tensor of indices",
+            got=repr(logits_to_keep),
         )
     return list(range(columns))[-logits_to_keep:]
 
@@ -211,5 +224,11 @@ def pack(ids: Tensor, mask: Tensor | None, *, past: int, rows: list[int]) -> Inp
     wanted = row_of[:, picked].reshape(-1)
     scatter = torch.nonzero(wanted >= 0)[:, 0]
     return Inputs(
-        ids[mask][None], positions[None], wanted[scatter], scatter, len(rows), Layout(tuple(groups), columns), mask
+        ids[mask][None],
+        positions[None],
+        wanted[scatter],
+        scatter,
+        len(rows),
+        Layout(tuple(groups), columns),
+        mask,
     )

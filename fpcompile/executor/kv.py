@@ -18,7 +18,7 @@ from fpcompile.errors import InvalidInputError
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class LayerKV:
-    """Keys ``[B, Hkv, n, D]`` and values ``[B, Hkv, n, Dv]`` of one group of sequences; the first is at ``start``."""
+    """Keys ``[B, Hkv, n, D]`` and values ``[B, Hkv, n, Dv]`` of one group, from position ``start``."""
 
     keys: Tensor
     values: Tensor
@@ -44,7 +44,8 @@ def read_cache(past: Any, batch: int) -> tuple[int, dict[int, LayerKV]]:
         )
     length = int(past.get_seq_length())
     layers: dict[int, LayerKV] = {}
-    for index, layer in enumerate(past.layers):
+    for index, entry in enumerate(past.layers):
+        layer: Any = entry
         if not getattr(layer, "is_initialized", False):
             continue
         if layer.keys.shape[0] != batch:
@@ -68,7 +69,7 @@ def write_cache(config: Any, layers: dict[int, LayerKV]) -> Cache:
 
 
 def pad_layers(groups: list[dict[int, LayerKV]], mask: Tensor) -> dict[int, LayerKV]:
-    """Join the layers of single sequences into the padded form ``[B, H, columns, D]`` that ``mask`` describes."""
+    """Join single sequences into the padded form ``[B, H, columns, D]`` that ``mask`` describes."""
     joined: dict[int, LayerKV] = {}
     for index in groups[0]:
         tensors: list[list[Tensor]] = [[], []]

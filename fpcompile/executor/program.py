@@ -30,7 +30,13 @@ from fpcompile.passes.partition import Function, Partitioned
 if TYPE_CHECKING:
     from fpcompile.executor.checkpoint import Checkpoint
 
-_NOT_SUPPORTED = "labels", "inputs_embeds", "output_attentions", "output_hidden_states", "output_router_logits"
+_NOT_SUPPORTED = (
+    "labels",
+    "inputs_embeds",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,7 +63,7 @@ class Program:
         self.output_type = captured.output_type
         self.device = next(captured.model.parameters()).device
         self.dtype = captured.model.dtype
-        self.vocabulary = int(captured.model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr, arg-type]
+        self.vocabulary = captured.vocabulary
         self.steps = tuple(_bind(s, partitioned, self.weights) for s in self.plan.segments)
         self.first_live = _read_first(self.plan)
         self._costs: CostModel | None = None
@@ -140,7 +146,9 @@ class Program:
         digest = hashlib.sha256()
         for segment in self.segments:
             for p in segment.parts:
-                digest.update(repr((segment.index, p.function, p.inputs, p.params, p.lengths, p.outputs)).encode())
+                digest.update(
+                    repr((segment.index, p.function, p.inputs, p.params, p.lengths, p.outputs)).encode()
+                )
         return digest.hexdigest()
 
     @functools.cached_property

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """One prefill (or continuation) of a program. Made by :meth:`Program.start` and :meth:`Program.resume`."""
+    """One prefill or continuation. Made by :meth:`Program.start` and :meth:`Program.resume`."""
 
     __slots__ = (
         "_masks", "_released", "cursor", "kept", "kv", "layout", "lengths", "padding", "program", "scatter",
@@ -142,7 +142,7 @@ class Run:
         values.update(zip(part.outputs, outputs, strict=True))
 
     def _attend(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of each sequence over its own context; q ``[1, H, tokens, D]`` -> ``[1, tokens, H, Dv]``."""
+        """Attention of each sequence over its context; ``[1, H, tokens, D]`` -> ``[1, tokens, H, Dv]``."""
         outputs: list[Tensor] = []
         for group, layers in zip(self.layout.groups, self.kv, strict=True):
             queries, keys, values = (_unpack(x, group) for x in (q, k, v))
@@ -168,7 +168,7 @@ class Run:
         return self._masks[key]
 
     def suspend(self) -> None:
-        """Drop what can be computed again (attention masks): a paused run holds its live set and its cache only."""
+        """Drop what can be computed again (masks): a paused run holds its live set and cache only."""
         self._masks.clear()
 
     def release(self) -> None:
@@ -179,7 +179,7 @@ class Run:
         self._released = True
 
     def checkpoint(self) -> Checkpoint:
-        """A portable snapshot, valid between any two steps. Cheap: it shares the tensors, which never change."""
+        """A portable snapshot between two steps. Cheap: it shares the tensors, which never change."""
         from fpcompile.executor.checkpoint import take
 
         self._usable()
@@ -190,7 +190,9 @@ class Run:
         self._usable()
         if not self.done:
             raise UsageError(
-                "the run is not done", got=f"segment {self.cursor} of {len(self.program.segments)}", remedy="step() on"
+                "the run is not done",
+                got=f"segment {self.cursor} of {len(self.program.segments)}",
+                remedy="step() on",
             )
         packed = self.values[self.program.plan.output]
         if self.scatter is None:
@@ -213,7 +215,9 @@ class Run:
         """Check the invariant: the values held are exactly the live set of the cut."""
         live = self.program.live_names(self.cursor)
         if not self._released and set(self.values) != set(live):
-            raise InternalError("a run holds other values than its live set", expected=str(live), got=str(list(self.values)))
+            raise InternalError(
+                "a run holds other values than its live set", expected=str(live), got=str(list(self.values))
+            )
 
 
 def _unpack(packed: Tensor, group: Group) -> Tensor:
@@ -221,7 +225,8 @@ def _unpack(packed: Tensor, group: Group) -> Tensor:
     part = packed if packed.shape[2] == group.stop - group.start else packed[:, :, group.start : group.stop]
     if group.batch == 1:
         return part
-    return part[0].unflatten(1, (group.batch, group.length)).transpose(0, 1)
+    heads, _, dim = part[0].shape
+    return part[0].view(heads, group.batch, group.length, dim).transpose(0, 1)
 
 
 def _storage_bytes(tensors: Any) -> int:

@@ -27,7 +27,9 @@ def self_check(program: Program, model: PreTrainedModel) -> None:
     if program.device.type == "meta":
         return
     generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(program.vocabulary, (1, n), generator=generator).to(program.device) for n in _LENGTHS]
+    ids = [
+        torch.randint(program.vocabulary, (1, n), generator=generator).to(program.device) for n in _LENGTHS
+    ]
     with torch.no_grad():
         own = [model(input_ids=i, use_cache=False).logits for i in ids]
     alone = [program(i, use_cache=False).logits for i in ids]
@@ -50,6 +52,6 @@ def _compare(model: Any, how: str, expected: Tensor, got: Tensor) -> None:
     if not error <= limit:
         raise UnsupportedModelError(
             f"the program of {type(model).__name__} does not give the model's numbers",
-            reason=f"a sequence {how} differs by {error:.2g} of the largest logit (rounding stays under {limit:g})",
+            reason=f"a sequence {how} differs by {error:.2g} of the largest logit (rounding: < {limit:g})",
             remedy="please report this model with its configuration",
         )

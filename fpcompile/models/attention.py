@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers import masking_utils as mu
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fpcompile.errors import UnsupportedModelError
 
@@ -55,9 +56,17 @@ class MaskSpec:
         return f"{self.kind}({self.size})" if self.size else str(self.kind)
 
     def build(
-        self, implementation: str, *, queries: int, q_offset: int, keys: int, k_offset: int, like: Tensor, config: Any
+        self,
+        implementation: str,
+        *,
+        queries: int,
+        q_offset: int,
+        keys: int,
+        k_offset: int,
+        like: Tensor,
+        config: Any,
     ) -> Tensor | None:
-        """The mask that transformers' ``implementation`` builds for one sequence, or None where it needs none.
+        """The mask that transformers' ``implementation`` builds for one sequence; None if it needs none.
 
         ``queries`` new tokens start at position ``q_offset``; ``keys`` visible keys start at ``k_offset``.
         """
@@ -65,7 +74,9 @@ class MaskSpec:
         if self.kind is MaskKind.SLIDING:
             function = mu.sliding_window_causal_mask_function(self.size)
         elif self.kind is MaskKind.CHUNKED:
-            function = mu.chunked_causal_mask_function(self.size, torch.zeros(1, dtype=torch.long, device=like.device))
+            function = mu.chunked_causal_mask_function(
+                self.size, torch.zeros(1, dtype=torch.long, device=like.device)
+            )
         elif self.kind is MaskKind.BIDIRECTIONAL:
             function = mu.bidirectional_mask_function
         bidirectional = self.kind is MaskKind.BIDIRECTIONAL
@@ -162,6 +173,7 @@ class AttentionRecorder:
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: object, kwargs: dict[str, Any]
     ) -> Tensor:
         """Add a call and return its node."""
+
         def refuse(reason: str) -> UnsupportedModelError:
             return UnsupportedModelError(
                 "an attention call cannot take the packed route",
@@ -195,7 +207,8 @@ class AttentionRecorder:
                 module, function, self.implementation, layer, mask, keep, int(q.shape[1]), int(k.shape[1])
             )
         )
-        return torch.ops.fpcompile.attention(q, k, v, len(self.calls) - 1)
+        node: Tensor = torch.ops.fpcompile.attention(q, k, v, len(self.calls) - 1)
+        return node
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -206,9 +219,9 @@ class UnknownMask:
 
 
 def own_attention(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The attention function that ``module`` calls under ``implementation`` when nothing is registered over it."""
+    """The attention function that ``module`` itself calls under ``implementation``."""
     if implementation != "eager":
-        function: Callable[..., tuple[Tensor, Tensor | None]] = AttentionInterface()[implementation]
+        function: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS[implementation]
         return function
     for cls in type(module).__mro__:
         found = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)

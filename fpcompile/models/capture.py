@@ -39,6 +39,13 @@ class Capture:
     output_type: type[Any]
     model: PreTrainedModel
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids that the model's embedding knows."""
+        table = self.model.get_input_embeddings().weight
+        assert isinstance(table, Tensor)
+        return int(table.shape[0])
+
 
 class _Wrapper(nn.Module):
     """Gives the model the three inputs of the packed route and picks the logits."""
@@ -72,8 +79,7 @@ def _prepare(model: PreTrainedModel) -> PreTrainedModel:
                 if sub is not None:
                     _mark(sub)
         if hasattr(type(module).forward, "__wrapped__") and hasattr(module, "_is_expert_parallel"):
-            own = config._fpcompile_experts if hasattr(config, "_fpcompile_experts") else None
-            module._fpcompile_experts = own or "eager"
+            module._fpcompile_experts = getattr(config, "_fpcompile_experts", None) or "eager"  # type: ignore[assignment]
         if leaves.needs_rotary_leaf(module):
             leaves.install_rotary_leaf(module)
     return traced
@@ -103,7 +109,10 @@ def capture(model: PreTrainedModel) -> Capture:
         torch.arange(_DESIGN_TOKENS, device=device)[None],
         torch.arange(_DESIGN_ROWS, device=device),
     )
-    tokens, rows = torch.export.Dim("tokens", min=2, max=1 << 24), torch.export.Dim("rows", min=2, max=1 << 24)
+    tokens, rows = (
+        torch.export.Dim("tokens", min=2, max=1 << 24),
+        torch.export.Dim("rows", min=2, max=1 << 24),
+    )
     shapes = ({1: tokens}, {1: tokens}, {0: rows})
     with (
         torch.no_grad(),
@@ -144,10 +153,12 @@ def _weights(exported: torch.export.ExportedProgram) -> dict[str, tuple[str, Ten
 
 
 def _explain(model: PreTrainedModel, error: Exception) -> UnsupportedModelError:
-    """The user's error for a failed trace: which line of the model, and what torch.export said, in one line."""
+    """The user's error for a failed trace: the model's line, and what torch.export said."""
     line = None
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if re.search(r"modeling_\w+\.py$", frame.filename) or "/models/" in frame.filename.replace("fpcompile", ""):
+        if re.search(r"modeling_\w+\.py$", frame.filename) or "/models/" in frame.filename.replace(
+            "fpcompile", ""
+        ):
             line = f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}: {frame.line}"
             break
     reason = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)

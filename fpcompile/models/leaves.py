@@ -1,4 +1,4 @@
-"""Opaque leaves: submodules captured as one operator (tensors) -> (tensors) and called as they are at run time.
+"""Opaque leaves: submodules captured as one operator (tensors) -> (tensors), called as they are.
 
 Two kinds are used by the packed route. *Experts*: the model's own experts forward, whose sorting by expert
 crosses tokens inside but whose rows depend only on their own token. *Rotary*: position embeddings whose
@@ -108,10 +108,12 @@ def needs_rotary_leaf(module: nn.Module) -> bool:
 
 
 def install_rotary_leaf(module: nn.Module) -> None:
-    """Make ``module.forward`` emit a leaf. ``module`` belongs to a shadow: its state is fresh and stays so."""
+    """Make ``module.forward`` emit a leaf. ``module`` belongs to a shadow: its state stays fresh."""
     fresh = copy.deepcopy(module)
 
-    def call(x: Tensor, position_ids: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    def call(
+        x: Tensor, position_ids: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, ...]:
         out = copy.deepcopy(fresh)(x, position_ids, *args, **kwargs)
         return tuple(out)
 
@@ -127,11 +129,12 @@ def install_rotary_leaf(module: nn.Module) -> None:
 
         def run(tensors: Sequence[Tensor], lengths: tuple[int, ...]) -> tuple[Tensor, ...]:
             like = torch.zeros(1, dtype=dtype, device=tensors[0].device)
-            parts = [call(like, ids, args, kwargs) for ids in tensors[0].split(list(lengths), dim=1)]
-            return parts[0] if len(parts) == 1 else tuple(torch.cat(p, dim=1) for p in zip(*parts, strict=True))
+            parts = [call(like, ids, args, kwargs) for ids in torch.split(tensors[0], list(lengths), dim=1)]
+            return (
+                parts[0] if len(parts) == 1 else tuple(torch.cat(p, dim=1) for p in zip(*parts, strict=True))
+            )
 
         leaf = Leaf("rotary", "rotary", run, fake, flops_per_token=0, weight_bytes=0)
         return tuple(emit(leaf, [position_ids]))
 
-    module.forward = forward  # type: ignore[method-assign]
-
+    module.forward = forward

@@ -1,4 +1,4 @@
-"""A *shadow* of a model: a structural copy that shares its weights, so that tracing never touches the original.
+"""A *shadow* of a model: a copy that shares its weights, so that tracing never touches the original.
 
 Parameters are shared by identity, buffers are cloned (models write into them while they run, and a trace
 would leave fake tensors behind), everything else is copied by :func:`copy.deepcopy`. No weight is copied.

@@ -41,7 +41,7 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
 
 
 def uncuttable(graph: fx.Graph) -> dict[str, str]:
-    """Nodes behind which no cut may stand -> the node that forbids it: an in-place node, or a pick of results.
+    """Nodes behind which no cut may stand -> the node that forbids it (in-place, or picks a result).
 
     Raises :class:`UnsupportedModelError` when a node writes into an input or a weight.
     """

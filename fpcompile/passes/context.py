@@ -70,7 +70,9 @@ def source(node: fx.Node) -> Source:
     module = paths[-1] if paths else ""
     module = re.sub(r"^L\['self'\]\.?", "", module)
     module = module.removeprefix("model").removeprefix(".")
-    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
+    frames = re.findall(
+        r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', node.meta.get("stack_trace") or ""
+    )
     models = [f for f in frames if "modeling_" in f[0]] or frames
     line = f"{models[-1][0].rsplit('/', 1)[-1]}:{models[-1][1]}: {models[-1][2].strip()}" if models else ""
     return Source(module, line)

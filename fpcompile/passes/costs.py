@@ -44,7 +44,7 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def visible_pairs(call: AttentionCall) -> sympy.Expr:
-    """(query, key) pairs that the mask lets through, for ``tokens`` queries that end a context of ``context``."""
+    """(query, key) pairs that the mask lets through, for ``tokens`` queries at the end of ``context``."""
     if call.mask.kind is MaskKind.BIDIRECTIONAL:
         return TOKENS * CONTEXT
     pairs = TOKENS * CONTEXT - TOKENS * (TOKENS - 1) / 2
@@ -101,5 +101,5 @@ def _is_input(node: fx.Node) -> bool:
 
 def size_hint(expr: sympy.Expr, tokens: int) -> float:
     """Value of a size expression at a design length, for comparisons."""
-    value = expr.subs({s: tokens for s in expr.free_symbols})
+    value = expr.subs(dict.fromkeys(expr.free_symbols, tokens))
     return math.inf if value.free_symbols else float(value)

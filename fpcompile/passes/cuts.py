@@ -22,12 +22,14 @@ DESIGN_TOKENS = 2048
 
 
 def live_after(graph: fx.Graph) -> list[list[fx.Node]]:
-    """For each body node, the tensor values that later nodes read (weights and lengths excluded), in order."""
+    """For each body node, the tensor values that later nodes read (no weights, no lengths)."""
     nodes = body(graph)
     inputs = [n for n in graph.nodes if n.op == "placeholder" and n.name in _RUN_INPUTS]
     position = {n: i for i, n in enumerate(nodes)}
     last = {
-        n: max((position.get(u, len(nodes)) for u in n.users), default=-1) for n in (*inputs, *nodes) if tensors_of(n)
+        n: max((position.get(u, len(nodes)) for u in n.users), default=-1)
+        for n in (*inputs, *nodes)
+        if tensors_of(n)
     }
     first = {n: position.get(n, -1) for n in last}
     return [[n for n in last if first[n] <= i < last[n]] for i in range(len(nodes))]

@@ -1,4 +1,4 @@
-"""Normalise: drop checks and no-ops, give the two lengths names of their own, forbid what later passes cannot see.
+"""Normalise: drop checks and no-ops, name the two lengths, forbid what later passes cannot see.
 
 After this pass every symbolic integer is computed from two nodes, ``tokens`` and ``rows``: they are
 placeholders, so that no integer has to be kept alive across a cut.
@@ -28,12 +28,19 @@ _CHECKS: frozenset[Any] = frozenset(
 )
 _NO_OPS: frozenset[Any] = frozenset({aten.detach.default, aten.detach_.default, aten.alias.default})
 _CASTS: frozenset[Any] = frozenset(
-    {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten._to_copy.default}
+    {
+        aten.to.dtype,
+        aten.to.device,
+        aten.to.dtype_layout,
+        aten.to.other,
+        aten.type_as.default,
+        aten._to_copy.default,
+    }
 )
 
 
 def _is_no_op(node: fx.Node) -> bool:
-    """Whether a node returns its first argument: a detach, a cast to the same type, dropout outside training."""
+    """Whether a node returns its first argument: detach, cast to the same type, idle dropout."""
     if node.target in _NO_OPS:
         return True
     if node.target is aten.dropout.default:

@@ -1,4 +1,4 @@
-"""Partition a graph with placed cuts into segments and parts, and generate one callable for each distinct part.
+"""Partition a graph into segments and parts, and generate one callable for each distinct part.
 
 Order is kept. A part is generated as a function of (values, weights, lengths) whose names do not depend on
 where in the model it stands, so the text of two identical layers is identical and they share one callable.
@@ -17,7 +17,17 @@ from torch import Tensor, fx, nn
 
 from fpcompile.ir import Cost, CutReason, Granularity, LiveSet, Part, PartKind, Plan, Route, Segment, Value
 from fpcompile.passes.aliases import storage_owners
-from fpcompile.passes.context import ATTENTION, LEAF, Context, body, describe, expression, source, symbols, tensors_of
+from fpcompile.passes.context import (
+    ATTENTION,
+    LEAF,
+    Context,
+    body,
+    describe,
+    expression,
+    source,
+    symbols,
+    tensors_of,
+)
 from fpcompile.passes.costs import Names, is_projection
 from fpcompile.passes.cuts import live_after
 
@@ -88,7 +98,9 @@ class Partitioner:
     def _part(self, nodes: list[fx.Node]) -> Part:
         inside = set(nodes)
         head = nodes[0]
-        outputs = [n for n in nodes if tensors_of(n) and any(u not in inside for u in n.users) and _is_value(n)]
+        outputs = [
+            n for n in nodes if tensors_of(n) and any(u not in inside for u in n.users) and _is_value(n)
+        ]
         cost = sum((self.ctx.costs[n.name] for n in nodes), Cost())
         values, weights, lengths = _external(nodes)
         heaviest = max(nodes, key=lambda n: _weight(self.ctx.costs[n.name].flops))
@@ -153,7 +165,7 @@ class Partitioner:
 
 
 def _weight(expr: sympy.Expr) -> float:
-    return float(expr.subs({s: 2048 for s in expr.free_symbols}))
+    return float(expr.subs(dict.fromkeys(expr.free_symbols, 2048)))
 
 
 def _bytes(value: Tensor, names: Names) -> sympy.Expr:
@@ -178,7 +190,9 @@ def _split_at_calls(nodes: list[fx.Node]) -> list[list[fx.Node]]:
         if node.target in (ATTENTION, LEAF):
             call = node
             groups.append([node])
-        elif call is not None and call in node.all_input_nodes and isinstance(call.meta["val"], (tuple, list)):
+        elif (
+            call is not None and call in node.all_input_nodes and isinstance(call.meta["val"], (tuple, list))
+        ):
             groups[-1].append(node)
         elif not groups or call is not None:
             call = None
@@ -247,4 +261,3 @@ def partition(graph: fx.Graph, ctx: Context, *, granularity: Granularity) -> Par
         segments=builder.segments(),
     )
     return Partitioned(plan, builder.functions)
-

@@ -1,4 +1,4 @@
-"""The proof that a graph is token-wise outside attention: each row of every value depends on its own row only.
+"""The proof that a graph is token-wise outside attention: each row depends on its own row only.
 
 Words: the *axis* of a value is the dimension that runs over tokens (or over the kept rows, behind the
 selection of ``logits_to_keep``), or None for a value that depends on no token. A rule per operator derives
@@ -121,7 +121,7 @@ def _dims(node: fx.Node, position: int, name: str, rank: int) -> set[int]:
 
 
 def _along(position: int, name: str) -> Rule:
-    """Rule of an operator that mixes along some dimensions and keeps the rank: those must not be the tokens."""
+    """Rule of an operator that mixes along some dimensions: those must not be the tokens."""
 
     def check(p: Proof, node: fx.Node) -> AxisOrNone:
         axis = p.axis(node.args[0])
@@ -162,7 +162,9 @@ def _reduction(position: int, name: str, keep: int) -> Rule:
 
     def check(p: Proof, node: fx.Node) -> AxisOrNone:
         axis = along(p, node)
-        if axis is None or bool(node.args[keep] if len(node.args) > keep else node.kwargs.get("keepdim", False)):
+        if axis is None or bool(
+            node.args[keep] if len(node.args) > keep else node.kwargs.get("keepdim", False)
+        ):
             return axis
         gone = _dims(node, position, name, len(p.shape(node.args[0])))
         return Axis(axis.dim - sum(d < axis.dim for d in gone), axis.over)
@@ -329,7 +331,8 @@ def _one_hot(p: Proof, node: fx.Node) -> AxisOrNone:
 
 @rule(aten.contiguous.default, aten.clone.default, aten.to.dtype, aten.to.device, aten.to.other,
       aten.type_as.default, aten._to_copy.default, aten.to.dtype_layout, aten.dropout.default,
-      aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default)  # fmt: skip
+      aten.zeros_like.default, aten.ones_like.default,
+      aten.full_like.default, aten.empty_like.default)  # fmt: skip
 def _same(p: Proof, node: fx.Node) -> AxisOrNone:
     return p.axis(node.args[0])
 
@@ -349,9 +352,8 @@ def _index(p: Proof, node: fx.Node) -> AxisOrNone:
         if len(used) == 1 and used[0][0] == 0:
             return p.axis(used[0][1])
         raise NotProvenError("indexing of a constant by more than one index")
-    if len(used) == 1 and used[0][0] == axis.dim and p.axis(used[0][1]) == Axis(0, ROWS):
-        if getattr(used[0][1], "name", "") == "logits_to_keep":
-            return Axis(axis.dim, ROWS)
+    if [(dim, getattr(i, "name", "")) for dim, i in used] == [(axis.dim, "logits_to_keep")]:
+        return Axis(axis.dim, ROWS)
     raise NotProvenError("tokens are indexed by something else than logits_to_keep")
 
 
@@ -376,7 +378,7 @@ def _leaf(p: Proof, node: fx.Node) -> AxisOrNone:
 
 
 def prove_tokenwise(graph: fx.Graph, ctx: Context) -> fx.Graph:
-    """Prove every node token-wise, or raise :class:`UnsupportedModelError` with the node, its line and the reason."""
+    """Prove every node token-wise, or raise :class:`UnsupportedModelError` with node, line, reason."""
     proof = Proof(graph)
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -387,7 +389,7 @@ def prove_tokenwise(graph: fx.Graph, ctx: Context) -> fx.Graph:
         except NotProvenError as refused:
             where = source(node)
             raise UnsupportedModelError(
-                f"{type(ctx.capture.model).__name__} is not proven token-wise, so its sequences cannot be packed",
+                f"{type(ctx.capture.model).__name__} is not proven token-wise: it cannot be packed",
                 reason=str(refused),
                 node=node.name,
                 module_path=where.module,

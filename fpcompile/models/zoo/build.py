@@ -25,7 +25,7 @@ from fpcompile.models.zoo import towers as _towers  # noqa: F401  (registers its
 from fpcompile.models.zoo.overrides import OVERRIDES, UNBUILDABLE
 from fpcompile.models.zoo.rope import rope_changes
 from fpcompile.models.zoo.shrink import END_PLAIN_ID, FIRST_PLAIN_ID, merged, shrunk_arguments
-from fpcompile.models.zoo.weights import reinitialise
+from fpcompile.models.zoo.weights import reinitialise, restore_precision
 
 __all__ = ["CAUSAL_ARCHS", "sample_ids", "tiny_config", "tiny_model"]
 
@@ -71,15 +71,18 @@ def tiny_model(
     """A tiny ``arch`` causal LM on CPU, in eval mode, with weights drawn from ``seed``.
 
     ``attn_implementation`` is passed on to transformers (None: its own choice).
+    With another ``dtype`` the weights are the fp32 ones rounded; buffers that transformers computes in fp32
+    (rotary frequencies) and modules that it keeps in fp32 are as ``from_pretrained(dtype=...)`` has them.
     Raises what :func:`tiny_config` raises.
     """
     config = tiny_config(arch, rope=rope, overrides=overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = _instantiate(arch, config, torch.float32, attn_implementation)
+        model = _instantiate(arch, config, torch.float32, attn_implementation)
         reinitialise(model, seed=seed)
         if dtype != torch.float32:
             rounded = _instantiate(arch, config, dtype, attn_implementation)
+            restore_precision(rounded, dtype)
             rounded.load_state_dict(model.state_dict())
             model = rounded
     model.train(False)

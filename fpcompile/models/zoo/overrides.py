@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 __all__ = ["MAIN_ARCHS", "OVERRIDES", "UNBUILDABLE"]
 
@@ -17,7 +18,7 @@ MAIN_ARCHS = (
 )
 """The architectures that the first release supports; the zoo's most used entries."""
 
-_Fields = dict[str, object]
+_Fields = dict[str, Any]
 
 _LINEAR, _FULL, _SLIDING = "linear_attention", "full_attention", "sliding_attention"
 _ROPE_LLAMA3: _Fields = {
@@ -35,7 +36,8 @@ _GRANITE: _Fields = {
     "attention_multiplier": 0.25,
     "residual_multiplier": 0.5,
     "embedding_multiplier": 2.0,
-} | {"logits_scaling": 0.5}
+    "logits_scaling": 0.5,
+}
 _LLAMA4: _Fields = {
     "interleave_moe_layer_step": 2,
     "intermediate_size_mlp": 96,
@@ -85,9 +87,9 @@ OVERRIDES: Mapping[str, Mapping[str, object]] = MappingProxyType(
         "bert": _DECODER,
         "bert-generation": _DECODER,
         "big_bird": {
-            **_DECODER,
-            "attention_type": "original_full",
-        },  # a decoder runs no block-sparse attention
+            "is_decoder": True,
+            "attention_type": "original_full",  # a decoder runs no block-sparse attention
+        },
         "blt": {
             "num_hidden_layers": 2,  # not a field: read by the cache that its own forward makes
             "encoder_hash_byte_group_vocab": 64,
@@ -196,8 +198,13 @@ OVERRIDES: Mapping[str, Mapping[str, object]] = MappingProxyType(
             "logits_mup_width_multiplier": 2.0,
             "mlp_layer_types": ["dense", "dense", "sparse", "sparse"],
         },
-        "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1}
-        | {"expert_layer_period": 2, "expert_layer_offset": 0},
+        "jamba": {
+            "num_hidden_layers": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 0,
+        },
         "laguna": {"layer_types": [_FULL, _SLIDING] * 2, "num_attention_heads_per_layer": [4, 4, 8, 8]},
         "lfm2": {"layer_types": ["conv", _FULL] * 2, "block_multiple_of": 32},
         "lfm2_moe": {"layer_types": ["conv", _FULL] * 2, "num_hidden_layers": 4},

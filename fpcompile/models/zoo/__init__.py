@@ -7,15 +7,20 @@ variants), small enough for a test and wide enough for a wrong mask, position or
 from __future__ import annotations
 
 from fpcompile.models.zoo.build import CAUSAL_ARCHS, sample_ids, tiny_config, tiny_model
+from fpcompile.models.zoo.facts import FACTS, STATES, ArchFacts, arch_facts
 from fpcompile.models.zoo.overrides import MAIN_ARCHS, UNBUILDABLE
 from fpcompile.models.zoo.rope import ROPE_THRESHOLD, ROPE_VARIANTS
 
 __all__ = [
     "CAUSAL_ARCHS",
+    "FACTS",
     "MAIN_ARCHS",
     "ROPE_THRESHOLD",
     "ROPE_VARIANTS",
+    "STATES",
     "UNBUILDABLE",
+    "ArchFacts",
+    "arch_facts",
     "sample_ids",
     "tiny_config",
     "tiny_model",

@@ -231,6 +231,7 @@ OVERRIDES: Mapping[str, Mapping[str, object]] = MappingProxyType(
         },
         "mixtral": {"head_dim": 16},
         "mllama": {"text_config": {"num_hidden_layers": 4, "cross_attention_layers": [1, 3]}},
+        "mpt": {"use_cache": True},
         "musicgen": {"decoder": {"num_codebooks": 1}},  # one code book: ids are a plain [batch, tokens]
         "musicgen_melody": {"decoder": {"num_codebooks": 1}},
         "nemotron": {"num_key_value_heads": 2},

@@ -104,6 +104,7 @@ class Scheduler:
         self._now = -inf
         self._armed = inf
         self._sequence = 0
+        self._warned = False  # about the policy's refused suggestions; all of them are in `refusals`
         self._out: list[Command] = []
         self._apply: dict[type[Any], Callable[[Any], None]] = {
             Arrival: self._on_arrival,
@@ -316,7 +317,9 @@ class Scheduler:
     def _refuse(self, request: str, why: str) -> None:
         """A policy suggested something illegal: name it, and go on without it."""
         self.refusals.append((self._now, self.policy.name, request, why))
-        logger.warning("policy %r %s: %r (refused)", self.policy.name, why, request)
+        level = logging.DEBUG if self._warned else logging.WARNING
+        self._warned = True
+        logger.log(level, "policy %r %s: %r (refused)", self.policy.name, why, request)
 
     # ---- decisions
 
@@ -331,6 +334,12 @@ class Scheduler:
             self._fill(now)
         elif self.policy.preemptive and self.flight[0].state is State.RUNNING:
             self._challenge(self.flight[0], now)
+        for name, reason in self.queue.rejects():
+            hopeless = self.queue.jobs.get(name)
+            if hopeless is None or hopeless.state is not State.WAITING:
+                self._refuse(name, "gave up a request that is not waiting")
+            else:
+                self._reject(hopeless, reason, now)
         while patience and patience[0][2].state is not State.WAITING:
             heappop(patience)
         wake = min(self._suspended.wake(), self.queue.wake(now))
@@ -401,9 +410,9 @@ class Scheduler:
         return self.memory.victims(challenger, worse) is not None
 
     def _launch(self, job: Job, now: float) -> None:
-        self.queue.remove(job)
         if self.policy.batching is not None and not job.started:
             self._pack(job, now)
+        self.queue.remove(job)
         self._board(job, now)
         self.flight, self._slices = [job], ()
         self._out.append(Launch(job.id, job.members, self.options.max_segments))
@@ -425,6 +434,7 @@ class Scheduler:
         mates, cost = batching.mates(job, self.queue.ordered(now), now, self.memory.free, predictor)
         for mate in mates:
             self.queue.remove(mate)
+            self.policy.joined(mate, job, now)
             mate.advance("join", now)
             mate.host = job
             mate.started = True

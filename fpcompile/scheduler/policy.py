@@ -84,6 +84,9 @@ class Policy:
     def arrived(self, view: RequestView, now: float) -> None:
         """A request has arrived; called before its first key."""
 
+    def joined(self, view: RequestView, lead: RequestView, now: float) -> None:
+        """A waiting request was packed into the run that ``lead`` is about to start."""
+
     def launched(self, view: RequestView, now: float) -> None:
         """A run is given to the device."""
 
@@ -115,6 +118,10 @@ class RankingPolicy(Policy, ABC):
 
         ``views`` holds every waiting and paused run, and the one on the device if there is one.
         """
+
+    def rejects(self) -> list[tuple[str, str]]:
+        """(request id, reason) of waiting requests that should not be served; asked after each ranking."""
+        return []
 
     def wake(self, now: float) -> float:
         """When to be asked again although nothing happens; inf for never."""

@@ -51,6 +51,10 @@ class Queue(ABC):
     def challenger(self, running: Job, now: float) -> Job | None:
         """The run that should have the device instead of ``running``, or None."""
 
+    def rejects(self) -> list[tuple[str, str]]:
+        """(request id, reason) of requests that the policy gives up."""
+        return []
+
     @abstractmethod
     def wake(self, now: float) -> float:
         """When the order may call for a decision although nothing happens; inf for never."""
@@ -161,6 +165,9 @@ class RankedQueue(Queue):
     def challenger(self, running: Job, now: float) -> Job | None:
         job = next(self._ranked(now, running), None)
         return None if job is running else job
+
+    def rejects(self) -> list[tuple[str, str]]:
+        return self._policy.rejects()
 
     def wake(self, now: float) -> float:
         return self._policy.wake(now)

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fpcompile.scheduler.policies import orders
+from fpcompile.scheduler.policies import hodgson, neighbours, orders
 
-__all__ = ["orders"]
+__all__ = ["hodgson", "neighbours", "orders"]

@@ -1,0 +1,314 @@
+"""The scheduler against a simulated device: same core and policies, a clock that jumps.
+
+The device executes one launch at a time on its timeline (:mod:`timeline`), stops at the stop points of the
+policy's grain, has a cache of ``kv_blocks``, and takes time to evict and restore. Replicas are independent
+cores behind a router; each sees only its own requests.
+
+Words
+    *blocking time*  from the Pause to the moment the device is free.
+    *outcome*        what became of a request; :class:`Outcome` is immutable and complete.
+
+Invariants
+    The same requests, policy and options give the same outcomes, on any machine. Every request ends: it is
+    completed or rejected. Device time is conserved: busy time = executed time of all runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from math import inf
+from time import perf_counter
+from typing import Any
+
+from fpcompile.errors import InternalError
+from fpcompile.scheduler.core import Scheduler
+from fpcompile.scheduler.costs import CostTable
+from fpcompile.scheduler.events import (
+    Arrival,
+    Command,
+    Completed,
+    Event,
+    Evict,
+    Launch,
+    Memory,
+    Pause,
+    Reject,
+    Request,
+    Restore,
+    SetTimer,
+    Timer,
+    Yielded,
+)
+from fpcompile.scheduler.policy import Policy, StepPolicy, make_policy
+from fpcompile.scheduler.predictor import CostPredictor
+from fpcompile.scheduler.timeline import Timeline, Timelines
+
+__all__ = ["Outcome", "SimulationResult", "Simulator", "simulate"]
+
+Log = Callable[[Event, tuple[Command, ...]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one request. ``ttft`` is None when it was rejected."""
+
+    request: Request
+    ttft: float | None
+    started: float | None
+    preemptions: int
+    reason: str = ""
+
+    @property
+    def met(self) -> bool:
+        """Whether the first token came by the deadline."""
+        ttft = self.ttft
+        return ttft is not None and self.request.arrival + ttft <= self.request.deadline + 1e-9
+
+
+@dataclass(slots=True)
+class SimulationResult:
+    """Outcomes in order of arrival, and what was seen on the device."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    blocking: list[float] = field(default_factory=list)
+    pauses: int = 0
+    launches: int = 0
+    evictions: int = 0
+    busy_s: float = 0.0
+    late_s: float = 0.0
+    """Device time given to requests that could no longer meet their deadline when it was given."""
+    end: float = 0.0
+    events: int = 0
+    scheduler_s: float = 0.0
+    peak_waiting: int = 0
+    peak_paused_tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Run:
+    """A run on the device, or paused: how far it is on its timeline."""
+
+    timeline: Timeline
+    requests: list[Request]
+    predicted: float
+    offset: float = 0.0
+    ready_at: float = 0.0
+    preemptions: int = 0
+
+
+class Simulator:
+    """One device under one core.
+
+    ``slowdown``: actual = predicted x slowdown(request), to study wrong predictions; None: exact.
+    ``evict_s`` and ``restore_s``: seconds per cache block moved. ``time_decisions`` measures ``handle`` by
+    the wall clock (the only use of a clock, and it changes no decision). ``log`` sees every event with its
+    commands.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | str,
+        table: CostTable,
+        *,
+        core: Scheduler | None = None,
+        slowdown: Callable[[Request], float] | None = None,
+        evict_s: float = 0.0,
+        restore_s: float = 0.0,
+        decode_s: float = 0.0,
+        time_decisions: bool = False,
+        log: Log | None = None,
+        **options: Any,
+    ) -> None:
+        chosen = make_policy(policy)
+        self.core = core or Scheduler(chosen, predictor=CostPredictor(table), **options)
+        self.table = table
+        self.result = SimulationResult()
+        self._timelines = Timelines(table, self.core.policy.grain)
+        self._steps = isinstance(self.core.policy, StepPolicy)
+        self._slowdown, self._decode_s = slowdown, decode_s
+        self._move_s = {Evict: evict_s, Restore: restore_s}
+        self._timed, self._log = time_decisions, log
+        self._requests: dict[str, Request] = {}
+        self._runs: dict[str, _Run] = {}
+        self._context: dict[str, int] = {}
+        self._first: dict[str, float] = {}
+        self._done: dict[str, Outcome] = {}
+        self._paused_tokens = 0
+        self._releases: list[tuple[float, int]] = []
+        self._running: _Run | None = None
+        self._name = ""
+        self._since = 0.0
+        self._end = inf
+        self._stops_at = 0.0  # offset at which the device will stop
+        self._asked = inf  # when the pause was asked for
+        self._slices: tuple[int, ...] = ()
+        self._members: tuple[str, ...] = ()
+        self._busy_until = 0.0  # transfers
+        self._timer = inf
+
+    def run(self, requests: Sequence[Request]) -> SimulationResult:
+        """Simulate until every request has ended. Requests must be sorted by arrival."""
+        self._requests = {request.id: request for request in requests}
+        arrivals = [*requests]
+        index, count = 0, len(arrivals)
+        while True:
+            at = arrivals[index].arrival if index < count else inf
+            release = self._releases[0][0] if self._releases else inf
+            now = min(at, self._end, self._timer, release)
+            if now == inf:
+                break
+            events: list[Event] = []
+            if self._end <= now:
+                events.append(self._land(now))
+            while self._releases and self._releases[0][0] <= now:
+                self._release(now, events)
+            while index < count and arrivals[index].arrival <= now:
+                events.append(Arrival(now, arrivals[index]))
+                index += 1
+            if self._timer <= now:
+                self._timer = inf
+                events.append(Timer(now))
+            self._give(events, now)
+        return self._finish(arrivals)
+
+    def _finish(self, arrivals: list[Request]) -> SimulationResult:
+        missing = [request.id for request in arrivals if request.id not in self._done]
+        if missing:
+            state = self.core.state(missing[0]).value
+            raise InternalError(f"{len(missing)} requests never ended", got=f"{missing[0]!r} is {state}")
+        self.result.outcomes = [self._done[request.id] for request in arrivals]
+        return self.result
+
+    def _give(self, events: list[Event], now: float) -> None:
+        """Hand events to the core and carry out its commands."""
+        result = self.result
+        started = perf_counter() if self._timed else 0.0
+        commands = self.core.handle_all(events)
+        if self._timed:
+            result.scheduler_s += perf_counter() - started
+        result.events += len(events)
+        result.end = now
+        waiting = self.core.waiting
+        if waiting > result.peak_waiting:
+            result.peak_waiting = waiting
+        if self._log is not None:
+            for event in events[:-1]:
+                self._log(event, ())
+            self._log(events[-1], commands)
+        for command in commands:
+            self._carry_out(command, now)
+
+    def _carry_out(self, command: Command, now: float) -> None:
+        if isinstance(command, Launch):
+            self._launch(command, now)
+        elif isinstance(command, Pause):
+            self._pause(now)
+        elif isinstance(command, SetTimer):
+            self._timer = command.time
+        elif isinstance(command, Reject):
+            request = self._requests[command.request]
+            self._done[request.id] = Outcome(request, None, None, 0, command.reason)
+        else:
+            blocks = sum(r.kv_blocks for r in self._runs[command.run].requests)
+            self.result.evictions += isinstance(command, Evict)
+            self._busy_until = max(self._busy_until, now) + self._move_s[type(command)] * blocks
+
+    # ---- the device
+
+    def _launch(self, command: Launch, now: float) -> None:
+        begin = max(now, self._busy_until)
+        self.result.launches += 1
+        self._name, self._since, self._asked = command.run, begin, inf
+        self._members, self._slices = command.requests, command.tokens or ()
+        for name in command.requests:
+            self._first.setdefault(name, begin)
+        if command.tokens is not None:
+            slices = [
+                (n, self._context.get(r, 0)) for r, n in zip(command.requests, command.tokens, strict=True)
+            ]
+            factor = self._factor(self._requests[command.run])
+            self._end = begin + factor * self.table.pack_seconds(slices)
+            return
+        run = self._runs.get(command.run)
+        if run is None:
+            members = [self._requests[name] for name in command.requests]
+            timeline = self._timelines.of([request.tokens for request in members])
+            run = self._runs[command.run] = _Run(timeline, members, timeline.length)
+        else:
+            self._paused_tokens -= sum(request.tokens for request in run.requests)
+        self._running = run
+        self._stops_at = run.timeline.length
+        self._end = begin + self._factor(run.requests[0]) * (self._stops_at - run.offset)
+        if self.core.jobs[command.run].deadline < self._end:
+            self.result.late_s += self._end - begin
+
+    def _factor(self, request: Request) -> float:
+        return 1.0 if self._slowdown is None else self._slowdown(request)
+
+    def _pause(self, now: float) -> None:
+        run = self._running
+        assert run is not None
+        self.result.pauses += 1
+        self._asked = now
+        factor = self._factor(run.requests[0])
+        reached = run.offset + max(now - self._since, 0.0) / factor
+        stop = run.timeline.next_stop(reached)
+        if self.core.jobs[self._name].deadline < self._end:
+            self.result.late_s -= factor * (self._stops_at - stop)
+        self._stops_at = stop
+        self._end = max(now, self._since + factor * (stop - run.offset))
+
+    def _land(self, now: float) -> Event:
+        """The device has stopped: what it reports."""
+        self.result.busy_s += now - self._since
+        self._end = inf
+        if self._asked < inf:
+            self.result.blocking.append(now - self._asked)
+        if self._slices:
+            return self._land_step(now)
+        run = self._running
+        assert run is not None
+        self._running = None
+        if self._stops_at >= run.timeline.length - 1e-12:
+            del self._runs[self._name]
+            for request in run.requests:
+                self._served(request, now, run.preemptions)
+            return Completed(now, self._name)
+        run.offset = self._stops_at
+        run.preemptions += 1
+        self._paused_tokens += sum(request.tokens for request in run.requests)
+        self.result.peak_paused_tokens = max(self.result.peak_paused_tokens, self._paused_tokens)
+        return Yielded(now, self._name, run.timeline.length - run.offset)
+
+    def _land_step(self, now: float) -> Event:
+        unfinished = False
+        for name, tokens in zip(self._members, self._slices, strict=True):
+            request = self._requests[name]
+            done = self._context[name] = self._context.get(name, 0) + tokens
+            if done >= request.tokens:
+                self._served(request, now, 0)
+            else:
+                unfinished = True
+        return Yielded(now, self._name) if unfinished else Completed(now, self._name)
+
+    def _served(self, request: Request, now: float, preemptions: int) -> None:
+        self._done[request.id] = Outcome(request, now - request.arrival, self._first[request.id], preemptions)
+        if request.decode_tokens and request.kv_blocks and self.core.memory.limited:
+            heappush(self._releases, (now + request.decode_tokens * self._decode_s, request.kv_blocks))
+
+    def _release(self, now: float, events: list[Event]) -> None:
+        """A request has been decoded to its end: its blocks are free."""
+        _, blocks = heappop(self._releases)
+        before = (
+            events[-1].free_blocks if events and isinstance(events[-1], Memory) else self.core.memory.free
+        )
+        events.append(Memory(now, int(before) + blocks))
+
+
+def simulate(
+    policy: Policy | str, requests: Sequence[Request], table: CostTable, **options: Any
+) -> SimulationResult:
+    """One device, from empty to empty; ``options`` are those of :class:`Simulator` and of the scheduler."""
+    return Simulator(policy, table, **options).run(requests)

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fpcompile.errors import InvalidInputError, UnknownNameError
+from fpcompile.executor.packed import PackedProgram
 from fpcompile.executor.program import Program
 from fpcompile.executor.verify import self_check
 from fpcompile.ir import Granularity
@@ -37,7 +38,7 @@ def segment(
     if backend not in BACKENDS:
         raise UnknownNameError("backend", backend, known=BACKENDS)
     captured = capture(model)
-    program = Program(compile_packed(captured, Granularity(granularity)), captured)
+    program = PackedProgram(compile_packed(captured, Granularity(granularity)), captured)
     if verify:
         self_check(program, model)
     return program

@@ -84,7 +84,7 @@ def calibrate(program: Program, *, lengths: tuple[int, ...] = LENGTHS, seconds: 
     Random token ids are used; the device should be otherwise idle.
     """
     measured: dict[Key, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    limit = _longest(program)
+    limit = program.max_tokens or max(lengths)
     begun = time.perf_counter()
     spent = 0.0
     for length in sorted({min(n, limit) for n in lengths}):
@@ -106,12 +106,6 @@ def calibrate(program: Program, *, lengths: tuple[int, ...] = LENGTHS, seconds: 
             k: tuple((n, float(np.median(t))) for n, t in sorted(v.items())) for k, v in measured.items()
         },
     )
-
-
-def _longest(program: Program) -> int:
-    from fpcompile.executor.program import position_limit
-
-    return position_limit(program.config) or max(LENGTHS)
 
 
 def _random_ids(program: Program, length: int) -> torch.Tensor:

@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fpcompile.errors import CheckpointError
-from fpcompile.executor.inputs import Group, Layout
 from fpcompile.executor.kv import LayerKV
 
 if TYPE_CHECKING:
@@ -51,11 +50,7 @@ class Checkpoint:
     weights: str
     torch_version: str
     cursor: int
-    groups: tuple[Group, ...]
-    columns: int
-    rows: int
-    kept: int
-    use_cache: bool
+    call: dict[str, Any]
     values: dict[str, Placement]
     kv: tuple[dict[int, tuple[Placement, Placement, int]], ...]
     extra: dict[str, Placement]
@@ -152,23 +147,18 @@ def take(run: Run) -> Checkpoint:
     """Snapshot of a run between two steps."""
     packer = _Packer()
     program = run.program
-    extra = {"scatter": run.scatter, "padding": run.padding}
     return Checkpoint(
         program=program.fingerprint,
         weights=program.weights_fingerprint,
         torch_version=torch.__version__,
         cursor=run.cursor,
-        groups=run.layout.groups,
-        columns=run.layout.columns,
-        rows=run.rows,
-        kept=run.kept,
-        use_cache=run.use_cache,
+        call=run.call.describe(),
         values={name: packer.place(v) for name, v in run.values.items()},
         kv=tuple(
             {i: (packer.place(kv.keys), packer.place(kv.values), kv.start) for i, kv in group.items()}
             for group in run.kv
         ),
-        extra={name: packer.place(t) for name, t in extra.items() if t is not None},
+        extra={name: packer.place(t) for name, t in run.call.tensors().items()},
         storages=tuple(packer.storages),
     )
 
@@ -206,17 +196,12 @@ def restore(program: Program, checkpoint: Checkpoint) -> Run:
 
     return Run(
         program,
-        layout=Layout(checkpoint.groups, checkpoint.columns),
-        values={name: view(checkpoint.values[name]) for name in live},
-        kv=[
+        program.restore_call(checkpoint.call, {name: view(p) for name, p in checkpoint.extra.items()}),
+        {name: view(checkpoint.values[name]) for name in live},
+        [
             {i: LayerKV(view(k), view(v), start) for i, (k, v, start) in group.items()}
             for group in checkpoint.kv
         ],
-        rows=checkpoint.rows,
-        kept=checkpoint.kept,
-        scatter=view(checkpoint.extra["scatter"]) if "scatter" in checkpoint.extra else None,
-        padding=view(checkpoint.extra["padding"]) if "padding" in checkpoint.extra else None,
-        use_cache=checkpoint.use_cache,
         cursor=checkpoint.cursor,
     )
 
@@ -225,7 +210,6 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
     plain = {
         f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint) if f.name != "storages"
     }
-    plain["groups"] = [dataclasses.astuple(g) for g in checkpoint.groups]
     for name in ("values", "extra"):
         plain[name] = {k: dataclasses.astuple(p) for k, p in plain[name].items()}
     plain["kv"] = [
@@ -243,7 +227,6 @@ def _rebuild(plain: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
         storage, offset, sizes, strides, dtype = fields
         return Placement(storage, offset, tuple(sizes), tuple(strides), dtype)
 
-    plain["groups"] = tuple(Group(*g) for g in plain["groups"])
     for name in ("values", "extra"):
         plain[name] = {k: placement(p) for k, p in plain[name].items()}
     plain["kv"] = tuple(

@@ -1,71 +1,68 @@
 """A program: a compiled model. Immutable but for its cost model; any number of runs execute it.
 
 :class:`Program` is a drop-in callable for the model it was made from (same arguments, same output type) and
-starts :class:`Run` objects that can stop between any two segments.
+starts :class:`Run` objects that can stop between any two segments. What arguments mean and how a result is
+made is the route's: see :mod:`fpcompile.executor.packed`.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fpcompile.errors import InvalidInputError
-from fpcompile.executor import inputs as checks
 from fpcompile.executor.calibrate import CostModel, calibrate
 from fpcompile.executor.explain import explain
-from fpcompile.executor.kv import read_cache
 from fpcompile.executor.run import Run
-from fpcompile.ir import Part, PartKind, Plan, Segment
-from fpcompile.models.attention import AttentionCall
-from fpcompile.models.capture import Capture
-from fpcompile.models.leaves import Leaf
-from fpcompile.passes.partition import Function, Partitioned
+from fpcompile.ir import Part, Plan, Segment
 
 if TYPE_CHECKING:
+    from fpcompile.executor.call import Call
     from fpcompile.executor.checkpoint import Checkpoint
 
-_NOT_SUPPORTED = (
-    "labels",
-    "inputs_embeds",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-)
+Executable = Callable[[Run, Sequence[Tensor]], Sequence[Tensor]]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """A part bound to its callable and weights; ``frees`` are the values that nothing reads after it."""
+    """A part bound to what executes it; ``frees`` are the values that nothing reads after it.
+
+    ``function`` takes the run and the part's input values and returns the values of its outputs;
+    ``names`` are the local names of its nodes, which locate an error.
+    """
 
     part: Part
-    function: Callable[..., tuple[Tensor, ...]]
+    function: Executable
     names: tuple[str, ...]
-    weights: tuple[Tensor, ...]
     frees: tuple[str, ...]
 
 
-class Program:
+class Program(abc.ABC):
     """A model compiled into preemptible segments. Made by :func:`fpcompile.segment`."""
 
-    def __init__(self, partitioned: Partitioned, captured: Capture) -> None:
-        self.plan: Plan = partitioned.plan
-        self.functions: Mapping[str, Function] = partitioned.functions
-        self.attention: tuple[AttentionCall, ...] = captured.attention
-        self.leaves: tuple[Leaf, ...] = captured.leaves
-        self.weights: dict[str, Tensor] = dict(captured.weights.values())
-        self.config = captured.model.config
-        self.output_type = captured.output_type
-        self.device = next(captured.model.parameters()).device
-        self.dtype = captured.model.dtype
-        self.vocabulary = captured.vocabulary
-        self.steps = tuple(_bind(s, partitioned, self.weights) for s in self.plan.segments)
-        self.first_live = _read_first(self.plan)
+    def __init__(
+        self,
+        plan: Plan,
+        steps: tuple[tuple[Step, ...], ...],
+        weights: dict[str, Tensor],
+        *,
+        config: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.plan = plan
+        self.steps = steps
+        self.weights = weights
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+        self.first_live = _read_first(plan)
         self._costs: CostModel | None = None
 
     @property
@@ -86,43 +83,26 @@ class Program:
         """The plan as a table: each segment's work and live bytes, as formulas and at ``tokens`` tokens."""
         return explain(self.plan, tokens)
 
-    def start(
-        self,
-        input_ids: Any,
-        *,
-        attention_mask: Any = None,
-        past_key_values: Any = None,
-        logits_to_keep: Any = 0,
-        use_cache: bool | None = None,
-        **unsupported: Any,
-    ) -> Run:
-        """A run over ``input_ids [batch, length]``; everything is checked, nothing is executed.
-
-        ``attention_mask [batch, length]`` may hide padding on the left or right; padded batches are packed,
-        so hidden positions cost nothing and their logits are zero. ``past_key_values`` is a transformers
-        ``DynamicCache`` to continue from; it is not changed. ``logits_to_keep`` is transformers' own: 0 for
-        all positions, n for the last n, or a vector of indices.
+    @abc.abstractmethod
+    def start(self, input_ids: Any, **kwargs: Any) -> Run:
+        """A run over the model's own arguments; everything is checked, nothing is executed.
 
         Raises :class:`InvalidInputError`.
         """
-        for name, value in unsupported.items():
-            if value is not None and value is not False:
-                known = f"{name} is not supported" if name in _NOT_SUPPORTED else f"{name} is not an argument"
-                raise InvalidInputError(
-                    known,
-                    expected="input_ids, attention_mask, past_key_values, logits_to_keep, use_cache",
-                    got=f"{name}={type(value).__name__}",
-                )
-        ids = checks.check_ids(input_ids, self.vocabulary, self.device)
-        past, layers = read_cache(past_key_values, int(ids.shape[0]))
-        mask = checks.check_mask(attention_mask, ids, past)
-        checks.check_length(past + int(ids.shape[1]), position_limit(self.config))
-        packed = checks.pack(ids, mask, past=past, rows=checks.check_rows(logits_to_keep, int(ids.shape[1])))
-        kv = [dict(layers) for _ in packed.layout.groups]
-        return Run.begin(self, packed, kv, use_cache=self._uses_cache(use_cache))
 
-    def _uses_cache(self, asked: bool | None) -> bool:
-        return bool(getattr(self.config, "use_cache", True)) if asked is None else asked
+    @abc.abstractmethod
+    def restore_call(self, description: dict[str, Any], tensors: dict[str, Tensor]) -> Call:
+        """Read back what :meth:`Call.describe` and :meth:`Call.tensors` gave."""
+
+    @property
+    @abc.abstractmethod
+    def vocabulary(self) -> int:
+        """Number of token ids that the model knows."""
+
+    @property
+    @abc.abstractmethod
+    def max_tokens(self) -> int | None:
+        """Longest sequence that the model has positions for, None when unlimited."""
 
     def __call__(self, input_ids: Any, **kwargs: Any) -> Any:
         """Run to the end without a pause; arguments and result as the model's own forward."""
@@ -175,16 +155,6 @@ class Program:
         return self.costs.remaining(tokens=tokens, rows=rows, context=context, start=start)
 
 
-def position_limit(config: Any) -> int | None:
-    """How many positions the model has, or None when its rotary embedding grows with the sequence."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope, *rope.values()] if isinstance(rope, dict) else []
-    if any(isinstance(k, dict) and "dynamic" in str(k.get("rope_type")) for k in kinds):
-        return None
-    limit = getattr(config, "max_position_embeddings", None)
-    return int(limit) if limit else None
-
-
 def digest_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
     """Sampled digest of named tensors."""
     digest = hashlib.sha256()
@@ -197,22 +167,14 @@ def digest_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def _bind(segment: Segment, partitioned: Partitioned, weights: Mapping[str, Tensor]) -> tuple[Step, ...]:
+def frees(segment: Segment) -> tuple[tuple[str, ...], ...]:
+    """For each part of a segment, the inputs that nothing reads after it."""
     needed = set(segment.live.names)
-    steps: list[Step] = []
+    found: list[tuple[str, ...]] = []
     for part in reversed(segment.parts):
-        held = dict.fromkeys(part.inputs)
-        frees = tuple(name for name in held if name not in needed)
+        found.append(tuple(name for name in dict.fromkeys(part.inputs) if name not in needed))
         needed = (needed - set(part.outputs)) | set(part.inputs)
-        function = partitioned.functions.get(part.function)
-        call = function.call if function and part.kind is PartKind.GRAPH else _never
-        names = function.names if function else ()
-        steps.append(Step(part, call, names, tuple(weights[p] for p in part.params), frees))
-    return tuple(reversed(steps))
-
-
-def _never(*_: Tensor) -> tuple[Tensor, ...]:
-    raise NotImplementedError("attention calls and leaves have no generated function")
+    return tuple(reversed(found))
 
 
 def _read_first(plan: Plan) -> tuple[str, ...]:

@@ -1,0 +1,65 @@
+"""Attention of a packed run: each sequence over its own context, with explicit keys, values and boundaries.
+
+Shapes: the packed row gives q ``[1, Hq, tokens, D]``, k and v ``[1, Hkv, tokens, D]``; sequences of equal
+length are attended as one batch, as the unmodified model would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+
+from fpcompile.executor.inputs import Group, Layout
+from fpcompile.executor.kv import LayerKV
+from fpcompile.executor.run import Run
+from fpcompile.models.attention import AttentionCall
+
+
+def attend(run: Run, layout: Layout, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Write k and v behind the run's cache and attend; returns ``[1, tokens, Hq, Dv]``."""
+    write(run, layout, call, k, v)
+    outputs: list[Tensor] = []
+    for group, layers in zip(layout.groups, run.kv, strict=True):
+        kv = layers[call.layer]
+        queries = unpack(q, group)
+        out = call.attend(queries, kv.keys, kv.values, mask_of(run, call, group, kv, queries))
+        outputs.append(out.reshape(1, group.batch * group.length, *out.shape[2:]))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def write(run: Run, layout: Layout, call: AttentionCall, k: Tensor, v: Tensor) -> None:
+    """Put the new keys and values of one layer behind the cached ones."""
+    for group, layers in zip(layout.groups, run.kv, strict=True):
+        keys, values = unpack(k, group), unpack(v, group)
+        past = layers.get(call.layer)
+        layers[call.layer] = (
+            past.append(keys, values) if past else LayerKV(keys.contiguous(), values.contiguous())
+        )
+
+
+def mask_of(run: Run, call: AttentionCall, group: Group, kv: LayerKV, like: Tensor) -> Tensor | None:
+    """The mask of one group, built once and kept until the run is suspended."""
+    key: Hashable = (call.mask, call.implementation, kv.start, group)
+    if key not in run.masks:
+        run.masks[key] = call.mask.build(
+            call.implementation,
+            queries=group.length,
+            q_offset=group.past,
+            keys=int(kv.keys.shape[2]),
+            k_offset=kv.start,
+            like=like,
+            config=run.program.config,
+        )
+    return run.masks[key]
+
+
+def unpack(packed: Tensor, group: Group) -> Tensor:
+    """A group's part of ``[1, H, tokens, D]`` as ``[batch, H, length, D]``, without a copy."""
+    whole = packed.shape[2] == group.stop - group.start
+    part = packed if whole else packed[:, :, group.start : group.stop]
+    if group.batch == 1:
+        return part
+    heads, _, dim = part[0].shape
+    return part[0].view(heads, group.batch, group.length, dim).transpose(0, 1)

@@ -1,0 +1,235 @@
+"""Programs of the packed route: sequences in one row of tokens, attention called by the executor."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+from torch import Tensor
+
+from fpcompile.errors import InvalidInputError
+from fpcompile.executor import inputs as checks
+from fpcompile.executor.attend import attend
+from fpcompile.executor.call import Call
+from fpcompile.executor.inputs import Group, Layout
+from fpcompile.executor.kv import pad_layers, read_cache, write_cache
+from fpcompile.executor.program import Executable, Program, Step, frees
+from fpcompile.executor.run import Run
+from fpcompile.ir import Part, PartKind, Segment
+from fpcompile.models.capture import Capture
+from fpcompile.passes.partition import Partitioned
+
+_ARGUMENTS = "input_ids, attention_mask, past_key_values, logits_to_keep, use_cache"
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class PackedCall(Call):
+    """``kept`` columns of logits; ``scatter [rows]`` maps kept rows to their places (None: identity).
+
+    ``padding [batch, columns]`` is the caller's mask, None when nothing is hidden.
+    """
+
+    program: PackedProgram
+    layout: Layout
+    rows: int
+    kept: int
+    use_cache: bool
+    scatter: Tensor | None = None
+    padding: Tensor | None = None
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Tokens in the packed row, rows of logits."""
+        return {"tokens": self.layout.tokens, "rows": self.rows}
+
+    @property
+    def context(self) -> int:
+        """Longest context of any sequence."""
+        return self.layout.context
+
+    def result(self, run: Run) -> Any:
+        """``.logits [batch, kept, vocabulary]`` (zero where hidden) and ``.past_key_values``."""
+        packed = run.values[self.program.plan.output]
+        if self.scatter is None:
+            logits = packed.view(self.layout.batch, self.kept, packed.shape[-1])
+        else:
+            flat = packed.new_zeros(self.layout.batch * self.kept, packed.shape[-1])
+            flat[self.scatter] = packed[0]
+            logits = flat.view(self.layout.batch, self.kept, packed.shape[-1])
+        cache = None
+        if self.use_cache:
+            layers = run.kv[0] if self.padding is None else pad_layers(run.kv, self.padding)
+            cache = write_cache(self.program.config, layers)
+        return self.program.output_type(logits=logits, past_key_values=cache)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The index tensors of a padded batch."""
+        found = {"scatter": self.scatter, "padding": self.padding}
+        return {name: t for name, t in found.items() if t is not None}
+
+    def describe(self) -> dict[str, Any]:
+        """Layout and flags."""
+        return {
+            "groups": [dataclasses.astuple(g) for g in self.layout.groups],
+            "columns": self.layout.columns,
+            "rows": self.rows,
+            "kept": self.kept,
+            "use_cache": self.use_cache,
+        }
+
+
+@final
+class PackedProgram(Program):
+    """A decoder LM in which everything outside attention is token-wise."""
+
+    def __init__(self, partitioned: Partitioned, captured: Capture) -> None:
+        weights = dict(captured.weights.values())
+        self.output_type = captured.output_type
+        self._vocabulary = captured.vocabulary
+        super().__init__(
+            partitioned.plan,
+            tuple(_bind(s, partitioned, captured, weights) for s in partitioned.plan.segments),
+            weights,
+            config=captured.model.config,
+            device=next(captured.model.parameters()).device,
+            dtype=captured.model.dtype,
+        )
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of rows of the embedding table."""
+        return self._vocabulary
+
+    @property
+    def max_tokens(self) -> int | None:
+        """``max_position_embeddings``, or None when the rotary embedding grows with the sequence."""
+        return position_limit(self.config)
+
+    def start(
+        self,
+        input_ids: Any,
+        *,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        logits_to_keep: Any = 0,
+        use_cache: bool | None = None,
+        **unsupported: Any,
+    ) -> Run:
+        """A run over ``input_ids [batch, length]``; everything is checked, nothing is executed.
+
+        ``attention_mask [batch, length]`` may hide padding on the left or right; padded batches are packed,
+        so hidden positions cost nothing and their logits are zero. ``past_key_values`` is a transformers
+        ``DynamicCache`` to continue from; it is not changed. ``logits_to_keep`` is transformers' own: 0 for
+        all positions, n for the last n, or a vector of indices.
+
+        Raises :class:`InvalidInputError`.
+        """
+        for name, value in unsupported.items():
+            if value is not None and value is not False:
+                raise InvalidInputError(
+                    f"{name} is not an argument of a packed program",
+                    expected=_ARGUMENTS,
+                    got=f"{name}={type(value).__name__}",
+                )
+        ids = checks.check_ids(input_ids, self.vocabulary, self.device)
+        past, layers = read_cache(past_key_values, int(ids.shape[0]))
+        mask = checks.check_mask(attention_mask, ids, past)
+        checks.check_length(past + int(ids.shape[1]), self.max_tokens)
+        packed = checks.pack(ids, mask, past=past, rows=checks.check_rows(logits_to_keep, int(ids.shape[1])))
+        call = PackedCall(
+            self,
+            packed.layout,
+            rows=int(packed.keep.shape[0]),
+            kept=packed.kept,
+            use_cache=bool(getattr(self.config, "use_cache", True)) if use_cache is None else use_cache,
+            scatter=packed.scatter,
+            padding=packed.padding,
+        )
+        values = {
+            "input_ids": packed.token_ids,
+            "position_ids": packed.position_ids,
+            "logits_to_keep": packed.keep,
+        }
+        return Run(
+            self,
+            call,
+            {name: values[name] for name in self.first_live},
+            [dict(layers) for _ in packed.layout.groups],
+        )
+
+    def restore_call(self, description: dict[str, Any], tensors: dict[str, Tensor]) -> PackedCall:
+        """Read back a call of a checkpoint."""
+        groups = tuple(Group(*g) for g in description["groups"])
+        return PackedCall(
+            self,
+            Layout(groups, description["columns"]),
+            rows=description["rows"],
+            kept=description["kept"],
+            use_cache=description["use_cache"],
+            scatter=tensors.get("scatter"),
+            padding=tensors.get("padding"),
+        )
+
+
+def position_limit(config: Any) -> int | None:
+    """How many positions the model has, or None when its rotary embedding grows with the sequence."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *rope.values()] if isinstance(rope, dict) else []
+    if any(isinstance(k, dict) and "dynamic" in str(k.get("rope_type")) for k in kinds):
+        return None
+    limit = getattr(config, "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def _bind(
+    segment: Segment, partitioned: Partitioned, captured: Capture, weights: dict[str, Tensor]
+) -> tuple[Step, ...]:
+    steps: list[Step] = []
+    for part, freed in zip(segment.parts, frees(segment), strict=True):
+        names: tuple[str, ...] = ()
+        if part.kind is PartKind.GRAPH:
+            function = partitioned.functions[part.function]
+            names, execute = function.names, graph_step(part, function.call, weights)
+        elif part.kind is PartKind.ATTENTION:
+            execute = _attention_step(captured, part)
+        else:
+            execute = _leaf_step(captured, part)
+        steps.append(Step(part, execute, names, freed))
+    return tuple(steps)
+
+
+def graph_step(part: Part, call: Callable[..., Sequence[Tensor]], weights: dict[str, Tensor]) -> Executable:
+    """Execute generated code with the part's weights and the run's lengths."""
+    bound = tuple(weights[p] for p in part.params)
+    lengths = part.lengths
+
+    def execute(run: Run, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
+        if lengths:
+            given = run.call.lengths
+            return call(*arguments, *bound, *(given[n] for n in lengths))
+        return call(*arguments, *bound)
+
+    return execute
+
+
+def _attention_step(captured: Capture, part: Part) -> Executable:
+    call = captured.attention[part.call]
+
+    def execute(run: Run, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
+        assert isinstance(run.call, PackedCall)
+        q, k, v = arguments
+        return (attend(run, run.call.layout, call, q, k, v),)
+
+    return execute
+
+
+def _leaf_step(captured: Capture, part: Part) -> Executable:
+    leaf = captured.leaves[part.call]
+
+    def execute(run: Run, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
+        assert isinstance(run.call, PackedCall)
+        return leaf.run(arguments, run.call.layout.lengths)
+
+    return execute

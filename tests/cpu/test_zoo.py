@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from fpcompile.errors import UnknownNameError, UnsupportedModelError
 from fpcompile.models.zoo import (
+    ANY_NAMES,
     CAUSAL_ARCHS,
     FACTS,
     MAIN_ARCHS,
@@ -18,10 +19,13 @@ from fpcompile.models.zoo import (
     ROPE_VARIANTS,
     UNBUILDABLE,
     arch_facts,
+    dynamic_dims,
     sample_ids,
+    tiny_any,
     tiny_config,
     tiny_model,
 )
+from fpcompile.models.zoo.beyond_cases import CASES
 
 RUNNABLE = tuple(arch for arch in CAUSAL_ARCHS if arch not in UNBUILDABLE)
 
@@ -250,3 +254,62 @@ def test_every_layer_type_appears_twice(arch: str) -> None:
     for name in ("layer_types", "mlp_layer_types"):
         kinds = getattr(config, name, None)
         assert kinds is None or min(Counter(kinds).values()) >= 2
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """Every tensor of a model output, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [found for item in value for found in tensors(item)]
+    return [found for item in value.values() for found in tensors(item)] if hasattr(value, "items") else []
+
+
+def outputs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return tensors(model(**inputs))
+
+
+def check_any(name: str) -> None:
+    case = tiny_any(name)
+    assert not case.model.training
+    assert sum(p.numel() for p in case.model.parameters()) < MAX_PARAMETERS
+    assert case.small.keys() == case.large.keys()
+    assert any(dynamic_dims(case).values())
+    for input_name, dims in dynamic_dims(case).items():
+        small, large = case.small[input_name], case.large[input_name]
+        assert small.dtype == large.dtype
+        assert all(min(small.shape[dim], large.shape[dim]) >= 2 for dim in dims)
+    for inputs in (case.small, case.large):
+        first, again = outputs(case.model, inputs), outputs(case.model, inputs)
+        assert first
+        assert all(value.isfinite().all() for value in first if value.is_floating_point())
+        equal = all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+        assert equal == CASES[name].repeatable
+        for input_name, value in inputs.items():
+            if value.is_floating_point():
+                other = inputs | {input_name: value + 0.5 * value.flip(-1)}
+            elif input_name.endswith("input_ids"):
+                other = inputs | {input_name: changed(value, 1)}
+            else:
+                continue
+            pairs = zip(outputs(case.model, other), first, strict=True)
+            assert any((one - two).abs().max() > 1e-4 for one, two in pairs), (
+                f"{input_name} reaches no output"
+            )
+
+
+@pytest.mark.parametrize("name", ANY_NAMES)
+def test_class_beyond_causal_models_runs_at_two_sizes(name: str) -> None:
+    check_any(name)
+
+
+def test_unknown_class_lists_known_ones() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'BertModel'"):
+        tiny_any("BertModle")
+
+
+def test_classes_beyond_causal_models_come_in_reduced_precision() -> None:
+    case = tiny_any("ViTModel", dtype=torch.bfloat16)
+    assert case.small["pixel_values"].dtype == torch.bfloat16
+    assert outputs(case.model, case.small)[0].dtype == torch.bfloat16

@@ -6,12 +6,14 @@ variants), small enough for a test and wide enough for a wrong mask, position or
 
 from __future__ import annotations
 
+from fpcompile.models.zoo.beyond import ANY_NAMES, TinyCase, dynamic_dims, tiny_any
 from fpcompile.models.zoo.build import CAUSAL_ARCHS, sample_ids, tiny_config, tiny_model
 from fpcompile.models.zoo.facts import FACTS, STATES, ArchFacts, arch_facts
 from fpcompile.models.zoo.overrides import MAIN_ARCHS, UNBUILDABLE
 from fpcompile.models.zoo.rope import ROPE_THRESHOLD, ROPE_VARIANTS
 
 __all__ = [
+    "ANY_NAMES",
     "CAUSAL_ARCHS",
     "FACTS",
     "MAIN_ARCHS",
@@ -20,8 +22,11 @@ __all__ = [
     "STATES",
     "UNBUILDABLE",
     "ArchFacts",
+    "TinyCase",
     "arch_facts",
+    "dynamic_dims",
     "sample_ids",
+    "tiny_any",
     "tiny_config",
     "tiny_model",
 ]

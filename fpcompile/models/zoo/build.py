@@ -25,7 +25,7 @@ from fpcompile.models.zoo import towers as _towers  # noqa: F401  (registers its
 from fpcompile.models.zoo.overrides import OVERRIDES, UNBUILDABLE
 from fpcompile.models.zoo.rope import rope_changes
 from fpcompile.models.zoo.shrink import END_PLAIN_ID, FIRST_PLAIN_ID, merged, shrunk_arguments
-from fpcompile.models.zoo.weights import reinitialise, restore_precision
+from fpcompile.models.zoo.weights import instantiate
 
 __all__ = ["CAUSAL_ARCHS", "sample_ids", "tiny_config", "tiny_model"]
 
@@ -76,35 +76,16 @@ def tiny_model(
     Raises what :func:`tiny_config` raises.
     """
     config = tiny_config(arch, rope=rope, overrides=overrides)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = _instantiate(arch, config, torch.float32, attn_implementation)
-        reinitialise(model, seed=seed)
-        if dtype != torch.float32:
-            rounded = _instantiate(arch, config, dtype, attn_implementation)
-            restore_precision(rounded, dtype)
-            rounded.load_state_dict(model.state_dict())
-            model = rounded
-    model.train(False)
-    return model
+    model_class: type[PreTrainedModel] = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[arch])
+    for name, nested_class in config.sub_configs.items():
+        if (
+            nested_class is model_class.config_class
+        ):  # a text-only class takes the text config, as with AutoModel
+            config = getattr(config, name)
+    return instantiate(model_class, config, dtype=dtype, seed=seed, attn_implementation=attn_implementation)
 
 
 def sample_ids(length: int, *, batch: int = 1, seed: int = 0) -> torch.Tensor:
     """Random token ids ``[batch, length]`` without the special tokens of any zoo model."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(FIRST_PLAIN_ID, END_PLAIN_ID, (batch, length), generator=generator)
-
-
-def _instantiate(
-    arch: str, config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None
-) -> PreTrainedModel:
-    """The causal LM class of ``arch``, given the part of ``config`` that it takes, as AutoModel does."""
-    model_class: type[PreTrainedModel] = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[arch])
-    for name, nested_class in config.sub_configs.items():
-        if nested_class is model_class.config_class:
-            config = getattr(config, name)
-    chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    model: PreTrainedModel = model_class._from_config(  # type: ignore[no-untyped-call]
-        config, dtype=dtype, **chosen
-    )
-    return model

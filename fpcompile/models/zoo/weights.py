@@ -1,4 +1,4 @@
-"""Deterministic random weights, wide enough that a wrong mask, position or state shows in the logits.
+"""Models with deterministic random weights, wide enough that a wrong mask, position or state shows.
 
 Words
     *kept*  a parameter whose scale carries meaning (decays, step sizes): it stays at the model's own init.
@@ -17,9 +17,9 @@ import zlib
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["reinitialise", "restore_precision"]
+__all__ = ["instantiate", "reinitialise", "restore_precision"]
 
 _KEPT = re.compile(
     r"(A_log|dt_bias|dt_proj\.bias|(^|\.)D|time_decay|time_first|time_mix_\w+|decay|slope\w*|"
@@ -38,6 +38,39 @@ _FIXED_FLOAT = frozenset({"reformer", "xlnet"})
 MATRIX_STD = 0.1
 CONVOLUTION_STD = 0.3
 VECTOR_JITTER = 0.1
+
+
+def instantiate(
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """A ``model_class`` in eval mode, its weights drawn from ``seed`` in fp32, then rounded to ``dtype``.
+
+    torch's global generator is left as it was.
+    """
+    chosen = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+
+    def build(precision: torch.dtype) -> PreTrainedModel:
+        built: PreTrainedModel = model_class._from_config(  # type: ignore[no-untyped-call]
+            config, dtype=precision, **chosen
+        )
+        return built
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build(torch.float32)
+        reinitialise(model, seed=seed)
+        if dtype != torch.float32:
+            values = model.state_dict()
+            model = build(dtype)
+            restore_precision(model, dtype)
+            model.load_state_dict(values)
+    model.train(False)
+    return model
 
 
 @torch.no_grad()

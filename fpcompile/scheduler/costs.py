@@ -16,6 +16,7 @@ File format (``--costs FILE``), JSON::
                   {"name": "lm_head", "a": 1e-4, "b": 0, "c": 0}]}
 
 ``repeat`` numbers its rows ``name.0``, ``name.1``...; a layer is one repetition (what layer grains cut).
+``kv_bytes_per_token`` and ``live_bytes_per_token`` (default 0) are what a paused run keeps on the device.
 ``check`` is the seconds lost at a stop point where nobody stops, ``sync`` the further seconds when the device
 is synchronised there; both default to 0. There is no limit of length.
 """
@@ -27,13 +28,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
 from fpcompile.scheduler.errors import CostFileError
 
 __all__ = ["CostTable", "SegmentCost", "load_costs"]
+
+_NUMBERS = ("check", "sync", "kv_bytes_per_token", "live_bytes_per_token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,8 @@ class CostTable:
     source: str = ""
     check: float = 0.0
     sync: float = 0.0
+    kv_bytes_per_token: float = 0.0
+    live_bytes_per_token: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.segments:
@@ -108,8 +113,8 @@ class CostTable:
     def to_json(self) -> dict[str, Any]:
         """The file format, without ``repeat``."""
         rows = [{"name": r.name, "a": r.a, "b": r.b, "c": r.c, "layer": r.layer} for r in self.segments]
-        head = {"name": self.name, "source": self.source, "check": self.check, "sync": self.sync}
-        return {**head, "segments": rows}
+        head = {"name": self.name, "source": self.source}
+        return {**head, **{key: getattr(self, key) for key in _NUMBERS}, "segments": rows}
 
     def save(self, path: str | Path) -> None:
         """Write the file format; :func:`load_costs` reads it back."""
@@ -134,7 +139,7 @@ def table_from_json(data: Any) -> CostTable:
         raise CostFileError(
             "costs must be an object", expected='{"segments": [...]}', got=type(data).__name__
         )
-    known = {"name", "source", "check", "sync", "segments"}
+    known = {"name", "source", *_NUMBERS, "segments"}
     if extra := sorted(set(data) - known):
         raise CostFileError(f"unknown field {extra[0]!r}", expected=f"one of {sorted(known)}", got=extra[0])
     segments: list[SegmentCost] = []
@@ -154,10 +159,17 @@ def table_from_json(data: Any) -> CostTable:
         for _ in range(row["repeat"]):
             segments += [_row(inner, layers) for inner in row["segments"]]
             layers += 1
-    numbers = {key: float(data.get(key, 0.0)) for key in ("check", "sync")}
+    numbers = {key: _seconds_or_bytes(data, key) for key in _NUMBERS}
     return CostTable(
         tuple(segments), name=str(data.get("name", "unnamed")), source=str(data.get("source", "")), **numbers
     )
+
+
+def _seconds_or_bytes(data: Mapping[str, Any], key: str) -> float:
+    value = data.get(key, 0.0)
+    if not isinstance(value, int | float) or not 0 <= value < inf:
+        raise CostFileError(f"field {key!r}", expected="a finite number >= 0", got=repr(value))
+    return float(value)
 
 
 def _row(row: Mapping[str, Any], layer: int | None = None) -> SegmentCost:

@@ -47,7 +47,13 @@ def _llama3_8b_a800() -> CostTable:
             a, b = fixed / layers / len(macs), linear / layers * share / every
             rows.append(SegmentCost(f"layers.{layer}.{name}", a, b, quadratic, layer))
     source = "FlowPrefill's published runs (arXiv 2602.16603): T(n) = 4 ms + 68 us n + 2 ns n^2"
-    return CostTable(tuple(rows), name=DEFAULT_PROFILE, source=source)
+    return CostTable(
+        tuple(rows),
+        name=DEFAULT_PROFILE,
+        source=source,
+        kv_bytes_per_token=layers * 2 * 8 * 128 * 2,  # keys and values of 8 heads of 128, bf16
+        live_bytes_per_token=(4096 + 28672) * 2,  # at the widest cut: the residual and gate_up's output
+    )
 
 
 _PROFILES: dict[str, Callable[[], CostTable]] = {DEFAULT_PROFILE: _llama3_8b_a800}

@@ -1,0 +1,185 @@
+"""Record what a core was told and what it answered; replay it; ask what another policy would have done.
+
+A log is jsonl. The first line is the header: format version, policy spec, scheduler options. Every further
+line is ``{"events": [...], "commands": [...]}``: events that were handed over together, and the answer to
+them.
+
+Replaying the events on a fresh core of the same policy gives the same commands, always: the core is pure.
+:func:`differences` says where it does not (another version, or a core that is not pure any more).
+:func:`requests_of` and :func:`measured_costs` give the requests with what they really cost, so that the
+simulator can serve them under another policy, at another rate.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, fields, replace
+from math import inf
+from pathlib import Path
+from typing import Any, TextIO
+
+from fpcompile.errors import InvalidInputError
+from fpcompile.scheduler import events as ev
+from fpcompile.scheduler.core import Scheduler
+from fpcompile.scheduler.errors import TraceError
+from fpcompile.scheduler.events import Arrival, Command, Completed, Event, Failed, Launch, Request, Yielded
+from fpcompile.scheduler.options import SchedulerOptions
+from fpcompile.scheduler.predictor import TtftPredictor
+
+__all__ = ["Log", "Recorder", "differences", "measured_costs", "read_log", "requests_of"]
+
+_VERSION = 1
+_TYPES = {
+    kind.__name__: kind
+    for kind in (
+        ev.Arrival, ev.Yielded, ev.Completed, ev.Cancelled, ev.Failed, ev.Memory, ev.Timer,
+        ev.Launch, ev.Pause, ev.Evict, ev.Restore, ev.Reject, ev.SetTimer,
+    )
+}  # fmt: skip
+
+Step = tuple[tuple[Event, ...], tuple[Command, ...]]
+
+
+class Log:
+    """A recorded log: the header, and the steps in order."""
+
+    def __init__(self, policy: str, options: dict[str, Any], steps: Sequence[Step]) -> None:
+        self.policy, self.options, self.steps = policy, options, tuple(steps)
+
+
+class Recorder:
+    """Writes a log line for each call of the core; give it to whoever drives a core. Close it at the end."""
+
+    def __init__(self, path: str | Path, core: Scheduler) -> None:
+        self._file: TextIO = Path(path).open("w", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        header = {"version": _VERSION, "policy": core.policy.name, "options": _plain(core.options)}
+        self._write(header)
+
+    def record(self, events: Iterable[Event], commands: Iterable[Command]) -> None:
+        """Events that were handed over together, and the commands that answered them."""
+        self._write({"events": [_plain(e) for e in events], "commands": [_plain(c) for c in commands]})
+
+    def _write(self, value: object) -> None:
+        self._file.write(json.dumps(value, separators=(",", ":")) + "\n")
+
+    def close(self) -> None:
+        """Write everything out."""
+        self._file.close()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    """A dataclass as JSON values; infinities become the string "inf"."""
+    name = type(value).__name__
+    data = {"type": name} if name in _TYPES else {}
+    for field in fields(value):
+        item = getattr(value, field.name)
+        if isinstance(item, Request):
+            item = {key: "inf" if number == inf else number for key, number in asdict(item).items()}
+        data[field.name] = "inf" if item == inf else item
+    return data
+
+
+def _value(data: dict[str, Any]) -> Any:
+    kind = _TYPES[data["type"]]
+    made = {key: _number(item) for key, item in data.items() if key != "type"}
+    if "request" in made and isinstance(made["request"], dict):
+        made["request"] = Request(**{key: _number(item) for key, item in made["request"].items()})
+    for key in ("requests", "tokens"):
+        if isinstance(made.get(key), list):
+            made[key] = tuple(made[key])
+    return kind(**made)
+
+
+def _number(item: Any) -> Any:
+    return inf if item == "inf" else item
+
+
+def read_log(path: str | Path) -> Log:
+    """Read a log; raises :class:`TraceError` with file and line when one cannot be read."""
+    source = Path(path)
+    try:
+        lines = source.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InvalidInputError("cannot read the log", got=str(error), where=str(source)) from error
+    steps: list[Step] = []
+    header: dict[str, Any] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            data = json.loads(line)
+            if number == 1:
+                header = data
+                if data["version"] != _VERSION:
+                    raise ValueError(f"version {data['version']}")
+                continue
+            events = tuple(_value(item) for item in data["events"])
+            steps.append((events, tuple(_value(item) for item in data["commands"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise TraceError(
+                "a log line cannot be read",
+                path=source,
+                line=number,
+                field=None,
+                expected=f"a line of a log of version {_VERSION}",
+                got=str(error),
+            ) from error
+    if not header:
+        raise InvalidInputError("the log is empty", expected="a header line", where=str(source))
+    options = {key: _number(value) for key, value in header["options"].items()}
+    return Log(str(header["policy"]), options, steps)
+
+
+def differences(log: Log, predictor: TtftPredictor | None = None) -> list[str]:
+    """Replay the log's events on a fresh core of its policy: where the commands differ, in words."""
+    core = Scheduler(log.policy, predictor=predictor, options=SchedulerOptions(**log.options))
+    found = []
+    for number, (events, recorded) in enumerate(log.steps, 1):
+        commands = core.handle_all(events)
+        if commands != recorded:
+            at = events[-1].time if events else 0.0
+            found.append(f"step {number} at t={at:.6f}: recorded {recorded}, replayed {commands}")
+    return found
+
+
+def requests_of(log: Log, rate_scale: float = 1.0) -> list[Request]:
+    """The requests that arrived, gaps divided by ``rate_scale``; each keeps its time to the deadline."""
+    if not 0 < rate_scale < inf:
+        raise InvalidInputError("rate_scale", expected="a number > 0", got=repr(rate_scale))
+    requests = [event.request for events, _ in log.steps for event in events if isinstance(event, Arrival)]
+    requests.sort(key=lambda request: request.arrival)
+    moved = []
+    for request in requests:
+        arrival = requests[0].arrival + (request.arrival - requests[0].arrival) / rate_scale
+        moved.append(replace(request, arrival=arrival, deadline=arrival + request.deadline - request.arrival))
+    return moved
+
+
+def measured_costs(log: Log) -> dict[str, float]:
+    """Device seconds that each completed single-request run really took, all its launches together."""
+    spent: dict[str, float] = {}
+    done: dict[str, float] = {}
+    since: dict[str, float] = {}
+    for event, commands in _flat(log):
+        if isinstance(event, Yielded | Completed | Failed) and event.run in since:
+            spent[event.run] = spent.get(event.run, 0.0) + event.time - since.pop(event.run)
+            if isinstance(event, Completed):
+                done[event.run] = spent[event.run]
+        for command in commands:
+            if isinstance(command, Launch) and len(command.requests) == 1:
+                since[command.run] = event.time
+    return done
+
+
+def _flat(log: Log) -> Iterator[tuple[Event, tuple[Command, ...]]]:
+    """Events one by one; the commands of a step come with its last event."""
+    for events, commands in log.steps:
+        for event in events[:-1]:
+            yield event, ()
+        if events:
+            yield events[-1], commands

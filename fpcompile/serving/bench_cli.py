@@ -1,0 +1,156 @@
+"""``fpcompile bench goodput`` and ``fpcompile replay``: the command line over the benchmarks.
+
+``app`` is mounted as ``fpcompile bench``, ``replay`` as a command of the main application. Flags that
+`vllm bench serve` has too have its names (``--num-prompts``, ``--seed``).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fpcompile.errors import FpcompileError, UsageError
+from fpcompile.serving.bench_goodput import DEFAULT_POLICIES, run_bench_goodput
+from fpcompile.serving.bench_report import save_plots, table_of
+
+__all__ = ["app", "parse_numbers", "parse_slos", "replay"]
+
+app = typer.Typer(help="Benchmarks.", no_args_is_help=True)
+
+
+@app.callback()
+def _bench() -> None:
+    """Benchmarks."""
+
+
+def parse_numbers(text: str) -> list[float]:
+    """``1,2,4`` or ``START:STOP:STEP`` (both ends included) as numbers."""
+    try:
+        if ":" in text:
+            start, stop, step = (float(part) for part in text.split(":"))
+            if step <= 0:
+                raise ValueError("step <= 0")
+            return [round(start + i * step, 9) for i in range(int((stop - start) / step + 1e-9) + 1)]
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise UsageError("cannot read the numbers", expected="1,2,4 or START:STOP:STEP", got=text) from error
+
+
+def parse_policies(text: str) -> list[str]:
+    """Policy specs separated by ``;``, or by ``,`` when none of them has arguments."""
+    return [part.strip() for part in text.split(";" if ";" in text or ":" in text else ",") if part.strip()]
+
+
+def parse_slos(pairs: list[str]) -> dict[str, float]:
+    """``CLASS=SECONDS`` pairs."""
+    slos = {}
+    for pair in pairs:
+        klass, _, seconds = pair.partition("=")
+        try:
+            slos[klass] = float(seconds)
+        except ValueError as error:
+            raise UsageError("cannot read the SLO", expected="CLASS=SECONDS", got=pair) from error
+        if not slos[klass] > 0:
+            raise UsageError("an SLO must be positive", expected="seconds > 0", got=pair)
+    return slos
+
+
+@app.command()
+def goodput(
+    trace: Annotated[Path | None, typer.Option(help="Trace file; without one, synthetic traffic.")] = None,
+    policies: Annotated[
+        str, typer.Option(help="Policies, separated by ';' (or ',' when none has arguments).")
+    ] = ";".join(DEFAULT_POLICIES),
+    simulate: Annotated[
+        bool, typer.Option("--simulate/--real", help="Simulate on costs, or measure.")
+    ] = True,
+    costs: Annotated[Path | None, typer.Option(help="Costs file; else the profile llama3-8b-a800.")] = None,
+    rates: Annotated[
+        str | None, typer.Option(help="Requests/s: 1,2,4 or START:STOP:STEP; else by capacity.")
+    ] = None,
+    slo_scale: Annotated[str, typer.Option(help="SLO scales, measured at --slo-rate.")] = "1",
+    slo_rate: Annotated[
+        float | None, typer.Option(help="Rate for the SLO scales; else 0.8 x capacity.")
+    ] = None,
+    slo: Annotated[
+        list[str] | None, typer.Option(help="CLASS=SECONDS, may be repeated; else FlowPrefill's table.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 5,
+    num_prompts: Annotated[int, typer.Option(min=2, help="Requests per run; the trace is tiled.")] = 3000,
+    replicas: Annotated[int, typer.Option(min=1, help="Devices behind a router.")] = 1,
+    router: Annotated[str, typer.Option(help="round-robin or least-work.")] = "least-work",
+    max_queue_s: Annotated[float | None, typer.Option(help="Reject what has waited so long.")] = None,
+    kv_blocks: Annotated[int | None, typer.Option(help="Cache size in blocks of 16 tokens.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Write pictures into this folder.")] = None,
+) -> None:
+    """Attainment and goodput of scheduling policies on a trace."""
+    options: dict[str, Any] = {}
+    if max_queue_s is not None:
+        options["max_queue_s"] = max_queue_s
+    if kv_blocks is not None:
+        options["kv_blocks"] = kv_blocks
+    console = Console()
+    try:
+        if not simulate:
+            raise UsageError(
+                "measuring on a device is not part of this command yet",
+                expected="--simulate",
+                got="--real",
+                remedy="write a costs file of your device and pass it with --costs",
+            )
+        bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=Console(stderr=True), transient=True,
+        )  # fmt: skip
+        with bar:
+            task = bar.add_task("simulating")
+            report = run_bench_goodput(
+                trace,
+                parse_policies(policies),
+                costs=costs,
+                rates=parse_numbers(rates) if rates else None,
+                slo_scales=parse_numbers(slo_scale),
+                slo_rate=slo_rate,
+                slos=parse_slos(slo or []),
+                seeds=seeds,
+                num_prompts=num_prompts,
+                replicas=replicas,
+                router=router,
+                jobs=jobs,
+                options=options,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                json_path=json_file,
+            )
+    except FpcompileError as error:
+        Console(stderr=True).print(str(error), style="red", highlight=False, markup=False)
+        raise typer.Exit(2) from None
+    console.print(table_of(report))
+    for path in save_plots(report, plots) if plots is not None else ():
+        console.print(f"wrote {path}")
+    if json_file is not None:
+        console.print(f"wrote {json_file}")
+
+
+def replay(
+    log: Annotated[Path, typer.Argument(help="Log of an engine or simulator.")],
+    policy: Annotated[str | None, typer.Option(help="Another policy; else check the recorded one.")] = None,
+    rate_scale: Annotated[float, typer.Option(help="Gaps between arrivals are divided by this.")] = 1.0,
+    costs: Annotated[Path | None, typer.Option(help="Costs file; else the profile llama3-8b-a800.")] = None,
+) -> None:
+    """What another policy, or another load, would have done with a recorded log."""
+    from fpcompile.serving.replay import replay_table
+
+    try:
+        table, agrees = replay_table(log, policy, rate_scale, costs)
+    except FpcompileError as error:
+        Console(stderr=True).print(str(error), style="red", highlight=False, markup=False)
+        raise typer.Exit(2) from None
+    Console().print(table)
+    if not agrees:
+        raise typer.Exit(1)

@@ -1,0 +1,133 @@
+"""The report of a goodput benchmark as a table in the terminal and as pictures.
+
+Pictures: ``goodput.png`` (attainment of the worst class, and of all requests, against the rate),
+``goodput-classes.png`` (one panel per class), and ``goodput-slo.png`` when several SLO scales were measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+__all__ = ["reference_rate", "save_plots", "table_of"]
+
+_MARKERS = "osv^D<>P*Xhd"
+
+
+def reference_rate(report: dict[str, Any]) -> float:
+    """The rate of the grid nearest to 0.8 of the capacity: where policies are compared in the table."""
+    rates: list[float] = report["rates"]
+    return min(rates, key=lambda rate: abs(rate - 0.8 * report["capacity"]))
+
+
+def _at(entry: dict[str, Any], rate: float, scale: float = 1.0) -> dict[str, Any]:
+    found: dict[str, Any] = next(
+        point for point in entry["points"] if point["rate"] == rate and point["slo_scale"] == scale
+    )
+    return found
+
+
+def table_of(report: dict[str, Any]) -> Table:
+    """Goodputs, and what happens at 0.8 of the capacity."""
+    rate = reference_rate(report)
+    table = Table(
+        title=f"{Path(report['trace']).name}: costs {report['costs']['name']}, capacity "
+        f"{report['capacity']:.2f} req/s. Goodput in req/s; from 'worst class' on: at {rate:g} req/s",
+        title_justify="left",
+    )
+    table.add_column("policy", no_wrap=True)
+    heads = ("goodput", "paper", "worst\nclass %", "all %", "block\np99 ms", "pauses", "µs per\nevent")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    for name, entry in report["policies"].items():
+        point = _at(entry, rate)
+        table.add_row(
+            name,
+            f"{entry['max_goodput']:.2f} ±{entry['max_goodput_stderr']:.2f}",
+            f"{entry['paper_goodput']:.2f}",
+            f"{100 * point['worst']:.1f}",
+            f"{100 * point['overall']:.1f}",
+            _number(point["blocking_p99_ms"], 2),
+            f"{point['preemptions']:.0f}",
+            f"{point['decision_us']:.1f}",
+        )
+    return table
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def save_plots(report: dict[str, Any], folder: str | Path, prefix: str = "goodput") -> list[Path]:
+    """Write the pictures into ``folder``; returns their paths."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    classes = sorted(report["slos"])
+    panels = [("worst class", ("worst",)), ("all requests", ("overall",))]
+    made = [_plot(report, panels, target / f"{prefix}.png", "rate")]
+    by_class = [(f"{klass}, SLO {report['slos'][klass]:g} s", ("attainment", klass)) for klass in classes]
+    made.append(_plot(report, by_class, target / f"{prefix}-classes.png", "rate"))
+    scales = {point["slo_scale"] for entry in report["policies"].values() for point in entry["points"]}
+    if len(scales) > 1:
+        made.append(_plot(report, panels, target / f"{prefix}-slo.png", "slo_scale"))
+    return made
+
+
+def _plot(
+    report: dict[str, Any], panels: Sequence[tuple[str, tuple[str, ...]]], path: Path, axis: str
+) -> Path:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5.2 * len(panels), 4.4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for plot, (title, keys) in zip(axes[0], panels, strict=True):
+        for index, (name, entry) in enumerate(report["policies"].items()):
+            points = _along(entry, axis, report["slo_rate"])
+            values = [100 * _dig(point, keys) for point in points]
+            plot.plot(
+                [point[axis] for point in points],
+                values,
+                label=name,
+                color=f"C{index % 10}",
+                linewidth=2.4 if name.startswith("fpcompile") else 1.2,
+                marker=_MARKERS[index % len(_MARKERS)],
+                markevery=max(1, len(points) // 12),
+                markersize=4,
+            )
+        plot.axhline(100 * report["target"], color="0.5", linestyle=":", linewidth=1)
+        plot.set_title(title)
+        if axis == "rate":
+            plot.axvline(report["capacity"], color="0.7", linestyle="--", linewidth=1)
+            plot.set_xlabel("offered rate (requests/s); dashed: capacity")
+        else:
+            plot.set_xlabel(f"SLO scale, at {report['slo_rate']:g} requests/s")
+        plot.set_ylim(0, 101)
+        plot.grid(alpha=0.25)
+    axes[0][0].set_ylabel("attainment (%)")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _along(entry: dict[str, Any], axis: str, slo_rate: float) -> list[dict[str, Any]]:
+    if axis == "rate":
+        points = [point for point in entry["points"] if point["slo_scale"] == 1.0]
+    else:
+        points = [point for point in entry["points"] if point["rate"] == slo_rate]
+    return sorted(points, key=lambda point: float(point[axis]))
+
+
+def _dig(point: dict[str, Any], keys: tuple[str, ...]) -> float:
+    value: Any = point
+    for key in keys:
+        value = value[key]
+    return float("nan") if value is None else float(value)

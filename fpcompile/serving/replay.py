@@ -1,0 +1,58 @@
+"""Replay of a recorded log: do the decisions agree, and what would another policy or load have done?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+
+from fpcompile.scheduler import CostPredictor, SchedulerOptions, load_costs, profile
+from fpcompile.scheduler.events import Request
+from fpcompile.scheduler.goodput import attainment, percentile
+from fpcompile.scheduler.record import differences, measured_costs, read_log, requests_of
+from fpcompile.scheduler.simulator import SimulationResult, Simulator
+
+__all__ = ["replay_table"]
+
+
+def replay_table(
+    path: str | Path, policy: str | None = None, rate_scale: float = 1.0, costs: str | Path | None = None
+) -> tuple[Table, bool]:
+    """A table of attainment and TTFT, recorded policy beside ``policy``; and whether the log replays exactly.
+
+    Each request costs what it was measured to cost; a request that never completed costs what was predicted.
+    """
+    log = read_log(path)
+    table = load_costs(costs) if costs is not None else profile()
+    found = differences(log, CostPredictor(table))
+    measured = measured_costs(log)
+    requests = requests_of(log, rate_scale)
+
+    def slowdown(request: Request) -> float:
+        return measured.get(request.id, request.cost) / table.seconds(request.tokens)
+
+    shown = Table(title=f"{Path(path).name}: {len(requests)} requests, {len(log.steps)} decisions")
+    for head in ("policy", "class", "attainment", "TTFT p50 (s)", "TTFT p99 (s)", "rejected"):
+        shown.add_column(head, justify="left" if head in ("policy", "class") else "right")
+    for name in dict.fromkeys((log.policy, policy or log.policy)):
+        options = SchedulerOptions(**log.options)
+        result = Simulator(name, table, options=options, slowdown=slowdown).run(requests)
+        _rows(shown, name, result)
+    agreed = "identical" if not found else f"{len(found)} differ, the first: {found[0]}"
+    shown.caption = f"decisions replayed with {log.policy}: {agreed}"
+    return shown, not found
+
+
+def _rows(shown: Table, name: str, result: SimulationResult) -> None:
+    met = attainment(result.outcomes)
+    for klass, value in met.by_class.items():
+        mine = [outcome for outcome in result.outcomes if outcome.request.klass == klass]
+        times = [outcome.ttft for outcome in mine if outcome.ttft is not None]
+        shown.add_row(
+            name,
+            klass or "(none)",
+            f"{100 * value:.1f} %",
+            f"{percentile(times, 50) or 0:.3f}",
+            f"{percentile(times, 99) or 0:.3f}",
+            str(sum(outcome.ttft is None for outcome in mine)),
+        )

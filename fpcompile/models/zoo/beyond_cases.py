@@ -69,7 +69,7 @@ _TEXT: dict[str, Case] = {
     "AlbertModel": Case("text", {"embedding_size": 32}),
     "ElectraForTokenClassification": Case("text", {"embedding_size": 32, **_LABELS}),
     "MPNetModel": Case("text"),
-    "FNetModel": Case("text"),
+    "FNetModel": Case("text", note="its Fourier transform has no bf16"),
     "DebertaV2Model": Case("text", _DEBERTA),
     "DebertaV2ForTokenClassification": Case("text", _DEBERTA | _LABELS),
     "ModernBertModel": Case("text", _MODERN),
@@ -173,8 +173,8 @@ _MIXED: dict[str, Case] = {
         "typed_image_16_in_text",
         {"projection_dim": 64, "vocab_size": 128, "vision_config": _SIGLIP_TOWER | {"projection_dim": 64}},
     ),
-    "BlipForQuestionAnswering": Case(
-        "image_text_to_text",
+    "BlipForConditionalGeneration": Case(
+        "image_and_text",
         {"projection_dim": 32, "image_text_hidden_size": 32, "text_config": {"encoder_hidden_size": 64}},
     ),
     "ViltForQuestionAnswering": Case(

@@ -101,12 +101,6 @@ def image_and_text(config: PretrainedConfig, size: Size) -> Inputs:
     return image(config, size) | text(config.get_text_config(), size)
 
 
-def image_text_to_text(config: PretrainedConfig, size: Size) -> Inputs:
-    """:func:`image_and_text` and a decoder prefill."""
-    ids = sample_ids(size.tokens // 2 + 1, batch=size.rows, seed=size.seed)
-    return image_and_text(config, size) | {"decoder_input_ids": ids}
-
-
 def image_in_text(features: int) -> Callable[[PretrainedConfig, Size], Inputs]:
     """A prompt ``[1, T + features]`` with one image of ``features`` placeholders."""
 
@@ -208,7 +202,6 @@ RECIPES: Mapping[str, Callable[[PretrainedConfig, Size], Inputs]] = MappingProxy
         "image_any_side": image_any_side,
         "video": video,
         "image_and_text": image_and_text,
-        "image_text_to_text": image_text_to_text,
         "image_16_in_text": image_in_text(16),
         "typed_image_4_in_text": typed_image_in_text(4),
         "typed_image_16_in_text": typed_image_in_text(16),

@@ -13,7 +13,7 @@ At each event it looks at all waiting and paused requests with their exact remai
    with the most seconds per unit of harm; the harm of a miss grows as the recent attainment of its class
    falls towards the target and below. With one class this is the plain rule.
 5. What was set aside goes on when nothing accepted is left, the shortest first.
-6. Late requests share ``late_share`` of the device time, first come, first served, in turns of some 20 ms,
+6. Late requests share ``late_share`` of the device time, first come, first served, in turns of 20 to 40 ms,
 and
    otherwise run only when the device would be idle; idle time that they got counts towards their share.
 
@@ -107,7 +107,7 @@ class MooreHodgson(RankingPolicy):
         self._share.begin(now, late=view.request.id in self._late)
 
     def stopped(self, view: RequestView, now: float) -> None:
-        self._share.spend(now)
+        self._share.spend(now, bool(self._late))
         self._share.idle()
         self._running = None
 
@@ -139,14 +139,14 @@ class MooreHodgson(RankingPolicy):
     # ---- the order
 
     def rank(self, views: Sequence[RequestView], now: float) -> Iterator[str]:
-        self._share.spend(now)
+        self._share.spend(now, bool(self._late))
         accepted, aside, slack = self._select(now)
         running = self._running
         contended = bool(accepted or aside)
         if self._late and contended:
-            if running is None and self._share.turn(slack):
+            if running is None and self._share.take(slack):
                 yield next(iter(self._late))
-            elif running is not None and running.request.id in self._late and self._share.credit > 0:
+            elif running is not None and running.request.id in self._late and self._share.left:
                 yield running.request.id
         for view in accepted:
             yield view.request.id
@@ -158,14 +158,9 @@ class MooreHodgson(RankingPolicy):
 
     def wake(self, now: float) -> float:
         running = self._running
-        if (
-            running is None
-            or running.request.id not in self._late
-            or not self._live
-            or self._share.credit <= 0
-        ):
+        if running is None or running.request.id not in self._late or not self._live:
             return inf
-        return now + self._share.credit
+        return now + self._share.left if self._share.left else inf
 
     def _select(self, now: float) -> tuple[list[RequestView], list[RequestView], float]:
         """Accepted requests in deadline order, those set aside, and the least slack of the accepted."""

@@ -19,12 +19,19 @@ BACKENDS = ("eager",)
 
 
 def segment(
-    model: PreTrainedModel, *, granularity: str = "operator", backend: str = "eager", verify: bool = True
+    model: PreTrainedModel,
+    *,
+    granularity: str = "operator",
+    max_blocking_ms: float | None = None,
+    backend: str = "eager",
+    verify: bool = True,
 ) -> Program:
     """Compile ``model`` into preemptible segments.
 
     ``granularity`` places the cuts: ``"operator"`` (around attention, every projection and experts),
-    ``"layer"`` or ``"model"``. ``verify`` runs a self-check on the model's own weights: two short sequences,
+    ``"layer"`` or ``"model"``. ``max_blocking_ms`` bounds the predicted time of every launch at any prompt
+    length: small segments are launched together, long ones tile by tile; None means one launch for each
+    segment. ``verify`` runs a self-check on the model's own weights: two short sequences,
     alone and packed, against the unmodified model. The model is left as found and shares its weights with
     the program.
 
@@ -38,7 +45,9 @@ def segment(
     if backend not in BACKENDS:
         raise UnknownNameError("backend", backend, known=BACKENDS)
     captured = capture(model)
-    program = PackedProgram(compile_packed(captured, Granularity(granularity)), captured)
+    program = PackedProgram(
+        compile_packed(captured, Granularity(granularity)), captured, max_blocking_ms=max_blocking_ms
+    )
     if verify:
         self_check(program, model)
     return program

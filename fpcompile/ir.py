@@ -127,6 +127,9 @@ class Part:
     ``lengths`` (``tokens``, ``rows``) and defines ``outputs``. ``call`` numbers attention calls and leaves,
     each by itself, and is -1 for graph code. ``nodes`` are the graph nodes it covers, with their sources,
     for error messages.
+
+    ``over`` is the length (``tokens`` or ``rows``) whose ranges can be executed one by one, or empty; then
+    ``axes`` gives for each input and each output the dimension that runs over it, -1 for none.
     """
 
     name: str
@@ -139,6 +142,8 @@ class Part:
     call: int
     cost: Cost
     nodes: tuple[tuple[str, Source], ...]
+    over: str = ""
+    axes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

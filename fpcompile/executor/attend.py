@@ -14,7 +14,8 @@ from torch import Tensor
 from fpcompile.executor.inputs import Group, Layout
 from fpcompile.executor.kv import LayerKV
 from fpcompile.executor.run import Run
-from fpcompile.models.attention import AttentionCall
+from fpcompile.executor.schedule import EXACT_ROWS, Launch
+from fpcompile.models.attention import AttentionCall, MaskKind
 
 
 def attend(run: Run, layout: Layout, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -63,3 +64,39 @@ def unpack(packed: Tensor, group: Group) -> Tensor:
         return part
     heads, _, dim = part[0].shape
     return part[0].view(heads, group.batch, group.length, dim).transpose(0, 1)
+
+
+def attend_tile(run: Run, layout: Layout, call: AttentionCall, q: Tensor, tile: Launch, out: Tensor) -> None:
+    """Attend one block of query rows and key/value heads, and write it into ``out [1, tokens, Hq, Dv]``.
+
+    Keys behind the block are left out; keys before a sliding window too, in whole blocks, so that the
+    kernel walks the same blocks as for the whole.
+    """
+    group, kv = layout.groups[tile.group], run.kv[tile.group][call.layer]
+    fold = call.heads // call.kv_heads
+    heads = slice(tile.head_start, tile.head_stop) if tile.head_stop else slice(None)
+    q_heads = slice(tile.head_start * fold, tile.head_stop * fold) if tile.head_stop else slice(None)
+    cached = group.past - kv.start
+    low = 0
+    if call.mask.kind is MaskKind.SLIDING:
+        low = max(0, cached + tile.start - call.mask.size + 1) // EXACT_ROWS * EXACT_ROWS
+    visible = slice(low, int(kv.keys.shape[2]))
+    if call.mask.kind is not MaskKind.BIDIRECTIONAL:
+        visible = slice(low, cached + tile.stop)
+    queries = unpack(q, group)[:, q_heads, tile.start : tile.stop]
+    keys, values = kv.keys[:, heads, visible], kv.values[:, heads, visible]
+    key: Hashable = (call.mask, call.implementation, kv.start, group, tile.start, tile.stop)
+    if key not in run.masks:
+        run.masks.clear()
+        run.masks[key] = call.mask.build(
+            call.implementation,
+            queries=tile.stop - tile.start,
+            q_offset=group.past + tile.start,
+            keys=int(keys.shape[2]),
+            k_offset=kv.start + low,
+            like=queries,
+            config=run.program.config,
+        )
+    block = call.attend_block(queries, keys, values, run.masks[key])
+    rows = out[0, group.start : group.stop].view(group.batch, group.length, *out.shape[2:])
+    rows[:, tile.start : tile.stop, q_heads] = block

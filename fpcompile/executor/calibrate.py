@@ -1,12 +1,13 @@
-"""Seconds of each segment, measured on the device and fitted.
+"""Seconds of each stage, measured on the device and fitted.
 
-Identical segments (same callables, same shapes) share one measurement. For n new tokens that see a context
+Identical stages (same callables, same shapes) share one measurement. For n new tokens that see a context
 of c, the model is ``a + b n + d n (2c - n)``: constant, token-wise and attention work (for a whole prefill
 c = n, so the last term is d n²). Coefficients are non-negative and fitted to relative errors with numpy.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import time
 from collections import defaultdict
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fpcompile.ir import ROWS, Segment
+from fpcompile.executor.schedule import Launch
 
 if TYPE_CHECKING:
     from fpcompile.executor.program import Program
@@ -40,42 +41,36 @@ class Coefficients:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CostModel:
-    """Predicted seconds of every segment of one program on one device.
+    """Predicted seconds of every stage of one program on one device.
 
-    ``samples`` keeps what was measured: for each segment key the pairs (tokens or rows, median seconds).
+    ``samples`` keeps what was measured: for each stage's key the pairs (tokens or rows, median seconds).
     """
 
     device: str
     coefficients: tuple[Coefficients, ...]
+    segments: tuple[int, ...]
     by_rows: tuple[bool, ...]
     samples: dict[Key, tuple[tuple[int, float], ...]]
 
-    def segment(self, index: int, *, tokens: int, rows: int = 1, context: int | None = None) -> float:
-        """Predicted seconds of segment ``index``."""
+    def stage(self, index: int, *, tokens: int, rows: int, context: int) -> float:
+        """Predicted seconds of stage ``index``: ``tokens`` tokens (or ``rows`` rows) that end ``context``."""
         if self.by_rows[index]:
             return self.coefficients[index].seconds(rows, rows)
-        return self.coefficients[index].seconds(tokens, tokens if context is None else context)
+        return self.coefficients[index].seconds(tokens, context)
 
-    def remaining(self, *, tokens: int, rows: int = 1, context: int | None = None, start: int = 0) -> float:
+    def segment(self, index: int, *, tokens: int, rows: int, context: int) -> float:
+        """Predicted seconds of segment ``index``."""
+        stages = range(bisect.bisect_left(self.segments, index), bisect.bisect_right(self.segments, index))
+        return sum(self.stage(i, tokens=tokens, rows=rows, context=context) for i in stages)
+
+    def remaining(self, *, tokens: int, rows: int, context: int, start: int = 0) -> float:
         """Predicted seconds of the segments from ``start`` on."""
-        return sum(
-            self.segment(i, tokens=tokens, rows=rows, context=context)
-            for i in range(start, len(self.coefficients))
-        )
+        stages = range(bisect.bisect_left(self.segments, start), len(self.segments))
+        return sum(self.stage(i, tokens=tokens, rows=rows, context=context) for i in stages)
 
     def rows(self) -> list[tuple[str, tuple[float, float, float]]]:
-        """(segment number, coefficients) of every segment: what the scheduler's cost table is made from."""
+        """(number, coefficients) of every stage: what the scheduler's cost table is made from."""
         return [(str(i), (c.a, c.b, c.d)) for i, c in enumerate(self.coefficients)]
-
-
-def segment_key(segment: Segment) -> Key:
-    """What decides a segment's time at given lengths: its callables."""
-    return tuple(p.function for p in segment.parts)
-
-
-def is_by_rows(segment: Segment) -> bool:
-    """Whether a segment's work depends on the kept rows only (the LM head)."""
-    return ROWS in segment.cost.flops.free_symbols and len(segment.cost.flops.free_symbols) == 1
 
 
 def calibrate(program: Program, *, lengths: tuple[int, ...] = LENGTHS, seconds: float = 3.0) -> CostModel:
@@ -92,16 +87,17 @@ def calibrate(program: Program, *, lengths: tuple[int, ...] = LENGTHS, seconds: 
             break
         rounds = time.perf_counter()
         for repeat in range(3):
-            run = program.start(
-                _random_ids(program, length), logits_to_keep=length if repeat else 1, use_cache=False
-            )
+            ids = _random_ids(program, length)
+            run = program.start(ids, logits_to_keep=length if repeat else 1, use_cache=False)
+            run.schedule = tuple(Launch(i, i + 1) for i in range(len(program.stages)))
             _measure(run, measured if repeat else None)
         spent = time.perf_counter() - rounds
     fitted = {key: _fit(samples) for key, samples in measured.items()}
     return CostModel(
         device=str(program.device),
-        coefficients=tuple(fitted[segment_key(s)] for s in program.segments),
-        by_rows=tuple(is_by_rows(s) for s in program.segments),
+        coefficients=tuple(fitted[s.key] for s in program.stages),
+        segments=tuple(s.segment for s in program.stages),
+        by_rows=tuple(s.over == "rows" for s in program.stages),
         samples={
             k: tuple((n, float(np.median(t))) for n, t in sorted(v.items())) for k, v in measured.items()
         },
@@ -114,18 +110,17 @@ def _random_ids(program: Program, length: int) -> torch.Tensor:
 
 
 def _measure(run: Run, into: dict[Key, dict[int, list[float]]] | None) -> None:
-    """Step ``run`` to its end; record each segment's seconds unless this is the warm-up."""
+    """Step ``run`` to its end; record each stage's seconds unless this is the warm-up."""
     synchronize = torch.cuda.synchronize if run.program.device.type == "cuda" else _nothing
     while not run.done:
-        segment = run.next_segment
+        stage = run.program.stages[run.next_stage]
         synchronize()
         start = time.perf_counter()
         run.step()
         synchronize()
         if into is not None:
-            into[segment_key(segment)][run.rows if is_by_rows(segment) else run.tokens].append(
-                time.perf_counter() - start
-            )
+            size = run.rows if stage.over == "rows" else run.tokens
+            into[stage.key][size].append(time.perf_counter() - start)
     run.release()
 
 

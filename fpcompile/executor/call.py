@@ -6,10 +6,13 @@ A :class:`Call` is frozen and can describe itself in plain data, so that a check
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from fpcompile.executor.schedule import Launch, Shape
+from fpcompile.ir import Part
 
 if TYPE_CHECKING:
     from fpcompile.executor.run import Run
@@ -29,6 +32,17 @@ class Call(abc.ABC):
     @abc.abstractmethod
     def context(self) -> int:
         """Longest context in tokens, cached ones included."""
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> Shape:
+        """What a tile plan depends on."""
+
+    @abc.abstractmethod
+    def attend(
+        self, run: Run, part: Part, tile: Launch, arguments: Sequence[Tensor], out: Tensor | None
+    ) -> Tensor:
+        """One tile of an attention part, written into ``out`` (None before the first); returns ``out``."""
 
     @abc.abstractmethod
     def result(self, run: Run) -> Any:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fpcompile.errors import CheckpointError
 from fpcompile.executor.kv import LayerKV
+from fpcompile.executor.schedule import Launch
 
 if TYPE_CHECKING:
     from fpcompile.executor.program import Program
@@ -49,10 +50,12 @@ class Checkpoint:
     program: str
     weights: str
     torch_version: str
-    cursor: int
+    at: int
+    schedule: tuple[Launch, ...]
     call: dict[str, Any]
     values: dict[str, Placement]
     kv: tuple[dict[int, tuple[Placement, Placement, int]], ...]
+    partial: dict[str, Placement]
     extra: dict[str, Placement]
     storages: tuple[Tensor, ...]
 
@@ -151,13 +154,15 @@ def take(run: Run) -> Checkpoint:
         program=program.fingerprint,
         weights=program.weights_fingerprint,
         torch_version=torch.__version__,
-        cursor=run.cursor,
+        at=run.at,
+        schedule=run.schedule,
         call=run.call.describe(),
         values={name: packer.place(v) for name, v in run.values.items()},
         kv=tuple(
             {i: (packer.place(kv.keys), packer.place(kv.values), kv.start) for i, kv in group.items()}
             for group in run.kv
         ),
+        partial={name: packer.place(v.clone()) for name, v in run.partial.items()},
         extra={name: packer.place(t) for name, t in run.call.tensors().items()},
         storages=tuple(packer.storages),
     )
@@ -179,7 +184,8 @@ def restore(program: Program, checkpoint: Checkpoint) -> Run:
                 got=got,
                 remedy="resume it with the program, weights and torch version that it was taken with",
             )
-    live = program.live_names(checkpoint.cursor)
+    done = checkpoint.at == len(checkpoint.schedule)
+    live = program.live[-1 if done else checkpoint.schedule[checkpoint.at].first]
     if set(checkpoint.values) != set(live):
         raise CheckpointError(
             "the checkpoint's values are not the live set of its cut",
@@ -202,7 +208,11 @@ def restore(program: Program, checkpoint: Checkpoint) -> Run:
             {i: LayerKV(view(k), view(v), start) for i, (k, v, start) in group.items()}
             for group in checkpoint.kv
         ],
-        cursor=checkpoint.cursor,
+        checkpoint.schedule,
+        at=checkpoint.at,
+        partial={
+            name: view(p).clone(memory_format=torch.preserve_format) for name, p in checkpoint.partial.items()
+        },
     )
 
 
@@ -210,8 +220,9 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
     plain = {
         f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint) if f.name != "storages"
     }
-    for name in ("values", "extra"):
+    for name in ("values", "partial", "extra"):
         plain[name] = {k: dataclasses.astuple(p) for k, p in plain[name].items()}
+    plain["schedule"] = [dataclasses.astuple(launch) for launch in checkpoint.schedule]
     plain["kv"] = [
         {
             str(i): (dataclasses.astuple(k), dataclasses.astuple(v), start)
@@ -227,8 +238,9 @@ def _rebuild(plain: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
         storage, offset, sizes, strides, dtype = fields
         return Placement(storage, offset, tuple(sizes), tuple(strides), dtype)
 
-    for name in ("values", "extra"):
+    for name in ("values", "partial", "extra"):
         plain[name] = {k: placement(p) for k, p in plain[name].items()}
+    plain["schedule"] = tuple(Launch(*fields) for fields in plain["schedule"])
     plain["kv"] = tuple(
         {int(i): (placement(k), placement(v), start) for i, (k, v, start) in group.items()}
         for group in plain["kv"]

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 from torch import Tensor
 
 from fpcompile.errors import InvalidInputError
 from fpcompile.executor import inputs as checks
-from fpcompile.executor.attend import attend
+from fpcompile.executor.attend import attend, attend_tile, write
 from fpcompile.executor.call import Call
 from fpcompile.executor.inputs import Group, Layout
 from fpcompile.executor.kv import pad_layers, read_cache, write_cache
-from fpcompile.executor.program import Executable, Program, Step, frees
+from fpcompile.executor.program import Program
 from fpcompile.executor.run import Run
-from fpcompile.ir import Part, PartKind, Segment
+from fpcompile.executor.schedule import Launch, Shape
+from fpcompile.executor.stages import Executable, build_stages
+from fpcompile.ir import Part, PartKind
 from fpcompile.models.capture import Capture
 from fpcompile.passes.partition import Partitioned
 
@@ -48,6 +51,24 @@ class PackedCall(Call):
     def context(self) -> int:
         """Longest context of any sequence."""
         return self.layout.context
+
+    @property
+    def shape(self) -> Shape:
+        """What the tile plan depends on."""
+        groups = tuple((g.batch, g.length, g.context) for g in self.layout.groups)
+        return Shape(self.layout.tokens, self.rows, groups)
+
+    def attend(
+        self, run: Run, part: Part, tile: Launch, arguments: Sequence[Tensor], out: Tensor | None
+    ) -> Tensor:
+        """One tile of an attention part; ``out`` is None for the first, which also writes the cache."""
+        call = self.program.attention[part.call]
+        q, k, v = arguments
+        if out is None:
+            write(run, self.layout, call, k, v)
+            out = q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
+        attend_tile(run, self.layout, call, q, tile, out)
+        return out
 
     def result(self, run: Run) -> Any:
         """``.logits [batch, kept, vocabulary]`` (zero where hidden) and ``.past_key_values``."""
@@ -84,17 +105,21 @@ class PackedCall(Call):
 class PackedProgram(Program):
     """A decoder LM in which everything outside attention is token-wise."""
 
-    def __init__(self, partitioned: Partitioned, captured: Capture) -> None:
+    def __init__(
+        self, partitioned: Partitioned, captured: Capture, *, max_blocking_ms: float | None = None
+    ) -> None:
         weights = dict(captured.weights.values())
         self.output_type = captured.output_type
+        self.attention = captured.attention
         self._vocabulary = captured.vocabulary
         super().__init__(
             partitioned.plan,
-            tuple(_bind(s, partitioned, captured, weights) for s in partitioned.plan.segments),
+            build_stages(partitioned.plan, functools.partial(_bind, partitioned, captured, weights)),
             weights,
             config=captured.model.config,
             device=next(captured.model.parameters()).device,
             dtype=captured.model.dtype,
+            max_blocking_ms=max_blocking_ms,
         )
 
     @property
@@ -115,6 +140,7 @@ class PackedProgram(Program):
         past_key_values: Any = None,
         logits_to_keep: Any = 0,
         use_cache: bool | None = None,
+        max_blocking_ms: float | None = None,
         **unsupported: Any,
     ) -> Run:
         """A run over ``input_ids [batch, length]``; everything is checked, nothing is executed.
@@ -122,7 +148,7 @@ class PackedProgram(Program):
         ``attention_mask [batch, length]`` may hide padding on the left or right; padded batches are packed,
         so hidden positions cost nothing and their logits are zero. ``past_key_values`` is a transformers
         ``DynamicCache`` to continue from; it is not changed. ``logits_to_keep`` is transformers' own: 0 for
-        all positions, n for the last n, or a vector of indices.
+        all positions, n for the last n, or a vector of indices. ``max_blocking_ms`` overrides the program's.
 
         Raises :class:`InvalidInputError`.
         """
@@ -155,9 +181,17 @@ class PackedProgram(Program):
         return Run(
             self,
             call,
-            {name: values[name] for name in self.first_live},
+            {name: values[name] for name in self.live[0]},
             [dict(layers) for _ in packed.layout.groups],
+            self.tile_plan(call.shape, max_blocking_ms),
         )
+
+    def kv_heads(self) -> Sequence[int]:
+        """Heads of each attention stage that can be tiled."""
+        return [
+            self.attention[s.steps[0].part.call].tiled_heads if s.over == "attention" else 0
+            for s in self.stages
+        ]
 
     def restore_call(self, description: dict[str, Any], tensors: dict[str, Tensor]) -> PackedCall:
         """Read back a call of a checkpoint."""
@@ -184,32 +218,22 @@ def position_limit(config: Any) -> int | None:
 
 
 def _bind(
-    segment: Segment, partitioned: Partitioned, captured: Capture, weights: dict[str, Tensor]
-) -> tuple[Step, ...]:
-    steps: list[Step] = []
-    for part, freed in zip(segment.parts, frees(segment), strict=True):
-        names: tuple[str, ...] = ()
-        if part.kind is PartKind.GRAPH:
-            function = partitioned.functions[part.function]
-            names, execute = function.names, graph_step(part, function.call, weights)
-        elif part.kind is PartKind.ATTENTION:
-            execute = _attention_step(captured, part)
-        else:
-            execute = _leaf_step(captured, part)
-        steps.append(Step(part, execute, names, freed))
-    return tuple(steps)
+    partitioned: Partitioned, captured: Capture, weights: dict[str, Tensor], part: Part
+) -> tuple[Executable, tuple[str, ...]]:
+    """What executes a part, and the local names of its nodes."""
+    if part.kind is PartKind.GRAPH:
+        function = partitioned.functions[part.function]
+        return graph_step(part, function.call, weights), function.names
+    return (_attention_step if part.kind is PartKind.ATTENTION else _leaf_step)(captured, part), ()
 
 
 def graph_step(part: Part, call: Callable[..., Sequence[Tensor]], weights: dict[str, Tensor]) -> Executable:
     """Execute generated code with the part's weights and the run's lengths."""
     bound = tuple(weights[p] for p in part.params)
-    lengths = part.lengths
+    names = part.lengths
 
-    def execute(run: Run, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
-        if lengths:
-            given = run.call.lengths
-            return call(*arguments, *bound, *(given[n] for n in lengths))
-        return call(*arguments, *bound)
+    def execute(run: Run, arguments: Sequence[Tensor], lengths: Mapping[str, int]) -> Sequence[Tensor]:
+        return call(*arguments, *bound, *(lengths[n] for n in names))
 
     return execute
 
@@ -217,7 +241,7 @@ def graph_step(part: Part, call: Callable[..., Sequence[Tensor]], weights: dict[
 def _attention_step(captured: Capture, part: Part) -> Executable:
     call = captured.attention[part.call]
 
-    def execute(run: Run, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
+    def execute(run: Run, arguments: Sequence[Tensor], lengths: Mapping[str, int]) -> Sequence[Tensor]:
         assert isinstance(run.call, PackedCall)
         q, k, v = arguments
         return (attend(run, run.call.layout, call, q, k, v),)
@@ -228,7 +252,7 @@ def _attention_step(captured: Capture, part: Part) -> Executable:
 def _leaf_step(captured: Capture, part: Part) -> Executable:
     leaf = captured.leaves[part.call]
 
-    def execute(run: Run, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
+    def execute(run: Run, arguments: Sequence[Tensor], lengths: Mapping[str, int]) -> Sequence[Tensor]:
         assert isinstance(run.call, PackedCall)
         return leaf.run(arguments, run.call.layout.lengths)
 

@@ -8,39 +8,25 @@ made is the route's: see :mod:`fpcompile.executor.packed`.
 from __future__ import annotations
 
 import abc
-import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fpcompile.errors import InvalidInputError
 from fpcompile.executor.calibrate import CostModel, calibrate
 from fpcompile.executor.explain import explain
 from fpcompile.executor.run import Run
-from fpcompile.ir import Part, Plan, Segment
+from fpcompile.executor.schedule import Launch, Shape, by_budget, by_segment
+from fpcompile.executor.stages import Stage, live_before
+from fpcompile.ir import Plan, Segment
 
 if TYPE_CHECKING:
     from fpcompile.executor.call import Call
     from fpcompile.executor.checkpoint import Checkpoint
-
-Executable = Callable[[Run, Sequence[Tensor]], Sequence[Tensor]]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Step:
-    """A part bound to what executes it; ``frees`` are the values that nothing reads after it.
-
-    ``function`` takes the run and the part's input values and returns the values of its outputs;
-    ``names`` are the local names of its nodes, which locate an error.
-    """
-
-    part: Part
-    function: Executable
-    names: tuple[str, ...]
-    frees: tuple[str, ...]
 
 
 class Program(abc.ABC):
@@ -49,20 +35,23 @@ class Program(abc.ABC):
     def __init__(
         self,
         plan: Plan,
-        steps: tuple[tuple[Step, ...], ...],
+        stages: tuple[Stage, ...],
         weights: dict[str, Tensor],
         *,
         config: Any,
         device: torch.device,
         dtype: torch.dtype,
+        max_blocking_ms: float | None = None,
     ) -> None:
         self.plan = plan
-        self.steps = steps
+        self.stages = stages
+        self.live = live_before(plan, stages)
+        self.whole = by_segment(stages)
         self.weights = weights
         self.config = config
         self.device = device
         self.dtype = dtype
-        self.first_live = _read_first(plan)
+        self.max_blocking_ms = check_budget(max_blocking_ms)
         self._costs: CostModel | None = None
 
     @property
@@ -74,10 +63,6 @@ class Program(abc.ABC):
     def route(self) -> str:
         """How the graph was obtained: ``packed`` or ``generic``."""
         return str(self.plan.route)
-
-    def live_names(self, cursor: int) -> tuple[str, ...]:
-        """Names of the values that a run holds when ``cursor`` is its next segment."""
-        return self.segments[cursor - 1].live.names if cursor else self.first_live
 
     def explain(self, tokens: int = 2048) -> str:
         """The plan as a table: each segment's work and live bytes, as formulas and at ``tokens`` tokens."""
@@ -103,6 +88,21 @@ class Program(abc.ABC):
     @abc.abstractmethod
     def max_tokens(self) -> int | None:
         """Longest sequence that the model has positions for, None when unlimited."""
+
+    @abc.abstractmethod
+    def kv_heads(self) -> Sequence[int]:
+        """For each stage, the key/value heads that can be attended apart; 0 for none."""
+
+    def tile_plan(self, shape: Shape, max_blocking_ms: float | None) -> tuple[Launch, ...]:
+        """The launches of a run: one for each segment, or as a budget in milliseconds asks.
+
+        The argument overrides the program's own budget; None for both means no budget.
+        """
+        asked = check_budget(max_blocking_ms)
+        budget = self.max_blocking_ms if asked is None else asked
+        if budget is None:
+            return self.whole
+        return by_budget(self.stages, shape, self.costs, budget / 1e3, self.kv_heads())
 
     def __call__(self, input_ids: Any, **kwargs: Any) -> Any:
         """Run to the end without a pause; arguments and result as the model's own forward."""
@@ -148,11 +148,25 @@ class Program(abc.ABC):
 
     def segment_seconds(self, index: int, *, tokens: int, rows: int = 1, context: int | None = None) -> float:
         """Predicted seconds of one segment."""
-        return self.costs.segment(index, tokens=tokens, rows=rows, context=context)
+        return self.costs.segment(index, tokens=tokens, rows=rows, context=context or tokens)
 
     def predict(self, *, tokens: int, context: int | None = None, start: int = 0, rows: int = 1) -> float:
         """Predicted seconds from segment ``start`` to the end."""
-        return self.costs.remaining(tokens=tokens, rows=rows, context=context, start=start)
+        return self.costs.remaining(tokens=tokens, rows=rows, context=context or tokens, start=start)
+
+
+def check_budget(max_blocking_ms: float | None) -> float | None:
+    """A budget in milliseconds, or None; raises :class:`InvalidInputError` unless it is a positive number."""
+    if max_blocking_ms is None:
+        return None
+    given: Any = max_blocking_ms
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not given > 0:
+        raise InvalidInputError(
+            "max_blocking_ms has a wrong value",
+            expected="a positive number of milliseconds, or None for no budget",
+            got=repr(given),
+        )
+    return float(given)
 
 
 def digest_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
@@ -165,22 +179,3 @@ def digest_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
             at = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), device=flat.device).long()
             digest.update(flat[at].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def frees(segment: Segment) -> tuple[tuple[str, ...], ...]:
-    """For each part of a segment, the inputs that nothing reads after it."""
-    needed = set(segment.live.names)
-    found: list[tuple[str, ...]] = []
-    for part in reversed(segment.parts):
-        found.append(tuple(name for name in dict.fromkeys(part.inputs) if name not in needed))
-        needed = (needed - set(part.outputs)) | set(part.inputs)
-    return tuple(reversed(found))
-
-
-def _read_first(plan: Plan) -> tuple[str, ...]:
-    """The graph inputs that some segment reads."""
-    needed: set[str] = {plan.output}
-    for segment in reversed(plan.segments):
-        for part in reversed(segment.parts):
-            needed = (needed - set(part.outputs)) | set(part.inputs)
-    return tuple(name for name in plan.inputs if name in needed)

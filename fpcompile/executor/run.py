@@ -1,13 +1,15 @@
 """A run: one execution in flight. Data, never a parked thread.
 
-Words: ``cursor`` is the next segment; ``values`` are the live values of the cut before it; ``kv`` the keys
-and values written so far. :meth:`Run.step` launches one segment; between two steps the run can wait, be
-snapshotted or dropped. Invariant: after every step ``values`` holds exactly the segment's live set.
+Words: ``schedule`` is the run's tile plan, fixed at its start; ``at`` the next launch; ``values`` the live
+values; ``partial`` the outputs of a stage of which some tiles are done; ``kv`` the keys and values written
+so far. :meth:`Run.step` makes one launch; between two steps the run can wait, be snapshotted or dropped.
+Invariant: between steps ``values`` holds exactly what the next stage and later ones read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import dataclasses
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,18 +18,20 @@ from torch import Tensor
 from fpcompile.errors import InternalError, UsageError
 from fpcompile.executor.faults import segment_error
 from fpcompile.executor.kv import LayerKV
+from fpcompile.executor.schedule import Launch
+from fpcompile.executor.stages import Stage, Step
 from fpcompile.ir import Segment
 
 if TYPE_CHECKING:
     from fpcompile.executor.call import Call
     from fpcompile.executor.checkpoint import Checkpoint
-    from fpcompile.executor.program import Program, Step
+    from fpcompile.executor.program import Program
 
 
 class Run:
     """One execution. Made by :meth:`Program.start` and :meth:`Program.resume`."""
 
-    __slots__ = ("_released", "call", "cursor", "kv", "masks", "program", "values")
+    __slots__ = ("_released", "at", "call", "kv", "masks", "partial", "program", "schedule", "values")
 
     def __init__(
         self,
@@ -35,14 +39,18 @@ class Run:
         call: Call,
         values: dict[str, Tensor],
         kv: list[dict[int, LayerKV]],
+        schedule: tuple[Launch, ...],
         *,
-        cursor: int = 0,
+        at: int = 0,
+        partial: dict[str, Tensor] | None = None,
     ) -> None:
         self.program = program
         self.call = call
         self.values = values
         self.kv = kv
-        self.cursor = cursor
+        self.schedule = schedule
+        self.at = at
+        self.partial: dict[str, Tensor] = partial or {}
         self.masks: dict[Hashable, Tensor | None] = {}
         self._released = False
 
@@ -58,18 +66,28 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """Whether every segment has been launched."""
-        return self.cursor == len(self.program.segments)
+        """Whether every launch has been made."""
+        return self.at == len(self.schedule)
+
+    @property
+    def next_stage(self) -> int:
+        """Index of the stage that the next launch begins with."""
+        return len(self.program.stages) if self.done else self.schedule[self.at].first
+
+    @property
+    def cursor(self) -> int:
+        """Index of the segment that the next launch belongs to; the number of segments at the end."""
+        return len(self.program.segments) if self.done else self.program.stages[self.next_stage].segment
 
     @property
     def next_segment(self) -> Segment:
-        """The segment that :meth:`step` would launch."""
+        """The segment that :meth:`step` goes on with."""
         return self.program.segments[self.cursor]
 
     @property
     def live_bytes(self) -> int:
-        """Bytes of the storages behind the live values, each counted once."""
-        return _storage_bytes(self.values.values())
+        """Bytes of the storages behind live values and partial outputs, each counted once."""
+        return _storage_bytes([*self.values.values(), *self.partial.values()])
 
     @property
     def kv_bytes(self) -> int:
@@ -77,31 +95,78 @@ class Run:
         return _storage_bytes(t for group in self.kv for kv in group.values() for t in (kv.keys, kv.values))
 
     def step(self) -> None:
-        """Launch one segment (launched, not completed, on an asynchronous device).
+        """Make one launch: a segment, several small ones within the budget, or a tile.
 
-        Raises :class:`SegmentError` with the node and the model's source line when the segment raises; the
-        run is then released and cannot go on. Raises :class:`UsageError` on a run that is done or released.
+        Launched, not completed, on an asynchronous device. Raises :class:`SegmentError` with the node and the
+        model's source line when it fails; the run is then released and cannot go on. Raises
+        :class:`UsageError` on a run that is done or released.
         """
         self._usable()
         if self.done:
             raise UsageError("the run is done", remedy="take its result()")
+        launch = self.schedule[self.at]
         with torch.no_grad():
-            for step in self.program.steps[self.cursor]:
-                try:
-                    self._execute(step)
-                except Exception as error:
-                    failed = segment_error(self.next_segment, step.part, step.names, error)
-                    self.release()
-                    raise failed from error
-        self.cursor += 1
+            if launch.tiled:
+                self._tile(self.program.stages[launch.first], launch)
+            else:
+                for stage in self.program.stages[launch.first : launch.last]:
+                    self._whole(stage)
+        self.at += 1
 
-    def _execute(self, step: Step) -> None:
-        part, values = step.part, self.values
-        arguments = [values[name] for name in part.inputs]
-        outputs = step.function(self, arguments)
-        for name in step.frees:
-            del values[name]
-        values.update(zip(part.outputs, outputs, strict=True))
+    def _whole(self, stage: Stage) -> None:
+        values, lengths = self.values, self.call.lengths
+        for step in stage.steps:
+            part = step.part
+            outputs = self._call(stage, step, [values[name] for name in part.inputs], lengths)
+            for name in step.frees:
+                del values[name]
+            values.update(zip(part.outputs, outputs, strict=True))
+
+    def _call(
+        self, stage: Stage, step: Step, arguments: list[Tensor], lengths: Mapping[str, int]
+    ) -> Sequence[Tensor]:
+        try:
+            return step.function(self, arguments, lengths)
+        except Exception as error:
+            failed = segment_error(self.program.segments[stage.segment], step.part, step.names, error)
+            self.release()
+            raise failed from error
+
+    def _tile(self, stage: Stage, launch: Launch) -> None:
+        """Execute one tile; its results go into ``partial``, and into ``values`` with the last one."""
+        if stage.over == "attention":
+            step = stage.steps[0]
+            (name,) = step.part.outputs
+
+            def attend(_: Run, arguments: Sequence[Tensor], __: Mapping[str, int]) -> Sequence[Tensor]:
+                return (self.call.attend(self, step.part, launch, arguments, self.partial.get(name)),)
+
+            bound = dataclasses.replace(step, function=attend)
+            arguments = [self.values[n] for n in step.part.inputs]
+            self.partial[name] = self._call(stage, bound, arguments, self.call.lengths)[0]
+        else:
+            self._rows(stage, launch)
+        if launch.final:
+            for name in stage.frees:
+                del self.values[name]
+            self.values.update((name, self.partial.pop(name)) for name, _ in stage.outputs)
+
+    def _rows(self, stage: Stage, launch: Launch) -> None:
+        size = launch.stop - launch.start
+        lengths = {**self.call.lengths, stage.over: size}
+        local = {
+            name: self.values[name] if axis < 0 else self.values[name].narrow(axis, launch.start, size)
+            for name, axis in stage.inputs
+        }
+        for step in stage.steps:
+            outputs = self._call(stage, step, [local[n] for n in step.part.inputs], lengths)
+            local.update(zip(step.part.outputs, outputs, strict=True))
+        for name, axis in stage.outputs:
+            whole = self.partial.get(name)
+            if whole is None:
+                whole = _room(local[name], axis, self.call.lengths[stage.over])
+                self.partial[name] = whole
+            whole.narrow(axis, launch.start, size).copy_(local[name])
 
     def suspend(self) -> None:
         """Drop what can be computed again (masks): a paused run holds its live set and cache only."""
@@ -111,6 +176,7 @@ class Run:
         """Drop every tensor. The run cannot go on."""
         self.suspend()
         self.values.clear()
+        self.partial.clear()
         self.kv = [{} for _ in self.kv]
         self._released = True
 
@@ -127,7 +193,7 @@ class Run:
         if not self.done:
             raise UsageError(
                 "the run is not done",
-                got=f"segment {self.cursor} of {len(self.program.segments)}",
+                got=f"launch {self.at} of {len(self.schedule)}",
                 remedy="step() on",
             )
         return self.call.result(self)
@@ -137,12 +203,20 @@ class Run:
             raise UsageError("the run has failed or was released", remedy="start it again")
 
     def validate(self) -> None:
-        """Check the invariant: the values held are exactly the live set of the cut."""
-        live = self.program.live_names(self.cursor)
+        """Check the invariant: the values held are exactly those that the next stage and later ones read."""
+        live = self.program.live[self.next_stage]
         if not self._released and set(self.values) != set(live):
             raise InternalError(
                 "a run holds other values than its live set", expected=str(live), got=str(list(self.values))
             )
+
+
+def _room(tile: Tensor, axis: int, length: int) -> Tensor:
+    """Memory for the whole of which ``tile`` is a part, with the same order of dimensions."""
+    sizes = [length if d == axis else int(n) for d, n in enumerate(tile.shape)]
+    strides = [int(s) for s in tile.stride()]
+    order = sorted(range(tile.dim()), key=lambda d: (-strides[d], d))
+    return torch.empty_permuted(sizes, order, dtype=tile.dtype, device=tile.device)
 
 
 def _storage_bytes(tensors: Any) -> int:

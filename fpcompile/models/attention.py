@@ -161,6 +161,25 @@ class AttentionCall:
         """One call of the model's own attention function; the output is ``[B, T, Hq, Dv]``."""
         return self.function(self.module, q, k, v, mask, dropout=0.0, **self.kwargs)[0]
 
+    def attend_block(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """As :meth:`attend`, for a block of query rows and heads.
+
+        The CPU kernel takes grouped heads together with a mask, so that keys and values are not repeated
+        for each block as the model's own function would.
+        """
+        if self.implementation != "sdpa" or q.device.type != "cpu":
+            return self.attend(q, k, v, mask)
+        causal = mask is None and self.mask.kind is not MaskKind.BIDIRECTIONAL and q.shape[2] > 1
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=self.kwargs.get("scaling"), enable_gqa=True
+        )
+        return out.transpose(1, 2)
+
+    @property
+    def tiled_heads(self) -> int:
+        """Number of key/value heads that can be computed apart, 0 when the function needs all of them."""
+        return 0 if hasattr(self.module, "sinks") else self.kv_heads
+
 
 @dataclasses.dataclass(slots=True)
 class AttentionRecorder:

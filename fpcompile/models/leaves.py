@@ -28,7 +28,8 @@ LeafFunction = Callable[[Sequence[Tensor], tuple[int, ...]], tuple[Tensor, ...]]
 class Leaf:
     """One opaque leaf. ``run(tensors, lengths)`` takes the lengths of the packed sequences, in tokens.
 
-    ``flops_per_token`` and ``weight_bytes`` feed the cost model.
+    ``flops_per_token`` and ``weight_bytes`` feed the cost model. ``tokenwise`` says that any range of tokens
+    may be computed by itself.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Leaf:
     fake: Callable[[Sequence[Tensor]], list[Tensor]]
     flops_per_token: int
     weight_bytes: int
+    tokenwise: bool
 
 
 @torch.library.custom_op("fpcompile::leaf", mutates_args=())
@@ -88,6 +90,7 @@ def experts_leaf(module: nn.Module, implementation: str, top_k: int) -> Leaf:
         fake=lambda tensors: [torch.empty_like(tensors[0], memory_format=torch.contiguous_format)],
         flops_per_token=2 * top_k * per_expert,
         weight_bytes=sum(p.numel() * p.element_size() for p in weights),
+        tokenwise=True,
     )
 
 
@@ -134,7 +137,7 @@ def install_rotary_leaf(module: nn.Module) -> None:
                 parts[0] if len(parts) == 1 else tuple(torch.cat(p, dim=1) for p in zip(*parts, strict=True))
             )
 
-        leaf = Leaf("rotary", "rotary", run, fake, flops_per_token=0, weight_bytes=0)
+        leaf = Leaf("rotary", "rotary", run, fake, flops_per_token=0, weight_bytes=0, tokenwise=False)
         return tuple(emit(leaf, [position_ids]))
 
     module.forward = forward

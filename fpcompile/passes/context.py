@@ -26,10 +26,12 @@ LEAF = torch.ops.fpcompile.leaf.default
 class Context:
     """Facts about one graph on its way through the pipeline.
 
-    ``costs`` is written by the cost pass, ``cuts`` (node after which a cut stands -> reason) by the cut pass.
+    ``axes`` (node -> (dimension, length that it runs over)) is written by the token-wise proof, ``costs`` by
+    the cost pass, ``cuts`` (node after which a cut stands -> reason) by the cut pass.
     """
 
     capture: Capture
+    axes: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
     costs: dict[str, Cost] = dataclasses.field(default_factory=dict)
     cuts: dict[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -110,6 +110,7 @@ class Partitioner:
             kind, call, key = PartKind.LEAF, int(head.args[1]), self._leaf_key(head)  # type: ignore[arg-type]
         else:
             kind, call, key = PartKind.GRAPH, -1, self._generate(nodes, values, weights, lengths, outputs)
+        over, axes = self._tiling(kind, call, values, outputs)
         return Part(
             name=source(heaviest).module or heaviest.name,
             kind=kind,
@@ -121,7 +122,23 @@ class Partitioner:
             call=call,
             cost=cost,
             nodes=describe(nodes),
+            over=over,
+            axes=axes,
         )
+
+    def _tiling(
+        self, kind: PartKind, call: int, values: Sequence[fx.Node], outputs: Sequence[fx.Node]
+    ) -> tuple[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """The length over which a part may be executed range by range, and where its values run over it."""
+        known = self.ctx.axes
+        lengths = {known[n.name][1] for n in (*values, *outputs) if n.name in known}
+        proven = len(lengths) == 1 and all(n.name in known for n in outputs)
+        if kind is PartKind.ATTENTION or not proven:
+            return "", ((), ())
+        if kind is PartKind.LEAF and not self.ctx.capture.leaves[call].tokenwise:
+            return "", ((), ())
+        inner, outer = (tuple(known.get(n.name, (-1, ""))[0] for n in group) for group in (values, outputs))
+        return lengths.pop(), (inner, outer)
 
     def _attention_key(self, node: fx.Node) -> str:
         call = self.ctx.capture.attention[int(node.args[3])]  # type: ignore[arg-type]
@@ -183,11 +200,13 @@ def _is_value(node: fx.Node) -> bool:
 
 
 def _split_at_calls(nodes: list[fx.Node]) -> list[list[fx.Node]]:
-    """Groups of nodes: each attention call and each leaf (with the picks of its results) alone."""
+    """Groups of nodes; attention calls, leaves and the selection of rows stand alone."""
     groups: list[list[fx.Node]] = []
     call: fx.Node | None = None
     for node in nodes:
-        if node.target in (ATTENTION, LEAF):
+        if any(
+            a.op == "placeholder" and a.name == "logits_to_keep" for a in node.all_input_nodes
+        ) or node.target in (ATTENTION, LEAF):
             call = node
             groups.append([node])
         elif (

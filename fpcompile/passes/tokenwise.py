@@ -396,4 +396,5 @@ def prove_tokenwise(graph: fx.Graph, ctx: Context) -> fx.Graph:
                 source_line=where.line or None,
                 remedy="only architectures whose computation outside attention is token-wise are supported",
             ) from None
+    ctx.axes = {n.name: (axis.dim, axis.over.name) for n, axis in proof.axes.items() if axis is not None}
     return graph

@@ -1,0 +1,115 @@
+"""Stages: the steps of a program grouped by how they may be tiled.
+
+A *stage* is a run of consecutive parts of one segment that are executed on the same ranges of tokens (or of
+kept rows), or a single part that is executed whole, or an attention call. A launch executes whole stages,
+or one tile of one stage (:mod:`fpcompile.executor.schedule`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fpcompile.ir import Part, PartKind, Plan, Segment
+
+if TYPE_CHECKING:
+    from fpcompile.executor.run import Run
+
+Executable = Callable[["Run", Sequence[Tensor], Mapping[str, int]], Sequence[Tensor]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """A part bound to what executes it; ``frees`` are the values that nothing reads after it.
+
+    ``function`` takes the run, the part's input values and the lengths to execute it at, and returns the
+    values of its outputs; ``names`` are the local names of its nodes, which locate an error.
+    """
+
+    part: Part
+    function: Executable
+    names: tuple[str, ...]
+    frees: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Stage:
+    """``inputs`` and ``outputs`` are (value, dimension that runs over ``over``, -1 for none).
+
+    ``over`` is ``tokens``, ``rows``, ``attention`` or empty (executed whole only); ``frees`` are the inputs
+    that nothing reads after the stage.
+    """
+
+    segment: int
+    steps: tuple[Step, ...]
+    over: str
+    inputs: tuple[tuple[str, int], ...]
+    outputs: tuple[tuple[str, int], ...]
+    frees: tuple[str, ...]
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What decides the stage's time at given lengths: its callables."""
+        return tuple(s.part.function for s in self.steps)
+
+
+def build_stages(plan: Plan, bind: Callable[[Part], tuple[Executable, tuple[str, ...]]]) -> tuple[Stage, ...]:
+    """All stages of a plan, in order; ``bind`` gives a part's executable and local names."""
+    stages: list[Stage] = []
+    for segment in plan.segments:
+        steps = [Step(p, *bind(p), f) for p, f in zip(segment.parts, _frees(segment), strict=True)]
+        while steps:
+            over = _over(steps[0].part)
+            count = 1
+            while over in ("tokens", "rows") and count < len(steps) and _over(steps[count].part) == over:
+                count += 1
+            stages.append(_stage(segment, tuple(steps[:count]), over, steps[count:]))
+            del steps[:count]
+    return tuple(stages)
+
+
+def live_before(plan: Plan, stages: Sequence[Stage]) -> tuple[tuple[str, ...], ...]:
+    """For each stage, and for the end, the values that it and later stages read, in order of definition."""
+    needed: set[str] = {plan.output}
+    found = [needed]
+    for stage in reversed(stages):
+        needed = (needed - {n for n, _ in stage.outputs}) | {n for n, _ in stage.inputs}
+        found.append(needed)
+    order = [*plan.inputs, *(name for stage in stages for name, _ in stage.outputs)]
+    return tuple(tuple(n for n in order if n in names) for names in reversed(found))
+
+
+def _over(part: Part) -> str:
+    return "attention" if part.kind is PartKind.ATTENTION else part.over
+
+
+def _stage(segment: Segment, steps: tuple[Step, ...], over: str, later: Sequence[Step]) -> Stage:
+    defined = [n for s in steps for n in s.part.outputs]
+    wanted = {*segment.live.names, *(n for s in later for n in s.part.inputs)}
+    axes: dict[str, int] = {}
+    for step in steps:
+        inner, outer = step.part.axes if step.part.over else ((), ())
+        axes.update(zip(step.part.inputs, inner, strict=False))
+        axes.update(zip(step.part.outputs, outer, strict=False))
+    read = dict.fromkeys(n for s in steps for n in s.part.inputs if n not in defined)
+    return Stage(
+        segment.index,
+        steps,
+        over,
+        tuple((n, axes.get(n, -1)) for n in read),
+        tuple((n, axes.get(n, -1)) for n in defined if n in wanted),
+        tuple(n for n in read if n not in wanted),
+    )
+
+
+def _frees(segment: Segment) -> tuple[tuple[str, ...], ...]:
+    """For each part of a segment, the inputs that nothing reads after it."""
+    needed = set(segment.live.names)
+    found: list[tuple[str, ...]] = []
+    for part in reversed(segment.parts):
+        found.append(tuple(name for name in dict.fromkeys(part.inputs) if name not in needed))
+        needed = (needed - set(part.outputs)) | set(part.inputs)
+    return tuple(reversed(found))

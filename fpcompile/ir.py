@@ -60,6 +60,8 @@ class CutReason(StrEnum):
     AFTER_ATTENTION = "after attention"
     PROJECTION = "after projection"
     EXPERTS = "after experts"
+    CONVOLUTION = "after convolution"
+    AFTER_LEAF = "after opaque leaf"
     LAYER = "layer boundary"
     END = "end of model"
 
@@ -168,7 +170,10 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-    """The printable description of a program: segments, costs, live sets, reasons of the cuts."""
+    """The printable description of a program: segments, costs, live sets, reasons of the cuts.
+
+    ``output`` is the value that is the program's result; ``more_outputs`` are further ones (states).
+    """
 
     architecture: str
     route: Route
@@ -177,10 +182,11 @@ class Plan:
     output: str
     segments: tuple[Segment, ...]
     notes: tuple[str, ...] = ()
+    more_outputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that the recorded live sets equal those that definitions and uses imply."""
-        needed: set[str] = {self.output}
+        needed: set[str] = set(self.results)
         for segment in reversed(self.segments):
             recorded = set(segment.live.names)
             if recorded != needed:
@@ -193,6 +199,11 @@ class Plan:
                 needed = (needed - set(part.outputs)) | set(part.inputs)
         if not needed <= set(self.inputs):
             raise InternalError("the plan reads undefined values", got=str(sorted(needed - set(self.inputs))))
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """Names of all values that are results."""
+        return (self.output, *self.more_outputs)
 
     @property
     def cost(self) -> Cost:

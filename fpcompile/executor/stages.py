@@ -73,7 +73,7 @@ def build_stages(plan: Plan, bind: Callable[[Part], tuple[Executable, tuple[str,
 
 def live_before(plan: Plan, stages: Sequence[Stage]) -> tuple[tuple[str, ...], ...]:
     """For each stage, and for the end, the values that it and later stages read, in order of definition."""
-    needed: set[str] = {plan.output}
+    needed: set[str] = set(plan.results)
     found = [needed]
     for stage in reversed(stages):
         needed = (needed - {n for n, _ in stage.outputs}) | {n for n, _ in stage.inputs}

@@ -133,7 +133,7 @@ def capture(model: PreTrainedModel) -> Capture:
         )
     return Capture(
         graph=exported.graph_module,
-        weights=_weights(exported),
+        weights=weights_of(exported),
         attention=tuple(recorder.calls),
         leaves=tuple(collected),
         output_type=returned[-1],
@@ -141,7 +141,8 @@ def capture(model: PreTrainedModel) -> Capture:
     )
 
 
-def _weights(exported: torch.export.ExportedProgram) -> dict[str, tuple[str, Tensor]]:
+def weights_of(exported: torch.export.ExportedProgram) -> dict[str, tuple[str, Tensor]]:
+    """Placeholder -> (path in the model, tensor) of every weight, buffer and constant of a trace."""
     signature = exported.graph_signature
     tensors: dict[str, Tensor] = {**exported.state_dict, **exported.constants}
     named = {

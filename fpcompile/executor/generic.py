@@ -1,0 +1,289 @@
+"""Programs of the generic route: one graph for each class of inputs, compiled when first met.
+
+:class:`GenericProgram` takes whatever the model takes. A call is matched to a :class:`Variant`, a program of
+its own whose graph holds under recorded conditions; when none fits, one is compiled from the call. Every
+state (cache, recurrent state) goes in and comes out as tensors of the graph, and the result is the model's
+own output class with the model's own cache class. Nothing that the caller passes is changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+import sympy
+import torch
+from torch import Tensor, nn
+
+from fpcompile.errors import CheckpointError, InvalidInputError, UsageError
+from fpcompile.executor.call import Call
+from fpcompile.executor.program import Program
+from fpcompile.executor.run import Run
+from fpcompile.executor.schedule import Launch, Shape
+from fpcompile.executor.stages import Executable, build_stages
+from fpcompile.ir import Granularity, Part, PartKind
+from fpcompile.models.generic import GenericCapture, capture_generic, pack
+from fpcompile.models.generic_tree import unflatten
+from fpcompile.passes.generic_partition import compile_generic
+from fpcompile.passes.partition import Partitioned
+
+
+@final
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class GenericCall(Call):
+    """``symbols`` are the values of the variant's length symbols; ``tokens`` the main length.
+
+    ``context`` is the longest context in tokens.
+    """
+
+    program: Variant
+    symbols: Mapping[str, int]
+    tokens: int
+    context: int
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The main length and the variant's symbols."""
+        return {"tokens": self.tokens, "rows": self.tokens, **self.symbols}
+
+    @property
+    def shape(self) -> Shape:
+        """What the tile plan depends on."""
+        return Shape(self.tokens, self.tokens, ((1, self.tokens, self.context),))
+
+    def attend(
+        self, run: Run, part: Part, tile: Launch, arguments: Sequence[Tensor], out: Tensor | None
+    ) -> Tensor:
+        """Never called: attention is graph code here."""
+        raise UsageError("a generic program has no attention parts")
+
+    def result(self, run: Run) -> Any:
+        """The model's own output."""
+        return self.program.output(run, self)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """None: every tensor of the run is a live value."""
+        return {}
+
+    def describe(self) -> dict[str, Any]:
+        """Lengths, and which variant."""
+        return {
+            "symbols": dict(self.symbols),
+            "tokens": self.tokens,
+            "context": self.context,
+            "variant": self.program.fingerprint,
+        }
+
+
+@final
+class Variant(Program):
+    """One compiled graph of a generic program and the conditions under which it holds."""
+
+    def __init__(
+        self,
+        owner: GenericProgram,
+        captured: GenericCapture,
+        *,
+        granularity: Granularity,
+        architecture: str,
+        max_blocking_ms: float | None,
+    ) -> None:
+        partitioned, self.outputs, generic = compile_generic(captured, granularity, architecture)
+        self.owner, self.captured = owner, captured
+        self.length_names = dict(generic.lengths)
+        weights = dict(captured.weights.values())
+        by_name = {name: weights[path] for name, (path, _) in captured.weights.items()}
+        self.constants = {n: by_name[n] for n in self.outputs if n in by_name}
+        super().__init__(
+            partitioned.plan,
+            build_stages(partitioned.plan, functools.partial(_bind, partitioned, captured, weights)),
+            weights,
+            config=owner.config,
+            device=owner.device,
+            dtype=owner.dtype,
+            max_blocking_ms=max_blocking_ms,
+        )
+
+    @property
+    def vocabulary(self) -> int:
+        """Of the owner."""
+        return self.owner.vocabulary
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Of the owner."""
+        return self.owner.max_tokens
+
+    def kv_heads(self) -> Sequence[int]:
+        """No stage is an attention call of the executor."""
+        return [0] * len(self.stages)
+
+    def start(self, *args: Any, **kwargs: Any) -> Run:
+        """See :meth:`GenericProgram.start`; the call may go to another variant."""
+        return self.owner.start(*args, **kwargs)
+
+    def begin(
+        self, tensors: Sequence[Tensor], values: Mapping[sympy.Symbol, int], max_blocking_ms: float | None
+    ) -> Run:
+        """A run over flat inputs for which the variant holds."""
+        given = dict(zip(self.captured.inputs, tensors, strict=True))
+        symbols = {name: values[s] for name, s in self.length_names.items()}
+        symbols |= {f"count_{s}": int(v) for s, v in values.items()}
+        tokens = values.get(self.captured.length, 0) if self.captured.length is not None else 0
+        tokens = tokens or max((int(t.shape[1]) for t in tensors[:1] if t.dim() > 1), default=1)
+        call = GenericCall(self, symbols, tokens, tokens)
+        return Run(
+            self,
+            call,
+            {n: given[n] for n in self.live[0]},
+            [],
+            self.tile_plan(call.shape, max_blocking_ms),
+        )
+
+    def output(self, run: Run, call: GenericCall) -> Any:
+        """The model's output object, out of the values of a finished run."""
+        tensors = [self.constants[n] if n in self.constants else run.values[n] for n in self.outputs]
+        known = {str(s): s for s in _symbols_of(self.captured.counts)}
+        values = {s: call.symbols[f"count_{n}"] for n, s in known.items()}
+        counts = [int(c.subs(values)) for c in self.captured.counts]
+        return unflatten(self.captured.result, tensors, counts)
+
+    def restore_call(self, description: dict[str, Any], tensors: dict[str, Tensor]) -> GenericCall:
+        """Read back a call of a checkpoint."""
+        return GenericCall(self, description["symbols"], description["tokens"], description["context"])
+
+
+@final
+class GenericProgram(Program):
+    """A model compiled by the generic route. Takes the model's own arguments.
+
+    ``variants`` grows as calls of new kinds are met; each is a :class:`Variant`. The plan that the program
+    itself shows is that of its first variant.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: tuple[tuple[Any, ...], dict[str, Any]],
+        *,
+        granularity: Granularity = Granularity.OPERATOR,
+        max_blocking_ms: float | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self.model = model
+        self.granularity = granularity
+        self.notes = notes
+        self.variants: list[Variant] = []
+        self._lock = threading.Lock()
+        self.config = getattr(model, "config", None)
+        parameter = next(model.parameters(), None)
+        self.device = torch.device("cpu") if parameter is None else parameter.device
+        self.dtype = torch.float32 if parameter is None else parameter.dtype
+        self.max_blocking_ms = max_blocking_ms
+        first = self._variant(example)[0]
+        super().__init__(
+            first.plan,
+            first.stages,
+            first.weights,
+            config=self.config,
+            device=self.device,
+            dtype=self.dtype,
+            max_blocking_ms=max_blocking_ms,
+        )
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding table; 0 for a model without one."""
+        table = getattr(getattr(self.model, "get_input_embeddings", lambda: None)(), "weight", None)
+        return int(table.shape[0]) if isinstance(table, Tensor) else 0
+
+    @property
+    def max_tokens(self) -> int | None:
+        """``max_position_embeddings`` of the configuration, None when it has none."""
+        limit = getattr(self.config, "max_position_embeddings", None)
+        return int(limit) if limit else None
+
+    def kv_heads(self) -> Sequence[int]:
+        """No stage is an attention call of the executor."""
+        return [0] * len(self.stages)
+
+    def _variant(
+        self, tree: tuple[tuple[Any, ...], dict[str, Any]]
+    ) -> tuple[Variant, tuple[Tensor, ...], dict[sympy.Symbol, int]]:
+        """The variant that serves a call, compiled if there is none, with its inputs and symbols."""
+        flat, tensors = pack(tree, self.device)
+        if not flat.tensors:
+            raise InvalidInputError("the call has no tensor", expected="the model's inputs", got="none")
+        with self._lock:
+            for variant in self.variants:
+                values = variant.captured.guards.bind(flat, tensors)
+                if values is not None:
+                    return variant, tensors, values
+            captured = capture_generic(self.model, flat, tensors)
+            values = captured.guards.bind(flat, tensors)
+            if values is None:
+                raise UsageError("a variant does not hold for the call that it was compiled from")
+            variant = Variant(
+                self,
+                captured,
+                granularity=self.granularity,
+                architecture=type(self.model).__name__,
+                max_blocking_ms=self.max_blocking_ms,
+            )
+            self.variants.insert(0, variant)
+            return variant, tensors, values
+
+    def start(self, *args: Any, max_blocking_ms: float | None = None, **kwargs: Any) -> Run:
+        """A run over the model's own arguments; compiles a variant when none serves them.
+
+        Raises :class:`InvalidInputError`; :class:`UnsupportedModelError` when the model cannot be traced for
+        arguments of this kind.
+        """
+        variant, tensors, values = self._variant((args, kwargs))
+        return variant.begin(tensors, values, max_blocking_ms)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run to the end without a pause; arguments and result as the model's own forward."""
+        run = self.start(*args, **kwargs)
+        while not run.done:
+            run.step()
+        return run.result()
+
+    def restore_call(self, description: dict[str, Any], tensors: dict[str, Tensor]) -> GenericCall:
+        """Read back a call of a checkpoint, of the variant that it names."""
+        for variant in self.variants:
+            if variant.fingerprint == description["variant"]:
+                return variant.restore_call(description, tensors)
+        raise CheckpointError(
+            "the checkpoint belongs to a variant that is not compiled",
+            expected=f"one of {[v.fingerprint[:12] for v in self.variants]}",
+            got=str(description["variant"])[:12],
+            remedy="start a run with arguments of the same kind first",
+        )
+
+
+def _bind(
+    partitioned: Partitioned, captured: GenericCapture, weights: dict[str, Tensor], part: Part
+) -> tuple[Executable, tuple[str, ...]]:
+    if part.kind is PartKind.LEAF:
+        leaf = captured.leaves[part.call]
+
+        def run_leaf(run: Run, arguments: Sequence[Tensor], lengths: Mapping[str, int]) -> Sequence[Tensor]:
+            return leaf.run(arguments, (lengths["tokens"],))
+
+        return run_leaf, ()
+    function = partitioned.functions[part.function]
+    bound = tuple(weights[p] for p in part.params)
+    names = part.lengths
+
+    def execute(run: Run, arguments: Sequence[Tensor], lengths: Mapping[str, int]) -> Sequence[Tensor]:
+        return function.call(*arguments, *bound, *(lengths[n] for n in names))
+
+    return execute, function.names
+
+
+def _symbols_of(counts: Sequence[Any]) -> set[sympy.Symbol]:
+    return {s for c in counts for s in c.free_symbols}

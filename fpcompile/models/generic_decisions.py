@@ -1,0 +1,131 @@
+"""Python decisions of a traced model: made as the unmodified model makes them, and checked before each run.
+
+transformers takes other paths while it is traced (masks are materialised, checks skipped). :func:`as_eager`
+undoes that, so that the same kernels run. A decision on a tensor's *value* (is the mask all ones? is the
+longest position beyond the threshold?) is answered with the values of the example, when the tensor is
+computed from the caller's inputs alone, and becomes a :class:`Decision`: a small graph from inputs to that
+value. A graph serves a call only if all its decisions come out the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import transformers.utils.import_utils as import_utils
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    get_proxy_slot,
+)
+from torch.overrides import TorchFunctionMode
+
+_READS = {
+    Tensor.__bool__: bool,
+    Tensor.__int__: int,
+    Tensor.__float__: float,
+    Tensor.__index__: int,
+    Tensor.item: Tensor.item,
+    Tensor.tolist: Tensor.tolist,
+}
+_MOST_NODES = 400
+_lock = threading.RLock()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Decision:
+    """``graph(*inputs)`` gives the tensor that was read; ``value`` is what the example's reading gave."""
+
+    graph: fx.GraphModule
+    inputs: tuple[int, ...]
+    read: str
+    value: Any
+
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the reading is the same for a call's input tensors."""
+        with torch.no_grad():
+            tensor = self.graph(*(tensors[i] for i in self.inputs))
+        return bool(_read(self.read, tensor) == self.value)
+
+
+def _read(name: str, tensor: Tensor) -> Any:
+    return next(how for function, how in _READS.items() if function.__name__ == name)(tensor)
+
+
+class Deciding(TorchFunctionMode):
+    """Answers readings of fake tensors that depend on ``fakes`` only; ``real`` are the example's tensors."""
+
+    def __init__(self, fakes: Sequence[Tensor], real: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.real = real
+        self.tracer = get_proxy_mode().tracer  # type: ignore[union-attr]
+        self.inputs = {self._node(t): i for i, t in enumerate(fakes)}
+        self.decisions: list[Decision] = []
+
+    def _node(self, tensor: Tensor) -> fx.Node | None:
+        slot = get_proxy_slot(tensor, self.tracer, None)
+        return None if slot is None else slot.proxy.node
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READS and isinstance(args[0], FakeTensor):
+            node = self._node(args[0])
+            needed = None if node is None else self._ancestors(node)
+            if node is not None and needed is not None:
+                return self._decide(node, needed, func.__name__)
+        return func(*args, **(kwargs or {}))
+
+    def _ancestors(self, node: fx.Node) -> list[fx.Node] | None:
+        """Nodes that ``node`` is computed from, in order; None when weights or activations are among them."""
+        found: dict[fx.Node, None] = {}
+        todo = [node]
+        while todo:
+            current = todo.pop()
+            if current in found:
+                continue
+            if current.op != "call_function" and current not in self.inputs:
+                return None
+            found[current] = None
+            if current not in self.inputs:
+                todo.extend(current.all_input_nodes)
+            if len(found) > _MOST_NODES:
+                return None
+        order = {n: i for i, n in enumerate(node.graph.nodes)}
+        return sorted(found, key=order.__getitem__)
+
+    def _decide(self, node: fx.Node, needed: list[fx.Node], read: str) -> Any:
+        graph = fx.Graph()
+        copied: dict[fx.Node, fx.Node] = {}
+        used = [n for n in needed if n in self.inputs]
+        for source in used:
+            copied[source] = graph.placeholder(f"x{self.inputs[source]}")
+        for source in needed:
+            if source not in copied:
+                copied[source] = graph.node_copy(source, copied.__getitem__)
+        graph.output(copied[node])
+        module = fx.GraphModule(nn.Module(), graph)
+        indices = tuple(self.inputs[n] for n in used)
+        with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch.no_grad():
+            value = _read(read, module(*(self.real[i] for i in indices)))
+        self.decisions.append(Decision(module, indices, read, value))
+        return value
+
+
+@contextlib.contextmanager
+def as_eager() -> Iterator[None]:
+    """While open (inside a trace), transformers does not see that it is traced. One trace at a time."""
+    with _lock:
+        flags = torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag
+        fake = import_utils.is_fake_tensor
+        torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = False
+        import_utils.is_fake_tensor = lambda x: False  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag = flags
+            import_utils.is_fake_tensor = fake

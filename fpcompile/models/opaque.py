@@ -1,0 +1,290 @@
+"""Opaque leaves of the generic route: a submodule as one operator (tensors, state) -> (tensors, state').
+
+A submodule that loops over positions in Python or branches on values cannot be traced with symbolic lengths.
+It is *probed* instead: run on made-up tensors of the right shapes, at its own size and at larger ones, to
+learn what it returns, which caches it changes, and how the shapes of both depend on the lengths (linearly,
+or it is refused). In the graph it is one ``fpcompile::leaf`` node; caches go in and come out as tensors.
+
+Words: a *probe* is one such run. *Symbols* are the free lengths of the trace; an *affine* size is
+``constant + sum(slope * symbol)`` with integer slopes.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+from fpcompile.models.generic_tree import Flat, Spec, flatten, unflatten
+from fpcompile.models.leaves import Leaf, emit
+
+_STEPS = (1, 16, 64)
+
+
+class LeafRefusedError(Exception):
+    """The submodule cannot be an opaque leaf; carries the reason."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Affine:
+    """A size that depends on the symbols as ``constant + sum(slopes[s] * s)``."""
+
+    constant: int
+    slopes: Mapping[sympy.Symbol, int]
+
+    def at(self, values: Mapping[sympy.Symbol, Any]) -> Any:
+        """Its value, an int or a SymInt."""
+        result: Any = self.constant
+        for symbol, slope in self.slopes.items():
+            result = result + (values[symbol] if slope == 1 else values[symbol] * slope)
+        return result
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """What one probe gave: the tree behind it, and which of its tensors are inputs that did not change."""
+
+    flat: Flat
+    inputs: dict[int, int]  # index in flat.tensors -> index of the input
+    mutated: frozenset[int]
+
+    @property
+    def fresh(self) -> list[int]:
+        """Indices in ``flat.tensors`` of the tensors that the submodule made."""
+        return [i for i in range(len(self.flat.tensors)) if i not in self.inputs]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Signature:
+    """How a leaf is called: the spec of its arguments, and what is known of its results."""
+
+    module: nn.Module
+    spec: Spec
+    arguments: int
+    mutated: frozenset[int]
+    shapes: tuple[tuple[Affine, ...], ...]
+    sizes: tuple[tuple[sympy.Expr | int, ...], ...]
+    copies: bool
+
+    def run(self, tensors: Sequence[Tensor], lengths: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Execute on real tensors (counts come as the sizes of empty ones); the fresh tensors."""
+        values = _bind(self.sizes, tensors)
+        given = [t.clone() if i in self.mutated else t for i, t in enumerate(tensors[: self.arguments])]
+        counts = [int(t.shape[0]) for t in tensors[self.arguments :]]
+        outcome = _execute(self.module, self.spec, given, counts, self.mutated, self.copies)
+        fresh = [outcome.flat.tensors[i] for i in outcome.fresh]
+        if len(fresh) != len(self.shapes):
+            raise RuntimeError(f"an opaque leaf returned {len(fresh)} tensors, {len(self.shapes)} expected")
+        for tensor, shape in zip(fresh, self.shapes, strict=True):
+            expected = [int(a.at(values)) for a in shape]
+            if list(tensor.shape) != expected:
+                raise RuntimeError(f"an opaque leaf returned {list(tensor.shape)}, {expected} expected")
+        owned = {t.untyped_storage().data_ptr() for t in tensors}
+        return tuple(
+            t.clone() if t.untyped_storage().data_ptr() in owned else t.contiguous() for t in fresh
+        )
+
+
+def _bind(sizes: Sequence[Sequence[sympy.Expr | int]], tensors: Sequence[Tensor]) -> dict[sympy.Symbol, int]:
+    values: dict[sympy.Symbol, int] = {}
+    for shape, tensor in zip(sizes, tensors, strict=True):
+        for size, real in zip(shape, tensor.shape, strict=True):
+            if isinstance(size, sympy.Symbol):
+                values.setdefault(size, int(real))
+    return values
+
+
+def _execute(
+    module: nn.Module,
+    spec: Spec,
+    tensors: Sequence[Tensor],
+    counts: Sequence[int],
+    mutated: frozenset[int],
+    copies: bool,
+) -> Outcome:
+    target = copy.deepcopy(module, {id(p): p for p in module.parameters()}) if copies else module
+    arguments = unflatten(spec, tensors, counts)
+    known = flatten(arguments).containers
+    versions = [t._version for t in tensors]
+    with torch.no_grad():
+        result = target(*arguments[0], **arguments[1])
+    changed = frozenset(i for i, t in enumerate(tensors) if t._version != versions[i])
+    flat = flatten((arguments, result), known)
+    position = {id(t): i for i, t in enumerate(tensors) if i not in changed | mutated}
+    inputs = {i: position[id(t)] for i, t in enumerate(flat.tensors) if id(t) in position}
+    return Outcome(flat, inputs, changed | mutated)
+
+
+class _Prober:
+    """Runs a submodule on made-up tensors of given sizes."""
+
+    def __init__(self, module: nn.Module, spec: Spec, tensors: Sequence[Tensor], counts: Sequence[Any]):
+        self.module, self.spec = module, spec
+        self.kinds = [(t.dtype, t.device) for t in tensors]
+        self.sizes = tuple(tuple(_expr(s) for s in t.shape) for t in tensors)
+        self.counts = tuple(_expr(c) for c in counts)
+        sizes = [s for shape in (*self.sizes, self.counts) for s in shape]
+        free = {f for s in sizes for f in getattr(s, "free_symbols", ())}
+        self.symbols = sorted(free, key=str)
+        self.hints = _hints([*(s for t in tensors for s in t.shape), *counts])
+
+    def probe(self, values: Mapping[sympy.Symbol, int], copies: bool = True) -> Outcome:
+        generator = torch.Generator().manual_seed(0)
+        made: list[Tensor] = []
+        for (dtype, device), shape in zip(self.kinds, self.sizes, strict=True):
+            size = [_value(s, values) for s in shape]
+            if dtype.is_floating_point:
+                made.append((torch.randn(size, generator=generator) * 0.1).to(device, dtype))
+            elif dtype is torch.bool:
+                made.append(torch.ones(size, dtype=dtype, device=device))
+            else:
+                made.append(torch.zeros(size, dtype=dtype, device=device))
+        counts = [_value(c, values) for c in self.counts]
+        with unset_fake_temporarily(), disable_proxy_modes_tracing():
+            return _execute(self.module, self.spec, made, counts, frozenset(), copies)
+
+    def measure(self) -> tuple[Outcome, tuple[tuple[Affine, ...], ...], tuple[Affine, ...]]:
+        """Probe at the hints and at larger sizes; the outcome, the fresh tensors' shapes, the counts."""
+        base = self.probe(self.hints)
+        facts = _facts(base)
+        slopes: list[dict[sympy.Symbol, int]] = [{} for _ in facts]
+        for symbol in self.symbols:
+            for fact, slope in zip(slopes, self._slopes(symbol, base, facts), strict=True):
+                if slope:
+                    fact[symbol] = slope
+        sizes = [
+            Affine(fact - sum(k * self.hints[s] for s, k in slope.items()), slope)
+            for fact, slope in zip(facts, slopes, strict=True)
+        ]
+        shapes: list[tuple[Affine, ...]] = []
+        for i in base.fresh:
+            rank = base.flat.tensors[i].dim()
+            shapes.append(tuple(sizes[:rank]))
+            sizes = sizes[rank:]
+        return base, tuple(shapes), tuple(sizes)
+
+    def _slopes(self, symbol: sympy.Symbol, base: Outcome, facts: list[int]) -> list[int]:
+        reason = "it fails at other lengths"
+        for step in _STEPS:
+            try:
+                one = self.probe({**self.hints, symbol: self.hints[symbol] + step})
+                two = self.probe({**self.hints, symbol: self.hints[symbol] + 2 * step})
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                continue
+            if one.flat.spec != base.flat.spec or one.inputs != base.inputs:
+                reason = "what it returns depends on the length"
+                continue
+            changes = [b - a for a, b in zip(facts, _facts(one), strict=True)]
+            again = [b - a for a, b in zip(facts, _facts(two), strict=True)]
+            if all(c % step == 0 and 2 * c == d for c, d in zip(changes, again, strict=True)):
+                return [c // step for c in changes]
+            reason = "its result's size is not linear in the length"
+        raise LeafRefusedError(reason)
+
+
+def _facts(outcome: Outcome) -> list[int]:
+    """Every size and count of an outcome, in one order."""
+    sizes = [int(s) for i in outcome.fresh for s in outcome.flat.tensors[i].shape]
+    return sizes + [int(c) for c in outcome.flat.counts]
+
+
+def _expr(size: Any) -> sympy.Expr | int:
+    return size.node.expr if isinstance(size, torch.SymInt) else int(size)
+
+
+def _value(size: sympy.Expr | int, values: Mapping[sympy.Symbol, int]) -> int:
+    return int(size.subs(values)) if isinstance(size, sympy.Basic) else int(size)
+
+
+def _hints(sizes: Sequence[Any]) -> dict[sympy.Symbol, int]:
+    found: dict[sympy.Symbol, int] = {}
+    for size in sizes:
+        if isinstance(size, torch.SymInt):
+            for symbol in size.node.expr.free_symbols:
+                hint = size.node.shape_env.backed_var_to_val.get(symbol)
+                if hint is None:
+                    raise LeafRefusedError("a size of its arguments depends on values")
+                found[symbol] = int(hint)
+    return found
+
+
+def install(module: nn.Module, kind: str) -> None:
+    """Make ``module``, a part of a shadow, emit a leaf instead of running.
+
+    While tracing, raises :class:`LeafRefusedError` for a submodule that cannot be one.
+    """
+    if hasattr(module, "_fpcompile_opaque"):
+        return
+    fresh = copy.deepcopy(module, {id(p): p for p in module.parameters()})
+    module._fpcompile_opaque = True  # type: ignore[assignment]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return _emit(fresh, kind, args, kwargs)
+
+    module.forward = forward
+
+
+def _emit(module: nn.Module, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    flat = flatten((args, kwargs))
+    prober = _Prober(module, flat.spec, flat.tensors, flat.counts)
+    outcome, shapes, counts = prober.measure()
+    dtypes = [outcome.flat.tensors[i].dtype for i in outcome.fresh]
+    markers = [flat.tensors[0].new_empty((c, 0)) for c in flat.counts]
+    tensors = [*flat.tensors, *markers]
+    symbols = _symbols(tensors)
+    signature = _Signature(
+        module,
+        flat.spec,
+        len(flat.tensors),
+        outcome.mutated,
+        shapes,
+        (*prober.sizes, *((c, 0) for c in prober.counts)),
+        copies=_keeps_state(module),
+    )
+
+    def fake(given: Sequence[Tensor]) -> list[Tensor]:
+        known = _symbols(given)
+        return [
+            given[0].new_empty([a.at(known) for a in shape], dtype=dtype)
+            for shape, dtype in zip(shapes, dtypes, strict=True)
+        ]
+
+    weights = list(module.parameters())
+    leaf = Leaf(
+        name=kind,
+        kind=kind,
+        run=signature.run,
+        fake=fake,
+        flops_per_token=2 * sum(p.numel() for p in weights),
+        weight_bytes=sum(p.numel() * p.element_size() for p in weights),
+        tokenwise=False,
+    )
+    made = dict(zip(outcome.fresh, emit(leaf, tensors), strict=True))
+    results = [
+        flat.tensors[outcome.inputs[i]] if i in outcome.inputs else made[i]
+        for i in range(len(outcome.flat.tensors))
+    ]
+    after = unflatten(outcome.flat.spec, results, [c.at(symbols) for c in counts], flat.containers)
+    return after[1]
+
+
+def _keeps_state(module: nn.Module) -> bool:
+    """Whether a submodule may write to itself: anything beside weights that a forward could replace."""
+    return any(True for _ in module.buffers())
+
+
+def _symbols(tensors: Sequence[Tensor]) -> dict[sympy.Symbol, Any]:
+    found: dict[sympy.Symbol, Any] = {}
+    for tensor in tensors:
+        for size in tensor.shape:
+            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+                found.setdefault(size.node.expr, size)
+    return found

@@ -1,0 +1,254 @@
+"""Passes of the generic route: normalise, move copies to their use, price, cut, partition.
+
+The graph has any number of inputs, outputs and length symbols. Symbols become placeholders named as they
+are, so that no integer is kept alive across a cut; the main length is called ``tokens`` in the plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from fpcompile.errors import InternalError, UnsupportedModelError
+from fpcompile.ir import TOKENS, ZERO, Cost, CutReason, Granularity
+from fpcompile.models.generic import GenericCapture
+from fpcompile.passes import normalise as packed
+from fpcompile.passes.aliases import storage_owners, uncuttable
+from fpcompile.passes.context import LEAF, Context, body, source, tensors_of
+from fpcompile.passes.costs import is_projection, node_cost, size_hint
+from fpcompile.passes.cuts import DESIGN_TOKENS, layer_of
+
+aten = torch.ops.aten
+_SOFTMAX: frozenset[Any] = frozenset({aten.softmax.int, aten._softmax.default})
+_ATTENTION: frozenset[Any] = frozenset({aten.scaled_dot_product_attention.default})
+_PRODUCTS: frozenset[Any] = frozenset({aten.matmul.default, aten.bmm.default, aten.baddbmm.default})
+_CONVOLUTIONS: frozenset[Any] = frozenset(
+    {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding}
+)
+_SEARCH = 12  # nodes between a softmax and the product that it weights
+
+
+@dataclasses.dataclass(slots=True)
+class Generic:
+    """One variant on its way through the passes.
+
+    ``names`` maps the trace's symbols to ``tokens`` (the main length) or to the value in the example;
+    ``lengths`` are the placeholders that carry symbols.
+    """
+
+    capture: GenericCapture
+    context: Context
+    names: dict[sympy.Symbol, sympy.Expr]
+    inputs: tuple[fx.Node, ...] = ()
+    lengths: dict[str, sympy.Symbol] = dataclasses.field(default_factory=dict)
+
+
+def generic_context(capture: GenericCapture) -> Generic:
+    """Context of a capture."""
+    names: dict[sympy.Symbol, sympy.Expr] = {}
+    placeholders = [n for n in capture.graph.graph.nodes if n.op == "placeholder"]
+    for node in capture.graph.graph.nodes:
+        for value in (*tensors_of(node), node.meta.get("val")):
+            sizes = value.shape if isinstance(value, torch.Tensor) else [value]
+            for size in sizes:
+                if isinstance(size, torch.SymInt):
+                    for symbol in size.node.expr.free_symbols:
+                        hint = size.node.shape_env.backed_var_to_val.get(symbol, 1)
+                        names[symbol] = TOKENS if symbol == capture.length else sympy.Integer(int(hint))
+    inputs = tuple(n for n in placeholders if n.name in capture.inputs)
+    return Generic(capture, Context(capture), names, inputs)  # type: ignore[arg-type]
+
+
+def normalise(graph: fx.Graph, g: Generic) -> None:
+    """Drop checks and no-ops, turn symbols into placeholders, move results' picks and copies to their use."""
+    for node in body(graph):
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            where = source(node)
+            raise UnsupportedModelError(
+                "the model's graph contains a nested region",
+                reason=f"operator {node.target}",
+                node=node.name,
+                module_path=where.module,
+                source_line=where.line,
+            )
+        if node.target in packed._CHECKS:
+            graph.erase_node(node)
+        elif packed._is_no_op(node):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            graph.erase_node(node)
+    for node in [n for n in graph.nodes if n.op == "call_module"]:
+        graph.erase_node(node)  # the guards' check, done when a call is matched to its variant
+    _name_symbols(graph, g)
+    packed._gather_results(graph)
+    graph.eliminate_dead_code(is_impure_node=packed._mutates)
+    _sink(graph)
+
+
+def _name_symbols(graph: fx.Graph, g: Generic) -> None:
+    """Replace each ``sym_size`` that is a plain symbol by a placeholder of that name."""
+    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    made: dict[sympy.Symbol, fx.Node] = {}
+    for node in body(graph):
+        if node.target is not aten.sym_size.int or not isinstance(node.meta["val"], torch.SymInt):
+            continue
+        symbol = node.meta["val"].node.expr
+        if not isinstance(symbol, sympy.Symbol) or not any(symbol in s for s in g.capture.guards.shapes):
+            continue
+        if symbol not in made:
+            with graph.inserting_after(last):
+                made[symbol] = graph.placeholder(f"length_{symbol}")
+            made[symbol].meta["val"] = node.meta["val"]
+            g.lengths[made[symbol].name] = symbol
+        node.replace_all_uses_with(made[symbol])
+        graph.erase_node(node)
+
+
+def _sink(graph: fx.Graph) -> None:
+    """Move copies of inputs to just before their first use: no longer alive than needed."""
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    for node in reversed(body(graph)):
+        source_ = node.args[0] if node.args else None
+        if node.target is aten.clone.default and isinstance(source_, fx.Node) and source_.op == "placeholder":
+            users = [u for u in node.users if u.op != "output"]
+            if users:
+                min(users, key=order.__getitem__).prepend(node)
+
+
+def price(graph: fx.Graph, g: Generic) -> None:
+    """Fill the costs."""
+    for node in body(graph):
+        cost = node_cost(node, g.context, g.names)
+        g.context.costs[node.name] = Cost(_known(cost.flops), _known(cost.bytes))
+
+
+def _known(expr: sympy.Expr) -> sympy.Expr:
+    """Only the main length stays a symbol; sizes that depend on values count as the main length."""
+    others = [s for s in expr.free_symbols if s not in _PLAN_SYMBOLS]
+    return expr.subs(dict.fromkeys(others, TOKENS)) if others else expr
+
+
+_PLAN_SYMBOLS = (TOKENS,)
+
+
+def live_after(graph: fx.Graph, inputs: Sequence[fx.Node]) -> list[list[fx.Node]]:
+    """For each body node, the tensor values that later nodes or the result read."""
+    nodes = body(graph)
+    position = {n: i for i, n in enumerate(nodes)}
+    last = {
+        n: max((position.get(u, len(nodes)) for u in n.users), default=-1)
+        for n in (*inputs, *nodes)
+        if tensors_of(n) and not isinstance(n.meta["val"], (tuple, list))
+    }
+    first = {n: position.get(n, -1) for n in last}
+    starts: dict[int, list[fx.Node]] = {}
+    ends: dict[int, list[fx.Node]] = {}
+    for n in last:
+        starts.setdefault(first[n], []).append(n)
+        ends.setdefault(last[n], []).append(n)
+    held = dict.fromkeys(n for n in starts.get(-1, []) if last[n] >= 0)
+    result: list[list[fx.Node]] = []
+    for i in range(len(nodes)):
+        held.update(dict.fromkeys(n for n in starts.get(i, []) if last[n] > i))
+        for n in ends.get(i, []):
+            held.pop(n, None)
+        result.append(list(held))
+    return result
+
+
+def _weights_values(node: fx.Node) -> bool:
+    """Whether a product applies a softmax's weights: attention written out in the model."""
+    seen: set[fx.Node] = set()
+    todo = [a for a in node.all_input_nodes[:1]]
+    while todo and len(seen) < _SEARCH:
+        current = todo.pop()
+        if current.target in _SOFTMAX:
+            return True
+        if current not in seen and current.op == "call_function" and current.target not in _PRODUCTS:
+            seen.add(current)
+            todo.extend(current.all_input_nodes[:1])
+    return False
+
+
+def _anchor(node: fx.Node, g: Generic) -> CutReason | None:
+    """Why a cut is wanted behind a node, if it is."""
+    if node.target in _ATTENTION or (node.target in _PRODUCTS and _weights_values(node)):
+        return CutReason.AFTER_ATTENTION
+    if node.target is LEAF:
+        leaf = g.capture.leaves[int(node.args[1])]  # type: ignore[arg-type]
+        return CutReason.EXPERTS if leaf.kind == "experts" else CutReason.AFTER_LEAF
+    if node.target in _CONVOLUTIONS:
+        return CutReason.CONVOLUTION
+    return CutReason.PROJECTION if is_projection(node) else None
+
+
+def place_cuts(graph: fx.Graph, g: Generic, granularity: Granularity) -> None:
+    """Fill the cuts for one of the presets; see :mod:`fpcompile.passes.cuts`."""
+    forbidden = uncuttable(graph)
+    nodes = body(graph)
+    if not nodes:
+        raise UnsupportedModelError("the model computes nothing", reason="its graph has no operator")
+    cuts: dict[str, CutReason] = {}
+    if granularity is Granularity.OPERATOR:
+        cuts = _operator_cuts(nodes, graph, g, forbidden)
+    elif granularity is Granularity.LAYER:
+        cuts = _layer_cuts(nodes, forbidden)
+    for name in cuts:
+        if name in forbidden:
+            raise InternalError("a cut was placed inside an alias class that is written later", where=name)
+    cuts[nodes[-1].name] = CutReason.END
+    g.context.cuts = {n.name: cuts[n.name] for n in nodes if n.name in cuts}
+
+
+def _operator_cuts(
+    nodes: list[fx.Node], graph: fx.Graph, g: Generic, forbidden: dict[str, str]
+) -> dict[str, CutReason]:
+    sizes = _live_bytes(graph, g)
+    anchors = [(i, r) for i, n in enumerate(nodes) if (r := _anchor(n, g)) is not None]
+    cuts: dict[str, CutReason] = {}
+    for (at, reason), (end, following) in zip(anchors, anchors[1:], strict=False):
+        window = [j for j in range(at, end) if nodes[j].name not in forbidden]
+        if not window:
+            continue
+        if following is CutReason.AFTER_ATTENTION and window[-1] == end - 1 and end - 1 > at:
+            cuts[nodes[end - 1].name] = CutReason.BEFORE_ATTENTION
+        best = at if at in window and reason is CutReason.AFTER_ATTENTION else None
+        chosen = best if best is not None else min(window, key=lambda j: (sizes[j], j))
+        cuts.setdefault(nodes[chosen].name, reason)
+    return cuts
+
+
+def _layer_cuts(nodes: list[fx.Node], forbidden: dict[str, str]) -> dict[str, CutReason]:
+    order = [layer_of(n) for n in nodes]
+    cuts: dict[str, CutReason] = {}
+    for layer in dict.fromkeys(o for o in order if o is not None):
+        inside = [i for i, found in enumerate(order) if found == layer]
+        for boundary in (inside[0] - 1, inside[-1]):
+            if 0 <= boundary < len(nodes) - 1 and nodes[boundary].name not in forbidden:
+                cuts[nodes[boundary].name] = CutReason.LAYER
+    return cuts
+
+
+def _live_bytes(graph: fx.Graph, g: Generic) -> list[float]:
+    owners = storage_owners(graph)
+    by_name = {n.name: n for n in graph.nodes}
+    sizes: dict[str, float] = {}
+    for owner in set(owners.values()):
+        value = tensors_of(by_name[owner])[0]
+        count = float(value.element_size())
+        for size in value.shape:
+            count *= size_hint(_known(size_of(size, g)), DESIGN_TOKENS)
+        sizes[owner] = count
+    return [sum(sizes[o] for o in {owners[n.name] for n in live}) for live in live_after(graph, g.inputs)]
+
+
+def size_of(size: Any, g: Generic) -> sympy.Expr:
+    """A size as an expression in ``tokens``."""
+    if isinstance(size, torch.SymInt):
+        return _known(size.node.expr.subs(g.names))
+    return sympy.Integer(int(size)) if size is not None else ZERO

@@ -1,0 +1,121 @@
+"""The goodput benchmark and its command line, on a small trace of the test's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fpcompile.errors import FpcompileError, UsageError
+from fpcompile.scheduler import CostPredictor, Scheduler, UnknownPolicyError, profile
+from fpcompile.scheduler.record import Recorder
+from fpcompile.scheduler.simulator import Simulator
+from fpcompile.scheduler.synthetic import synthetic_trace
+from fpcompile.scheduler.workload import requests_at
+from fpcompile.serving.bench_cli import app, parse_numbers, parse_policies
+from fpcompile.serving.bench_goodput import default_rates, run_bench_goodput
+from fpcompile.serving.replay import replay_table
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    path = tmp_path / "small.csv"
+    rows = synthetic_trace(60, seed=4, rate=5.0)
+    lines = [f"{row.arrival:.6f},{row.tokens},{row.output_tokens},{row.klass}" for row in rows]
+    path.write_text("\n".join(["arrival_s,input_tokens,output_tokens,type", *lines]) + "\n")
+    return path
+
+
+@pytest.mark.slow
+def test_the_report_has_both_goodputs_and_agrees_with_its_points(trace: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out.json"
+    report = run_bench_goodput(
+        trace, ["fcfs", "fpcompile"], rates=[1.0, 4.0, 7.0], slo_scales=[0.5, 1.0], seeds=2, num_prompts=200,
+        json_path=target,
+    )  # fmt: skip
+    assert json.loads(target.read_text()) == report
+    assert report["costs"]["name"] == "llama3-8b-a800"
+    assert report["slos"] == {"text": 0.25, "image": 0.5, "search": 4.0, "file": 6.0}
+    for entry in report["policies"].values():
+        assert entry["max_goodput"] == sum(entry["max_goodput_by_seed"]) / 2
+        assert entry["paper_goodput"] >= entry["max_goodput"]
+        assert len(entry["points"]) == 4
+        for point in entry["points"]:
+            assert min(point["attainment"].values()) + 1e-9 >= point["worst"]
+    assert report["policies"]["fpcompile"]["max_goodput"] > report["policies"]["fcfs"]["max_goodput"]
+    halved = [p for p in report["policies"]["fcfs"]["points"] if p["slo_scale"] == 0.5]
+    assert [p["rate"] for p in halved] == [report["slo_rate"]]
+
+
+@pytest.mark.slow
+def test_the_command_writes_table_pictures_and_json(trace: Path, tmp_path: Path) -> None:
+    arguments = [
+        "goodput",
+        "--trace",
+        str(trace),
+        "--policies",
+        "fcfs,s-edf",
+        "--rates",
+        "2:6:4",
+        "--seeds",
+        "1",
+    ]
+    arguments += ["--num-prompts", "100", "--json", str(tmp_path / "r.json"), "--plots", str(tmp_path / "p")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "s-edf" in result.output
+    assert (tmp_path / "r.json").exists()
+    assert {path.name for path in (tmp_path / "p").iterdir()} == {"goodput.png", "goodput-classes.png"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--policies", "s-edff"],
+        ["--rates", "1:x:2"],
+        ["--rates", "-1"],
+        ["--slo", "text=0"],
+        ["--costs", "missing.json"],
+        ["--router", "random", "--num-prompts", "10", "--rates", "1", "--policies", "fcfs"],
+        ["--real"],
+    ],
+)
+def test_bad_arguments_end_with_a_message_and_code_2(trace: Path, arguments: list[str]) -> None:
+    result = CliRunner().invoke(app, ["goodput", "--trace", str(trace), *arguments])
+    assert result.exit_code == 2
+    assert not isinstance(result.exception, FpcompileError), "a message, not a traceback"
+
+
+def test_errors_come_before_any_simulation(trace: Path) -> None:
+    def never(*_: object) -> list[object]:
+        raise AssertionError("simulated")
+
+    with pytest.raises(UnknownPolicyError):
+        run_bench_goodput(trace, ["fcfs", "nope"], runner=never)  # type: ignore[arg-type]
+
+
+def test_numbers_and_policies_are_parsed() -> None:
+    assert parse_numbers("1,2.5") == [1.0, 2.5]
+    assert parse_numbers("0.25:1:0.25") == [0.25, 0.5, 0.75, 1.0]
+    assert parse_policies("fcfs,s-edf") == ["fcfs", "s-edf"]
+    assert parse_policies("vllm:2048,512;fcfs") == ["vllm:2048,512", "fcfs"]
+    assert parse_policies("vllm:2048,512") == ["vllm:2048,512"]
+    with pytest.raises(UsageError):
+        parse_numbers("1:2:0")
+    assert len(default_rates(8.0)) == 24
+    assert default_rates(8.0)[-1] == 12.0
+
+
+def test_replay_compares_policies_on_a_recorded_log(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    slos = {"text": 0.25, "image": 0.5, "search": 4.0, "file": 6.0}
+    requests = requests_at(synthetic_trace(40, seed=5), 6.0, profile(), slos)
+    core = Scheduler("fcfs", predictor=CostPredictor(profile()))
+    with Recorder(path, core) as recorder:
+        log = lambda event, commands: recorder.record([event], commands)  # noqa: E731
+        Simulator("fcfs", profile(), core=core, log=log).run(requests)
+    table, agrees = replay_table(path, "s-edf", rate_scale=1.5)
+    assert agrees
+    assert list(table.columns[0].cells).count("s-edf") == len({request.klass for request in requests})

@@ -1,0 +1,111 @@
+"""A recorded log replays to the same decisions, and serves another policy with what it measured."""
+
+from __future__ import annotations
+
+from math import inf
+from pathlib import Path
+
+import pytest
+
+from fpcompile.errors import InvalidInputError
+from fpcompile.scheduler import Command, CostPredictor, Event, Launch, Request, Scheduler, TraceError, profile
+from fpcompile.scheduler.record import Recorder, differences, measured_costs, read_log, requests_of
+from fpcompile.scheduler.simulator import Simulator, simulate
+from fpcompile.scheduler.synthetic import synthetic_trace
+from fpcompile.scheduler.workload import requests_at
+
+SLOS = {"text": 0.25, "image": 0.5, "search": 4.0, "file": 6.0}
+
+
+def slowdown(request: Request) -> float:
+    return 1.2 if request.tokens > 1000 else 0.95
+
+
+def recorded(path: Path, policy: str, rate: float = 7.0, **options: object) -> list[Request]:
+    """Simulate with wrong predictions, and record it."""
+    requests = requests_at(synthetic_trace(80, seed=5), rate, profile(), SLOS)
+    core = Scheduler(policy, predictor=CostPredictor(profile()), **options)  # type: ignore[arg-type]
+    pending: list[Event] = []
+    with Recorder(path, core) as recorder:
+
+        def log(event: Event, commands: tuple[Command, ...]) -> None:
+            recorder.record([event], commands)
+
+        Simulator(policy, profile(), core=core, slowdown=slowdown, log=log).run(requests)
+    assert not pending
+    return requests
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "s-edf", "fpcompile", "flowprefill", "vllm:2048,512", "wfq"])
+def test_a_log_replays_to_identical_decisions(tmp_path: Path, policy: str) -> None:
+    path = tmp_path / "log.jsonl"
+    requests = recorded(path, policy, max_queue_s=5.0)
+    log = read_log(path)
+    assert log.policy == policy
+    assert log.options["max_queue_s"] == 5.0
+    assert log.options["trail_cap"] == inf
+    assert requests_of(log) == requests
+    assert differences(log, CostPredictor(profile())) == []
+
+
+def test_a_changed_log_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    recorded(path, "s-edf")
+    text = path.read_text()
+    path.write_text(text.replace('"run":"r3"', '"run":"r4"', 1))
+    found = differences(read_log(path))
+    assert found
+    assert "r4" in found[0]
+
+
+def test_the_simulator_reproduces_the_recorded_times_from_measured_costs(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    requests = recorded(path, "s-edf")
+    log = read_log(path)
+    costs = measured_costs(log)
+    assert costs["r7"] == pytest.approx(requests[7].cost * slowdown(requests[7]))
+    ratio = {r.id: costs[r.id] / profile().seconds(r.tokens) for r in requests}
+    again = simulate("s-edf", requests_of(log), profile(), slowdown=lambda r: ratio[r.id])
+    first = simulate("s-edf", requests, profile(), slowdown=slowdown)
+    assert [o.ttft for o in again.outcomes] == pytest.approx([o.ttft for o in first.outcomes])
+
+
+def test_another_rate_moves_arrivals_and_keeps_promises(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    recorded(path, "fcfs")
+    log = read_log(path)
+    plain, fast = requests_of(log), requests_of(log, 2.0)
+    assert fast[-1].arrival - fast[0].arrival == pytest.approx((plain[-1].arrival - plain[0].arrival) / 2)
+    assert [r.deadline - r.arrival for r in fast] == pytest.approx([r.deadline - r.arrival for r in plain])
+    for bad in (0.0, -1.0, inf, float("nan")):
+        with pytest.raises(InvalidInputError):
+            requests_of(log, bad)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda t: t.replace('"version":1', '"version":9'), 1),
+        (lambda t: t + "{\n", -1),
+        (lambda t: t + '{"a":1}\n', -1),
+    ],
+)
+def test_bad_logs_are_named(tmp_path: Path, change: object, line: int) -> None:
+    path = tmp_path / "log.jsonl"
+    recorded(path, "fcfs")
+    assert callable(change)
+    path.write_text(change(path.read_text()))
+    with pytest.raises(TraceError) as told:
+        read_log(path)
+    assert told.value.line == (line if line > 0 else len(path.read_text().splitlines()))
+    path.write_text("")
+    with pytest.raises(InvalidInputError, match="empty"):
+        read_log(path)
+
+
+def test_commands_survive_the_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    recorded(path, "vllm:2048,512")
+    launches = [c for _, commands in read_log(path).steps for c in commands if isinstance(c, Launch)]
+    assert any(launch.tokens and len(launch.tokens) > 1 for launch in launches)
+    assert all(isinstance(launch.requests, tuple) for launch in launches)

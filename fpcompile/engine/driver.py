@@ -1,0 +1,374 @@
+"""Scheduler and executor put together: events in, commands carried out, one run at a time on the device.
+
+Whoever owns the loop calls ``turn``: the engine's device thread, an asyncio task, another server. There is
+no thread and no waiting here. Between two segments the driver reads the inbox's flag; when something has
+come, the scheduler hears of it at once, and only if *it* asks for a pause does the run give way.
+
+Words
+    *flight*  the run that has the device, from Launch to its Yielded, Completed or Failed.
+    *known*   the tickets that the scheduler has heard of and that have not ended.
+
+Invariants (``validate``)
+    The flight is the scheduler's; what is known is exactly what the scheduler holds. Every ticket ends once,
+    by ``_finish``. Events go to the scheduler in (time, rank, sequence) order, and never back in time.
+    A segment that raises ends its own request; a scheduler that raises ends those that it knew, with a typed
+    error each, and is replaced: nobody who waits is forgotten.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+from fpcompile.engine.errors import SchedulerFailedError
+from fpcompile.engine.inbox import Inbox
+from fpcompile.engine.metrics import Ended, Ticket
+from fpcompile.engine.pilot import Ending, Pilot
+from fpcompile.engine.programs import Programs
+from fpcompile.engine.recorder import Recorder, joined
+from fpcompile.engine.registry import Registry
+from fpcompile.engine.statistics import Counts, EngineStatistics
+from fpcompile.errors import InternalError, RequestCancelledError, RequestRejectedError
+from fpcompile.executor.device import Device
+from fpcompile.executor.loop import Hook
+from fpcompile.scheduler.core import Scheduler
+from fpcompile.scheduler.events import (
+    Arrival,
+    Cancelled,
+    Command,
+    Completed,
+    Event,
+    Failed,
+    Launch,
+    Pause,
+    Reject,
+    SetTimer,
+    Timer,
+    Yielded,
+    event_order,
+)
+from fpcompile.scheduler.states import State
+
+__all__ = ["Driver"]
+
+logger = logging.getLogger(__name__)
+
+_SHORTEST = 1e-3  # seconds; nobody is told to come back sooner
+
+
+@dataclass(slots=True)
+class _Flight:
+    """``quota``: segments left of the launch. ``requested``: when its pause was asked for."""
+
+    ticket: Ticket
+    quota: int | None
+    pause: bool = False
+    requested: float | None = None
+
+
+class Driver:
+    """The state of one device. ``turn`` and ``abort`` belong to one thread at a time."""
+
+    def __init__(
+        self,
+        programs: Programs,
+        make_core: Callable[[], Scheduler],
+        device: Device,
+        *,
+        registry: Registry,
+        clock: Callable[[], float],
+        max_blocking: float | None = None,
+        recorder: Recorder | None = None,
+        on_segment: Hook | None = None,
+    ) -> None:
+        self.programs = programs
+        hook = joined(recorder, on_segment)
+        self.pilot = Pilot(device, clock=clock, max_blocking=max_blocking, on_segment=hook)
+        self.registry = registry
+        self.inbox = Inbox()
+        self.clock = clock
+        self.counts = Counts()
+        self.recorder = recorder
+        self.abandoned = False
+        """Whether the engine is closed without waiting for its requests."""
+        self.core = make_core()
+        self._make_core = make_core
+        self._known: dict[str, Ticket] = {}
+        self._flight: _Flight | None = None
+        self._timer = inf
+        self._last = -inf
+
+    # ---- for the owner of the loop
+
+    def turn(self, max_segments: int | None = None) -> bool:
+        """Hear what has happened, then go on with the run that has the device until it gives it back.
+
+        ``max_segments`` returns to the caller after so many segments; the run keeps the device. False when
+        the device is idle.
+        """
+        with self.pilot.ready():
+            self._hear()
+            if self._flight is None:
+                return False
+            self._fly(self._flight, max_segments)
+        return True
+
+    def idle_seconds(self) -> float | None:
+        """How long an idle device may be left alone; None until something is submitted."""
+        return None if self._timer == inf else max(self._timer - self.clock(), 0.0)
+
+    def retry_after(self) -> float:
+        """Estimated seconds until the next request is launched: what the present run has left."""
+        flight = self._flight
+        return max(flight.ticket.left(self.clock()), _SHORTEST) if flight is not None else _SHORTEST
+
+    def statistics(self) -> EngineStatistics:
+        """A snapshot; from any thread."""
+        live = self.registry.live()
+        states = [ticket.state for ticket in live]
+        return self.counts.snapshot(
+            running=states.count("running"),
+            waiting=states.count("waiting"),
+            paused=states.count("paused"),
+            paused_bytes=sum(ticket.paused_bytes for ticket in live),
+        )
+
+    def cancel_all(self) -> None:
+        """Cancel everything that is live; from any thread, takes effect at the next cut."""
+        self.abandoned = True
+        for ticket in self.registry.live():
+            ticket.handle.cancel()
+
+    def give_up_what_is_held(self) -> None:
+        """Cancel what a policy holds back on an idle device, once nothing can come that would change it."""
+        if self.registry.closed and self.registry.live() and not self.inbox.flag and self._timer == inf:
+            self.cancel_all()
+
+    def abort(self, error: BaseException) -> None:
+        """The loop is broken: everybody hears of it, and nobody is admitted any more."""
+        logger.critical("the engine's loop is broken", exc_info=error)
+        self.registry.close(error)
+        self._flight = None
+        for ticket in self.registry.live():
+            broken = InternalError("the engine's loop is broken", got=f"{type(error).__name__}: {error}")
+            broken.__cause__ = error
+            try:
+                self._finish(ticket, "failed", error=broken)
+            except Exception:
+                logger.exception("request %r could not be ended properly", ticket.id)
+
+    def validate(self) -> None:
+        """Check the invariants; raises :class:`InternalError` or the scheduler's own error."""
+        self.core.validate()
+        flown = self._flight.ticket.id if self._flight is not None else None
+        if flown != self.core.in_flight:
+            raise InternalError(
+                "driver and scheduler disagree", expected=repr(self.core.in_flight), got=repr(flown)
+            )
+        if set(self._known) != set(self.core.jobs):
+            raise InternalError(
+                "the scheduler holds other requests than the driver",
+                expected=str(sorted(self.core.jobs)),
+                got=str(sorted(self._known)),
+            )
+
+    # ---- the flight
+
+    def _fly(self, flight: _Flight, max_segments: int | None) -> None:
+        ticket, quota = flight.ticket, flight.quota
+        limit = min((n for n in (quota, max_segments) if n is not None), default=None)
+        last = quota is not None and limit == quota
+        landing = self.pilot.fly(ticket.run, self._stop, limit, costs=ticket.costs, gives_back=last)
+        if self._flight is not flight:
+            return  # the scheduler failed meanwhile, and this request with it
+        if landing.ending is Ending.UNDERWAY:
+            flight.quota = None if quota is None or limit is None else quota - limit
+            return
+        self._land(flight)
+        if landing.ending is Ending.STOPPED:
+            self._yield(ticket)
+        elif landing.error is not None:
+            self._finish(ticket, "failed", error=landing.error)
+            reason = f"{type(landing.error).__name__}: {landing.error}"
+            self._hear(Failed(self._now(), ticket.id, reason))
+        else:
+            self._finish(ticket, "completed", landing.value)
+            self._hear(Completed(self._now(), ticket.id))
+
+    def _stop(self) -> bool:
+        """The question between two segments: has anything come that takes the device away?"""
+        if self.inbox.flag or self.clock() >= self._timer:
+            self._hear()
+        flight = self._flight
+        return flight is None or flight.pause
+
+    def _land(self, flight: _Flight) -> None:
+        now = self._now()
+        flight.ticket.stopped(now)
+        if flight.requested is not None:
+            self.counts.blocking.append(now - flight.requested)
+        self._flight = None
+
+    def _yield(self, ticket: Ticket) -> None:
+        program = self.programs[ticket.program]
+        remaining = program.predict(
+            tokens=ticket.request.tokens, rows=ticket.rows, context=ticket.context, start=ticket.run.cursor
+        )
+        now = self._now()
+        self._hear(Yielded(now, ticket.id, max(remaining, 0.0)))
+        if ticket.id not in self._known or self._has_device(ticket):
+            return
+        ticket.run.suspend()
+        next_one = self._flight.ticket.id if self._flight is not None else None
+        ticket.paused(ticket.run.live_bytes + ticket.run.kv_bytes, next_one)
+        self.counts.preemptions += 1
+        if self.recorder is not None:
+            self.recorder.preempted(ticket, now)
+
+    def _has_device(self, ticket: Ticket) -> bool:
+        return self._flight is not None and self._flight.ticket is ticket
+
+    # ---- events and commands
+
+    def _now(self) -> float:
+        """The clock, never earlier than what the scheduler has been told."""
+        return max(self.clock(), self._last)
+
+    def _hear(self, *extra: Event) -> None:
+        """Tell the scheduler what has happened since it was last told, and do what it says."""
+        events: list[Event] = [*(self.inbox.take() if self.inbox.flag else ()), *extra]
+        if self.clock() >= self._timer:
+            self._timer = inf
+            events.append(Timer(self._now()))
+        if events:
+            events = self._without_withdrawn(events)
+        if not events:
+            return
+        keyed = sorted((event_order(event, sequence), event) for sequence, event in enumerate(events))
+        events = [event for _, event in keyed]
+        try:
+            for command in self.core.handle_all([self._in_time(event) for event in events]):
+                self._carry_out(command, events)
+            for event in events:
+                name = _may_have_cancelled(event)
+                if name is not None and name in self._known and self.core.state(name) is State.CANCELLED:
+                    self._cancelled(self._known[name])
+        except Exception as error:
+            self._scheduler_failed(error)
+
+    def _without_withdrawn(self, events: Sequence[Event]) -> list[Event]:
+        """Note who arrives; leave out what is void: cancelled before arriving, or after the end."""
+        gone = {e.request for e in events if isinstance(e, Cancelled) and e.request not in self._known}
+        kept: list[Event] = []
+        for event in events:
+            if isinstance(event, Cancelled) and event.request in gone:
+                continue
+            if isinstance(event, Arrival):
+                ticket = self.registry.get(event.request.id)
+                if ticket is None:
+                    raise InternalError("a request arrived that was not admitted", got=event.request.id)
+                if self.recorder is not None:
+                    self.recorder.arrived(ticket)
+                if ticket.id in gone:
+                    self._cancelled(ticket)
+                    continue
+                self._known[ticket.id] = ticket
+            kept.append(event)
+        return kept
+
+    def _in_time(self, event: Event) -> Event:
+        """The event, not before what the scheduler knows: submitting threads read the clock as well."""
+        if event.time < self._last:
+            return dataclasses.replace(event, time=self._last)
+        self._last = event.time
+        return event
+
+    def _carry_out(self, command: Command, events: Sequence[Event]) -> None:
+        if isinstance(command, Launch):
+            self._launch(command)
+        elif isinstance(command, Pause):
+            self._pause(command, events)
+        elif isinstance(command, Reject):
+            error = RequestRejectedError(command.request, reason=command.reason, remedy="submit it later")
+            self._finish(self._known[command.request], "rejected", error=error)
+        elif isinstance(command, SetTimer):
+            self._timer = command.time
+        else:
+            raise InternalError("a command that this engine does not know", got=repr(command))
+
+    def _launch(self, command: Launch) -> None:
+        if len(command.requests) != 1 or command.tokens is not None:
+            raise InternalError("a launch of several requests or of slices", got=repr(command))
+        ticket, now = self._known[command.run], self._now()
+        if self.recorder is not None:
+            self.recorder.launched(ticket, now)
+        if ticket.started is None:
+            self.registry.started()
+            if ticket.ready is not None:
+                self.pilot.device.order_after(ticket.ready)
+            ticket.costs = self.pilot.costs(
+                self.programs[ticket.program],
+                tokens=ticket.request.tokens,
+                rows=ticket.rows,
+                context=ticket.context,
+            )
+        ticket.launched(now)
+        self._flight = _Flight(ticket, command.max_segments)
+
+    def _pause(self, command: Pause, events: Sequence[Event]) -> None:
+        flight = self._flight
+        if flight is None or flight.ticket.id != command.run:
+            return  # it has landed already
+        flight.pause = True
+        if not any(isinstance(event, Cancelled) and event.request == command.run for event in events):
+            flight.requested = min(event.time for event in events)
+
+    # ---- ends
+
+    def _cancelled(self, ticket: Ticket) -> None:
+        where = "the engine was closed" if self.abandoned else None
+        self._finish(ticket, "cancelled", error=RequestCancelledError(ticket.id, where=where))
+
+    def _finish(
+        self, ticket: Ticket, outcome: Ended, value: Any = None, *, error: BaseException | None = None
+    ) -> None:
+        """The one place where a request ends."""
+        handle, run, now = ticket.handle, ticket.run, self._now()
+        if handle.seal() and outcome != "cancelled":
+            outcome, value = "cancelled", None
+            error = RequestCancelledError(ticket.id)
+        if self.recorder is not None:
+            self.recorder.ended(ticket, outcome, now)
+        if outcome != "completed":
+            run.release()
+        self._known.pop(ticket.id, None)
+        self.registry.remove(ticket)
+        ticket.end(outcome, now)
+        self.counts.ended[outcome] += 1
+        if error is None:
+            handle.resolve(value)
+        else:
+            handle.fail(error)
+
+    def _scheduler_failed(self, error: Exception) -> None:
+        """Give up the requests that the scheduler knew, and go on with a fresh one."""
+        policy = self.core.policy.name
+        logger.error("the scheduler failed under policy %r", policy, exc_info=error)
+        if self._flight is not None:
+            self._land(self._flight)
+        self._timer = inf
+        self.core = self._make_core()
+        for ticket in list(self._known.values()):
+            failed = SchedulerFailedError(policy, cause=error, request_id=ticket.id)
+            self._finish(ticket, "failed", error=failed)
+
+
+def _may_have_cancelled(event: Event) -> str | None:
+    """The request that this event may have brought to its end as cancelled."""
+    if isinstance(event, Cancelled):
+        return event.request
+    return event.run if isinstance(event, Yielded) else None

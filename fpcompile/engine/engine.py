@@ -1,0 +1,266 @@
+"""The engine: programs on one device, requests from anywhere, the urgent ones first.
+
+Typical use
+    ``with Engine(program, policy="s-edf") as engine:``
+    ``    handle = engine.submit(ids, ttft_slo=0.25)``
+    ``    output = handle.result()``        or, in any event loop, ``output = await handle``
+
+The thread that submits validates, appends to an inbox and raises a flag. The device thread reads the flag
+between two segments and lets the scheduler decide; see :mod:`fpcompile.engine.driver`. With
+``device_thread=False`` there is no thread: the host calls ``turn()`` in its own loop.
+
+Invariants
+    ``submit`` never waits for the device. What it refuses, it refuses with a typed error before the request
+    exists; every request that exists ends once, as completed, cancelled, rejected or failed.
+    After ``close()`` there is no thread, no live request and no memory of one.
+    All times are seconds on the engine's clock (``now()``).
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from fpcompile.engine.driver import Driver
+from fpcompile.engine.errors import Home
+from fpcompile.engine.handle import Handle
+from fpcompile.engine.metrics import Ticket
+from fpcompile.engine.programs import ProgramLike, Programs, RunLike
+from fpcompile.engine.recorder import Recorder, Timeline
+from fpcompile.engine.registry import Registry
+from fpcompile.engine.statistics import EngineStatistics
+from fpcompile.engine.terms import Terms
+from fpcompile.engine.thread import let_go, start_device_thread
+from fpcompile.errors import InvalidInputError, UsageError
+from fpcompile.executor.device import Device, make_device
+from fpcompile.executor.loop import Hook
+from fpcompile.executor.run import Run
+from fpcompile.scheduler.core import Scheduler
+from fpcompile.scheduler.events import Arrival, Cancelled, Request
+from fpcompile.scheduler.policy import Policy, StepPolicy, make_policy
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """Serves requests for one or several programs on one device.
+
+    ``programs``: a program, or a mapping of names to programs on the same device. ``policy``: a registered
+    name or an instance. ``max_queue``: requests that may wait to be started; None for any number.
+    ``max_blocking_ms`` bounds how far an asynchronous device is driven ahead. ``clock``: seconds, monotonic.
+    ``record_timeline`` keeps the newest segments for ``timeline()``. ``on_segment(run, segment, start, end)``
+    is called by the device thread after each launch. ``device``: in place of the programs' own, for tests.
+    ``device_thread``: False when the host calls ``turn()``. Further keyword arguments are those of
+    :class:`fpcompile.scheduler.options.SchedulerOptions`.
+
+    Raises :class:`UnknownNameError` for an unknown policy, :class:`InvalidInputError` for what is no program,
+    for wrong options, and for policies that pack or slice requests, which this engine cannot execute yet.
+    """
+
+    def __init__(
+        self,
+        programs: ProgramLike | Mapping[str, ProgramLike],
+        *,
+        policy: Policy | str = "s-edf",
+        max_queue: int | None = 1024,
+        max_blocking_ms: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        record_timeline: bool = True,
+        on_segment: Hook | None = None,
+        device: Device | None = None,
+        device_thread: bool = True,
+        **scheduler_options: Any,
+    ) -> None:
+        self._home = Home()
+        self._programs = Programs(programs)
+        make_core = _core_factory(policy, scheduler_options)
+        self._registry = Registry(max_queue)
+        self._recorder = Recorder() if record_timeline else None
+        self._clock = clock
+        self._driver = Driver(
+            self._programs,
+            make_core,
+            device or make_device(self._programs.device),
+            registry=self._registry,
+            clock=clock,
+            max_blocking=None if max_blocking_ms is None else max_blocking_ms / 1e3,
+            recorder=self._recorder,
+            on_segment=on_segment,
+        )
+        self._programs.warm_up()
+        self._turning = threading.Lock()
+        self._thread = start_device_thread(self._driver) if device_thread else None
+        weakref.finalize(self, let_go, self._driver, self._home).atexit = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(drain=kind is None)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._registry.closed else f"{len(self._registry)} live requests"
+        return f"<Engine on {self._driver.pilot.device!r}: {state}>"
+
+    def now(self) -> float:
+        """The engine's clock in seconds: what ``arrival`` and ``deadline`` are measured by."""
+        return self._clock()
+
+    def submit(
+        self,
+        input_ids: Any,
+        *,
+        ttft_slo: float | None = None,
+        program: str | None = None,
+        arrival: float | None = None,
+        deadline: float | None = None,
+        tenant: str = "",
+        priority: int = 0,
+        request_id: str | None = None,
+        **model_inputs: Any,
+    ) -> Handle:
+        """Ask for one forward pass over ``input_ids [batch, length]``; ``model_inputs`` are the model's own.
+
+        ``ttft_slo``: seconds from ``arrival`` (default: now) to the result. ``deadline`` gives the same as a
+        time on the engine's clock; without either nothing is promised. ``program`` names one of several.
+        ``priority``: higher first, for policies that look at it.
+
+        Never blocks. Raises :class:`EngineClosedError`, :class:`QueueFullError` (with ``retry_after``),
+        :class:`UnknownNameError` for a program, :class:`InvalidInputError` for anything else that is wrong.
+        """
+        self._home.check()
+        terms = Terms.check(
+            now=self._clock(),
+            ttft_slo=ttft_slo,
+            arrival=arrival,
+            deadline=deadline,
+            tenant=tenant,
+            priority=priority,
+            request_id=request_id,
+        )
+        name, chosen = self._programs.resolve(program)
+        self._registry.check(terms.request_id, self._driver.retry_after)
+        run = chosen.start(input_ids, **model_inputs)
+        ticket = self._ticket(name, chosen, run, terms)
+        if (device := self._driver.pilot.device).asynchronous:
+            ticket.ready = device.caller_event()
+        self._registry.admit(ticket, self._driver.retry_after, lambda: self._enter(ticket))
+        return ticket.handle
+
+    def _ticket(self, name: str, program: ProgramLike, run: RunLike, terms: Terms) -> Ticket:
+        context = run.call.context if isinstance(run, Run) else run.tokens
+        request = Request(
+            id=terms.request_id or self._registry.new_id(),
+            arrival=terms.arrival,
+            deadline=terms.deadline,
+            tokens=run.tokens,
+            cost=max(program.predict(tokens=run.tokens, rows=run.rows, context=context), 0.0),
+            slo=terms.slo,
+            priority=terms.priority,
+            tenant=terms.tenant,
+            klass=name,
+        )
+        handle = Handle(request.id, ask_cancel=self._ask_cancel, home=self._home)
+        ticket = Ticket(request, program=name, run=run, handle=handle, rows=run.rows, context=context)
+        handle.bind(ticket.snapshot)
+        return ticket
+
+    def _enter(self, ticket: Ticket) -> None:
+        self._driver.inbox.put(Arrival(self._clock(), ticket.request))
+
+    def _ask_cancel(self, request_id: str) -> None:
+        self._driver.inbox.put(Cancelled(self._clock(), request_id))
+
+    def statistics(self) -> EngineStatistics:
+        """Counts and blocking times so far."""
+        return self._driver.statistics()
+
+    def timeline(self) -> Timeline:
+        """What ran when; raises :class:`UsageError` when ``record_timeline`` is off."""
+        if self._recorder is None:
+            raise UsageError("no timeline was recorded", remedy="Engine(..., record_timeline=True)")
+        return self._recorder.timeline()
+
+    def turn(self, max_segments: int | None = 1) -> bool:
+        """For hosts that own the loop: hear what has come, and launch at most ``max_segments`` segments.
+
+        False when there is nothing to do. One thread at a time; raises :class:`UsageError` otherwise, and on
+        an engine that has a device thread.
+        """
+        self._home.check()
+        if self._thread is not None:
+            raise UsageError("this engine has a device thread", remedy="Engine(..., device_thread=False)")
+        if not self._turning.acquire(blocking=False):
+            raise UsageError(
+                "turn() is called while another turn() runs", remedy="call it from one loop only"
+            )
+        try:
+            return self._driver.turn(max_segments)
+        except BaseException as error:
+            self._driver.abort(error)
+            raise
+        finally:
+            self._turning.release()
+
+    def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
+        """Admit nothing more and end. May be called again, and from any thread.
+
+        ``drain``: let live requests finish, for at most ``timeout`` seconds; what is live then, or at once
+        without ``drain``, is cancelled at the next cut; so is what the policy would hold back for ever.
+        Raises ``TimeoutError`` when a segment holds the device for ``timeout`` seconds beyond that; the
+        device thread then ends by itself when the segment does.
+        """
+        self._home.check()
+        self._registry.close()
+        self._driver.inbox.nudge()
+        if not drain:
+            self._driver.cancel_all()
+        if self._thread is None:
+            self._close_turning(timeout)
+            return
+        if self._thread is threading.current_thread():
+            return  # a callback of the device thread closes its own engine: it ends when the callback returns
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            self._driver.cancel_all()
+            self._thread.join(timeout)
+        if self._thread.is_alive():
+            raise TimeoutError(f"the device thread has not ended within {timeout} s: a segment is running")
+
+    def _close_turning(self, timeout: float | None) -> None:
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        while len(self._registry):
+            if not self.turn():
+                self._driver.give_up_what_is_held()
+            if time.monotonic() >= until:
+                self._driver.cancel_all()
+
+
+def _core_factory(policy: Policy | str, options: dict[str, Any]) -> Callable[[], Scheduler]:
+    """Makes schedulers under ``policy``; the first one is made here, to raise what is wrong with it."""
+
+    def make() -> Scheduler:
+        return Scheduler(make_policy(policy), **options)
+
+    checked = make_policy(policy)
+    if isinstance(checked, StepPolicy) or checked.batching is not None:
+        raise InvalidInputError(
+            f"policy {checked.name!r} cannot be executed by this engine",
+            expected="a policy that runs one whole request at a time, such as 's-edf', 'edf' or 'fcfs'",
+            got="one that packs requests or slices prompts",
+            remedy="use it in the simulator, or choose another",
+        )
+    if make().options.kv_blocks is not None:
+        raise InvalidInputError(
+            "scheduler option kv_blocks is not supported by this engine",
+            expected="None: each run owns its cache",
+            got=repr(options["kv_blocks"]),
+        )
+    return make

@@ -1,0 +1,163 @@
+"""What is known about one request: :class:`RequestMetrics`, a frozen snapshot of its :class:`Ticket`.
+
+Words
+    *queued*     from arrival to the first launch.
+    *suspended*  from being stopped to being launched again, summed over all preemptions.
+    *executed*   on the device, between launches and stops, by the host's clock.
+    *TTFT*       from arrival to the result (of a prefill: the first token).
+
+All times are seconds on the engine's clock. A ticket is written by the engine's driver only; snapshots may be
+taken from any thread.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from fpcompile.engine.handle import Handle
+from fpcompile.scheduler.events import Request
+
+if TYPE_CHECKING:
+    from fpcompile.executor.device import Event
+
+__all__ = ["Ended", "RequestMetrics", "RequestState", "Ticket"]
+
+Ended = Literal["completed", "cancelled", "rejected", "failed"]
+RequestState = Literal["waiting", "running", "paused", "completed", "cancelled", "rejected", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """A snapshot of one request; what has not happened yet is None.
+
+    ``ttft_slo`` and ``deadline`` are inf without a promise. ``predicted_ttft`` is the time that the prompt
+    was predicted to take on an idle device. ``preempted_by`` names the requests that got the device, one per
+    preemption. ``slo_met`` is None without a promise, before the end, and for cancelled requests.
+    """
+
+    request_id: str
+    program: str
+    tenant: str
+    priority: int
+    tokens: int
+    state: RequestState
+    arrival: float
+    deadline: float
+    ttft_slo: float
+    predicted_ttft: float
+    started: float | None
+    ended: float | None
+    queued: float | None
+    ttft: float | None
+    suspended: float
+    executed: float
+    preemptions: int
+    preempted_by: tuple[str, ...]
+    slo_met: bool | None
+
+
+class Ticket:
+    """The engine's record of one request, from submission to its end."""
+
+    __slots__ = (
+        "_launched", "_stopped", "context", "costs", "ended", "executed", "handle", "paused_bytes",
+        "preempted_by", "preemptions", "program", "ready", "request", "rows", "run", "started", "state",
+        "suspended",
+    )  # fmt: skip
+
+    def __init__(
+        self, request: Request, *, program: str, run: Any, handle: Handle, rows: int, context: int
+    ) -> None:
+        self.request = request
+        self.program = program
+        self.run = run
+        """The run; dropped (None) when the request ends."""
+        self.handle = handle
+        self.rows, self.context = rows, context
+        self.costs: tuple[float, ...] = ()
+        """Predicted seconds of each segment, on asynchronous devices."""
+        self.state: RequestState = "waiting"
+        self.ready: Event | None = None
+        """On asynchronous devices: when the caller's stream has the inputs."""
+        self.started: float | None = None
+        self.ended: float | None = None
+        self.suspended = 0.0
+        self.executed = 0.0
+        self.preemptions = 0
+        self.preempted_by: tuple[str, ...] = ()
+        self.paused_bytes = 0
+        self._launched = 0.0
+        self._stopped = 0.0
+
+    @property
+    def id(self) -> str:
+        """The request id."""
+        return self.request.id
+
+    def launched(self, now: float) -> None:
+        """The device goes on with it."""
+        if self.started is None:
+            self.started = now
+        else:
+            self.suspended += now - self._stopped
+        self.state, self._launched, self.paused_bytes = "running", now, 0
+
+    def stopped(self, now: float) -> None:
+        """The device is free of it again."""
+        self.executed += now - self._launched
+        self._stopped = now
+
+    def paused(self, nbytes: int, by: str | None) -> None:
+        """It gave way to ``by``, and keeps ``nbytes`` meanwhile."""
+        self.state = "paused"
+        self.preemptions += 1
+        self.paused_bytes = nbytes
+        if by is not None:
+            self.preempted_by = (*self.preempted_by, by)
+
+    def left(self, now: float) -> float:
+        """Predicted device seconds that are left, while it runs."""
+        return self.request.cost - self.executed - (now - self._launched)
+
+    @property
+    def paused_since(self) -> float | None:
+        """When it was stopped, while it is paused."""
+        return self._stopped if self.state == "paused" else None
+
+    def end(self, outcome: Ended, now: float) -> None:
+        """It has ended; its tensors are the caller's to drop."""
+        if self.state == "paused":
+            self.suspended += now - self._stopped
+        self.state, self.ended, self.run, self.paused_bytes = outcome, now, None, 0
+
+    def snapshot(self) -> RequestMetrics:
+        """The metrics so far."""
+        request, state, ended, started = self.request, self.state, self.ended, self.started
+        promised = math.isfinite(request.deadline)
+        ttft = ended - request.arrival if ended is not None and state == "completed" else None
+        met: bool | None = None
+        if promised and state in ("completed", "rejected", "failed"):
+            met = state == "completed" and ended is not None and ended <= request.deadline
+        return RequestMetrics(
+            request_id=request.id,
+            program=self.program,
+            tenant=request.tenant,
+            priority=request.priority,
+            tokens=request.tokens,
+            state=state,
+            arrival=request.arrival,
+            deadline=request.deadline,
+            ttft_slo=request.slo,
+            predicted_ttft=request.cost,
+            started=started,
+            ended=ended,
+            queued=None if started is None else started - request.arrival,
+            ttft=ttft,
+            suspended=self.suspended,
+            executed=self.executed,
+            preemptions=self.preemptions,
+            preempted_by=self.preempted_by,
+            slo_met=met,
+        )

@@ -1,0 +1,112 @@
+"""The executor's half of the driver: fly one run until it is done, stopped, or has failed.
+
+Knows the device, the run-ahead and the hooks; knows nothing of requests or scheduling. When ``fly`` returns
+anything but :attr:`Ending.UNDERWAY`, the device is free: nothing of the run is in flight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+
+from fpcompile.engine.outputs import tensors_in
+from fpcompile.engine.programs import ProgramLike, RunLike
+from fpcompile.executor.device import Device
+from fpcompile.executor.loop import Hook, Outcome, advance
+from fpcompile.executor.runahead import RunAhead
+
+__all__ = ["Ending", "Landing", "Pilot"]
+
+logger = logging.getLogger(__name__)
+
+
+class Ending(Enum):
+    """How a flight ended; UNDERWAY: the host wanted control, the run keeps the device."""
+
+    DONE = "done"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    UNDERWAY = "underway"
+
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """``value`` when done, ``error`` when failed."""
+
+    ending: Ending
+    value: Any = None
+    error: Exception | None = None
+
+
+class Pilot:
+    """Flies runs on one device, one at a time."""
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        clock: Callable[[], float],
+        max_blocking: float | None = None,
+        on_segment: Hook | None = None,
+    ) -> None:
+        self.device = device
+        self._clock = clock
+        self._hook = on_segment
+        self._ahead = RunAhead(device, max_blocking=max_blocking) if device.asynchronous else None
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """What must surround every flight in its thread: the device's stream, and no gradients."""
+        with self.device.active(), torch.no_grad():
+            yield
+
+    def costs(self, program: ProgramLike, *, tokens: int, rows: int, context: int) -> tuple[float, ...]:
+        """Predicted seconds of every segment, for the run-ahead; nothing where it is not needed."""
+        if self._ahead is None:
+            return ()
+        return tuple(
+            program.segment_seconds(index, tokens=tokens, rows=rows, context=context)
+            for index in range(len(program.segments))
+        )
+
+    def fly(
+        self,
+        run: RunLike,
+        stop: Callable[[], bool],
+        limit: int | None,
+        *,
+        costs: Sequence[float],
+        gives_back: bool,
+    ) -> Landing:
+        """Go on with ``run``. ``gives_back``: reaching ``limit`` segments ends the flight as a stop does."""
+        try:
+            outcome = advance(
+                run, stop, limit, ahead=self._ahead, costs=costs, on_segment=self._hook, clock=self._clock
+            )
+            if outcome is Outcome.QUOTA and not gives_back:
+                return Landing(Ending.UNDERWAY)
+            if self._ahead is not None:
+                self._ahead.drain()
+            if outcome is not Outcome.DONE:
+                return Landing(Ending.STOPPED)
+            value = run.result()
+            if self.device.asynchronous:
+                self.device.hand_over(tensors_in(value))
+            return Landing(Ending.DONE, value=value)
+        except Exception as error:
+            self._clear()
+            return Landing(Ending.FAILED, error=error)
+
+    def _clear(self) -> None:
+        """Wait for what a failed run left in flight; its own error is the one that counts."""
+        if self._ahead is not None:
+            try:
+                self._ahead.drain()
+            except Exception:
+                logger.exception("the device failed again while a failed run was cleared away")

@@ -1,0 +1,375 @@
+"""The engine on a virtual clock, turned by the test: preemption, metrics, statistics, timeline, misuse."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from fpcompile.engine.engine import Engine
+from fpcompile.errors import InvalidInputError, QueueFullError, UnknownNameError, UsageError
+from fpcompile.executor.device import CpuDevice
+from fpcompile.executor.runahead import DEFAULT_WINDOW
+from fpcompile.testing import FakeAsyncDevice
+from tests.cpu.test_engine_fakes import Clock, FakeProgram, FakeRun, drive, inline
+
+
+def test_one_request() -> None:
+    program = FakeProgram(3, clock=Clock(), seconds=0.5)
+    engine = inline(program)
+    handle = engine.submit([1, 2], ttft_slo=10.0)
+    assert handle.metrics.state == "waiting"
+    drive(engine)
+    assert handle.result(0) == 3
+    m = handle.metrics
+    assert (m.state, m.request_id, m.program, m.tokens) == ("completed", "request-1", "default", 2)
+    assert (m.arrival, m.queued, m.started, m.ended, m.ttft, m.executed) == (0.0, 0.0, 0.0, 3.0, 3.0, 3.0)
+    assert (m.predicted_ttft, m.ttft_slo, m.deadline, m.slo_met) == (3.0, 10.0, 10.0, True)
+    assert (m.preemptions, m.preempted_by, m.suspended) == (0, (), 0.0)
+
+
+def _urgent_during(engine: Engine, handles: dict[str, Any], at: float = 0.25) -> Any:
+    """For ``at``: while the segment runs, an urgent request is submitted ``at`` seconds before its end."""
+
+    def submit(run: FakeRun) -> None:
+        handles["urgent"] = engine.submit([5], ttft_slo=3.0, request_id="urgent")
+        assert run.program.clock is not None
+        run.program.clock.advance(at)
+
+    return submit
+
+
+def _overtaking(policy: str, **options: Any) -> tuple[Engine, FakeProgram, dict[str, Any]]:
+    clock = Clock()
+    program = FakeProgram(4, clock=clock, seconds=0.5)
+    engine = inline(program, policy=policy, **options)
+    handles: dict[str, Any] = {}
+    during = _urgent_during(engine, handles)
+    handles["long"] = engine.submit([1] * 8, ttft_slo=100.0, request_id="long", at={1: during})
+    drive(engine)
+    return engine, program, handles
+
+
+def test_an_urgent_request_overtakes_a_long_one_at_the_next_cut() -> None:
+    engine, program, handles = _overtaking("s-edf")
+    assert program.log == [(1, 0), (1, 1), (5, 0), (5, 1), (5, 2), (5, 3), (1, 2), (1, 3)]
+    assert (handles["long"].result(0), handles["urgent"].result(0)) == (8, 5)
+    long, urgent = handles["long"].metrics, handles["urgent"].metrics
+    assert (long.preemptions, long.preempted_by, long.suspended) == (1, ("urgent",), 2.0)
+    assert (long.executed, long.ttft) == (16.25, 18.25)
+    assert (urgent.queued, urgent.ttft, urgent.slo_met, urgent.preemptions) == (0.25, 2.25, True, 0)
+    assert program.runs[0].suspended == 1, "scratch is dropped when it is paused"
+    statistics = engine.statistics()
+    assert (statistics.preemptions, statistics.blocking) == (1, (0.25,))
+    assert (statistics.completed, statistics.ended) == (2, 2)
+
+
+def test_under_fcfs_nobody_overtakes() -> None:
+    engine, program, handles = _overtaking("fcfs")
+    assert [tag for tag, _ in program.log] == [1] * 4 + [5] * 4
+    assert handles["urgent"].metrics.slo_met is False
+    assert engine.statistics().preemptions == 0
+    assert math.isnan(engine.statistics().blocking_percentile(50))
+
+
+def test_a_less_urgent_arrival_does_not_interrupt() -> None:
+    program = FakeProgram(3, clock=Clock())
+    engine = inline(program)
+    late: list[Any] = []
+    engine.submit([1], ttft_slo=10.0, at={0: lambda run: late.append(engine.submit([2], ttft_slo=50.0))})
+    drive(engine)
+    assert [tag for tag, _ in program.log] == [1, 1, 1, 2, 2, 2]
+    assert program.runs[0].suspended == 0
+    assert late[0].result(0) == 2
+
+
+def test_a_paused_run_is_accounted() -> None:
+    program = FakeProgram(4, clock=Clock(), seconds=0.5)
+    engine = inline(program)
+    handles: dict[str, Any] = {}
+    engine.submit([1] * 8, request_id="long", at={1: _urgent_during(engine, handles)})
+    for _ in range(4):
+        engine.turn()
+    statistics = engine.statistics()
+    assert (statistics.running, statistics.paused, statistics.waiting) == (1, 1, 0)
+    assert statistics.paused_bytes == 8 * 10 + 2, "live values and cache at the cut behind segment 1"
+    drive(engine)
+    statistics = engine.statistics()
+    assert (statistics.running, statistics.paused, statistics.paused_bytes) == (0, 0, 0)
+
+
+def test_the_timeline_shows_what_ran_when() -> None:
+    engine, _, _ = _overtaking("s-edf")
+    timeline = engine.timeline()
+    told = [(s.lane, s.kind, s.start, s.end) for s in timeline.spans]
+    assert told == [
+        ("long", "wait", 0.0, 0.0),
+        ("long", "segment", 0.0, 4.0),
+        ("long", "segment", 4.0, 8.25),
+        ("urgent", "wait", 8.0, 8.25),
+        ("urgent", "segment", 8.25, 8.75),
+        ("urgent", "segment", 8.75, 9.25),
+        ("urgent", "segment", 9.25, 9.75),
+        ("urgent", "segment", 9.75, 10.25),
+        ("long", "preempted", 8.25, 10.25),
+        ("long", "segment", 10.25, 14.25),
+        ("long", "segment", 14.25, 18.25),
+    ]
+    marks = [(m.lane, m.kind, m.time) for m in timeline.marks]
+    assert marks == [
+        ("long", "arrival", 0.0),
+        ("urgent", "arrival", 8.0),
+        ("long", "preempt", 8.25),
+        ("urgent", "first_token", 10.25),
+        ("urgent", "end", 10.25),
+        ("long", "first_token", 18.25),
+        ("long", "end", 18.25),
+    ]
+    assert timeline.slos == (("long", 100.0), ("urgent", 3.0))
+
+
+def test_without_a_recording_there_is_no_timeline() -> None:
+    engine, _, _ = _overtaking("s-edf", record_timeline=False)
+    with pytest.raises(UsageError, match="no timeline"):
+        engine.timeline()
+
+
+def test_hooks_see_segments_of_all_requests() -> None:
+    seen: list[tuple[int, int]] = []
+    clock = Clock()
+    program = FakeProgram(2, clock=clock)
+    for record in (True, False):
+        seen.clear()
+        engine = inline(
+            program,
+            record_timeline=record,
+            on_segment=lambda run, segment, start, end: seen.append((run.tokens, segment.index)),
+        )
+        engine.submit([1, 1])
+        engine.submit([1, 1, 1])
+        drive(engine)
+        assert seen == [(2, 0), (2, 1), (3, 0), (3, 1)]
+
+
+def test_a_quota_yields_without_counting_as_a_preemption() -> None:
+    program = FakeProgram(5, clock=Clock())
+    engine = inline(program, policy="fcfs", max_segments=2)
+    handle = engine.submit([1])
+    drive(engine)
+    assert handle.result(0) == 1
+    assert handle.metrics.preemptions == 0
+    assert program.runs[0].suspended == 0
+    assert engine.statistics().preemptions == 0
+
+
+def test_turns_of_any_size_give_the_same_order() -> None:
+    logs = []
+    for size in (1, 2, 3, None):
+        program = FakeProgram(5, clock=Clock())
+        engine = inline(program, max_segments=3)
+        handles = [engine.submit([i], ttft_slo=100.0 - i) for i in (1, 2)]
+        while engine.turn(size):
+            engine._driver.validate()
+        logs.append((program.log, [handle.result(0) for handle in handles]))
+    assert logs.count(logs[0]) == len(logs)
+
+
+def test_requests_that_come_together_are_decided_on_together() -> None:
+    program = FakeProgram(2, clock=Clock())
+    engine = inline(program)
+    for slo in (30.0, 10.0, 20.0):
+        engine.submit([int(slo)], ttft_slo=slo)
+    drive(engine)
+    assert [tag for tag, _ in program.log] == [10, 10, 20, 20, 30, 30]
+    assert engine.statistics().preemptions == 0
+
+
+def test_an_earlier_arrival_counts_from_then() -> None:
+    clock = Clock()
+    engine = inline(FakeProgram(1, clock=clock))
+    clock.advance(5.0)
+    handle = engine.submit([1], arrival=3.0, ttft_slo=4.0)
+    drive(engine)
+    assert handle.metrics.deadline == 7.0
+    assert (handle.metrics.queued, handle.metrics.ttft, handle.metrics.slo_met) == (2.0, 3.0, True)
+
+
+def test_a_deadline_is_an_slo_in_other_words() -> None:
+    clock = Clock()
+    engine = inline(FakeProgram(1, clock=clock))
+    clock.advance(5.0)
+    metrics = engine.submit([1], deadline=engine.now() + 2.0).metrics
+    assert (metrics.deadline, metrics.ttft_slo) == (7.0, 2.0)
+    free = engine.submit([1]).metrics
+    assert (free.deadline, free.ttft_slo, free.slo_met) == (math.inf, math.inf, None)
+
+
+def test_programs_share_the_device() -> None:
+    clock = Clock()
+    chat, embed = FakeProgram(3, clock=clock), FakeProgram(2, clock=clock)
+    engine = inline({"chat": chat, "embed": embed})
+    handles: list[Any] = []
+    engine.submit(
+        [1] * 10,
+        program="chat",
+        at={0: lambda run: handles.append(engine.submit([7], program="embed", ttft_slo=9.0))},
+    )
+    drive(engine)
+    assert handles[0].metrics.program == "embed"
+    assert handles[0].metrics.slo_met is True
+    assert engine.statistics().preemptions == 1
+    with pytest.raises(UnknownNameError) as caught:
+        engine.submit([1], program="caht")
+    assert caught.value.known == ("chat", "embed")
+    assert "did you mean 'chat'" in str(caught.value)
+    with pytest.raises(UnknownNameError, match="unknown program None"):
+        engine.submit([1])
+
+
+@pytest.mark.parametrize(
+    ("terms", "match"),
+    [
+        ({"ttft_slo": 0}, "ttft_slo is wrong"),
+        ({"ttft_slo": -0.1}, "ttft_slo is wrong"),
+        ({"ttft_slo": math.nan}, "ttft_slo is wrong"),
+        ({"ttft_slo": "250ms"}, "ttft_slo is wrong"),
+        ({"ttft_slo": True}, "ttft_slo is wrong"),
+        ({"deadline": 1.0}, "deadline is wrong"),
+        ({"deadline": math.nan}, "deadline is wrong"),
+        ({"ttft_slo": 1.0, "deadline": 9.0}, "two ways"),
+        ({"arrival": 3.0}, "arrival is wrong"),
+        ({"arrival": -math.inf}, "arrival is wrong"),
+        ({"arrival": math.nan}, "arrival is wrong"),
+        ({"tenant": 3}, "tenant is wrong"),
+        ({"priority": 1.5}, "priority is wrong"),
+        ({"request_id": ""}, "request_id is wrong"),
+        ({"request_id": 7}, "request_id is wrong"),
+        ({"unknown_input": 7}, "input_ids is empty"),
+    ],
+)
+def test_wrong_terms_are_refused_and_leave_nothing_behind(terms: dict[str, Any], match: str) -> None:
+    clock = Clock()
+    clock.advance(2.0)
+    engine = inline(FakeProgram(1, clock=clock))
+    with pytest.raises(InvalidInputError, match=match):
+        engine.submit([1], **terms)
+    with pytest.raises(InvalidInputError, match="input_ids is empty"):
+        engine.submit([])
+    assert engine.statistics().waiting == 0
+    assert engine.turn() is False
+
+
+def test_a_request_id_is_used_once() -> None:
+    engine = inline(FakeProgram(1, clock=Clock()))
+    engine.submit([1], request_id="request-1")
+    with pytest.raises(InvalidInputError, match="one that is live"):
+        engine.submit([1], request_id="request-1")
+    assert engine.submit([1]).request_id == "request-2", "ids that callers chose are left out"
+    drive(engine)
+    with pytest.raises(InvalidInputError, match="one that ended"):
+        engine.submit([1], request_id="request-1")
+
+
+def test_ids_are_of_the_engine() -> None:
+    first, second = (inline(FakeProgram(1, clock=Clock())) for _ in range(2))
+    assert first.submit([1]).request_id == second.submit([1]).request_id == "request-1"
+
+
+def test_a_full_queue_says_when_to_come_back() -> None:
+    clock = Clock()
+    program = FakeProgram(4, clock=clock)
+    engine = inline(program, max_queue=2)
+    first = engine.submit([1] * 5)
+    engine.turn()  # started: it does not wait any more
+    for _ in range(2):
+        engine.submit([1])
+    with pytest.raises(QueueFullError) as caught:
+        engine.submit([1])
+    assert caught.value.retry_after == pytest.approx(15.0), "20 s predicted, 5 s of them executed"
+    assert engine.statistics().waiting == 2
+    drive(engine)
+    assert first.result(0) == 5
+    engine.submit([1])
+
+
+def test_wrong_engines_are_refused() -> None:
+    program = FakeProgram(1)
+    with pytest.raises(UnknownNameError) as caught:
+        Engine(program, policy="sedf")
+    assert "s-edf" in caught.value.known
+    assert caught.value.known == tuple(sorted(caught.value.known))
+    with pytest.raises(InvalidInputError, match="unknown scheduler option 'max_que_s'"):
+        Engine(program, max_que_s=1.0)
+    with pytest.raises(InvalidInputError, match="kv_blocks is not supported"):
+        Engine(program, kv_blocks=10)
+    with pytest.raises(InvalidInputError, match="max_queue is wrong"):
+        Engine(program, max_queue=0)
+    with pytest.raises(InvalidInputError, match="max_blocking is wrong"):
+        Engine(program, max_blocking_ms=-1.0, device=FakeAsyncDevice())
+    with pytest.raises(InvalidInputError, match="without a program"):
+        Engine({})
+    with pytest.raises(InvalidInputError, match="a program's name is wrong"):
+        Engine({"": program})
+    with pytest.raises(InvalidInputError, match=r"what fpcompile\.segment\(model\) returns"):
+        Engine({"chat": object()})  # type: ignore[dict-item]
+    with pytest.raises(InvalidInputError, match="different devices"):
+        Engine({"a": program, "b": FakeProgram(1, device="meta")})
+
+
+@pytest.mark.parametrize("policy", ["flowprefill", "vllm:2048,512"])
+def test_policies_that_this_engine_cannot_execute_are_refused(policy: str) -> None:
+    with pytest.raises(InvalidInputError, match="one whole request at a time"):
+        Engine(FakeProgram(1), policy=policy)
+
+
+def test_turn_belongs_to_hosts_and_to_one_of_them() -> None:
+    with Engine(FakeProgram(1)) as engine, pytest.raises(UsageError, match="has a device thread"):
+        engine.turn()
+    inner: list[BaseException] = []
+    turned = inline(FakeProgram(1, clock=Clock()))
+
+    def again(run: FakeRun) -> None:
+        with pytest.raises(UsageError, match="while another") as caught:
+            turned.turn()
+        inner.append(caught.value)
+
+    turned.submit([1], at={0: again})
+    drive(turned)
+    assert len(inner) == 1
+
+
+def test_an_asynchronous_device_is_driven_ahead_and_then_drained() -> None:
+    device = FakeAsyncDevice()
+    program = FakeProgram(10, seconds=DEFAULT_WINDOW / 4)
+    engine = Engine(program, device=device, clock=device.clock, device_thread=False)
+    handle = engine.submit([1], ttft_slo=1.0)
+    engine.turn(3)
+    assert handle.metrics.state == "running"
+    assert device.waits == 0
+    drive(engine)
+    assert handle.metrics.ttft == pytest.approx(10 * DEFAULT_WINDOW / 4), "complete, not just launched"
+
+
+def test_blocking_on_an_asynchronous_device_lasts_until_it_is_free() -> None:
+    device = FakeAsyncDevice()
+    program = FakeProgram(8, seconds=DEFAULT_WINDOW / 4)
+    engine = Engine(program, device=device, clock=device.clock, device_thread=False)
+    engine.submit([1], ttft_slo=1.0)
+    engine.turn(4)
+    urgent = engine.submit([2], ttft_slo=0.5)
+    engine.turn(4)
+    (blocking,) = engine.statistics().blocking
+    assert blocking == pytest.approx(DEFAULT_WINDOW), "four units were in flight"
+    drive(engine)
+    assert urgent.result(0) == 2
+
+
+def test_what_an_engine_is_called() -> None:
+    engine = inline(FakeProgram(1, clock=Clock()), device=CpuDevice())
+    engine.submit([1])
+    assert repr(engine) == "<Engine on CpuDevice(cpu): 1 live requests>"
+    assert repr(engine.submit([1])) == "<Handle 'request-2': waiting>"
+    drive(engine)
+    engine.close()
+    assert repr(engine) == "<Engine on CpuDevice(cpu): closed>"

@@ -1,0 +1,199 @@
+"""How long the device stays taken after a preemption is requested, in the middle of a long prefill.
+
+    python benchmarks/blocking.py
+    python benchmarks/blocking.py --device cuda --model Qwen/Qwen3-8B --tokens 16384
+
+For each granularity the same prefill runs under the executor's own loop. Preemption requests come at Poisson
+times, from another thread, whatever the device does (open loop, so that a long segment is met as often as its
+share of the time). At the next cut the loop returns, the device is drained, every request that has come is
+answered, the run is suspended and goes on. *Blocking time* is from a request to that moment; *slowdown* is
+the prefill's time with all these stops over its time without any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import common
+import torch
+
+from fpcompile import segment
+from fpcompile.cli.guard import quiet, remedied
+from fpcompile.cli.interleave import percentile
+from fpcompile.cli.load import random_ids
+from fpcompile.executor.device import Device, make_device
+from fpcompile.executor.loop import Outcome, advance
+from fpcompile.executor.runahead import RunAhead
+from fpcompile.ir import Granularity
+
+CALL: dict[str, Any] = {"logits_to_keep": 1, "use_cache": True}
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    made = common.parser("Blocking time of preemption requests during a long prefill, per granularity.")
+    made.add_argument("--tokens", type=int, default=4096, help="length of the prefill")
+    made.add_argument("--requests", type=int, default=60, help="mean number of requests per prefill")
+    made.add_argument("--prefills", type=int, default=4, help="prefills per granularity")
+    made.add_argument("--granularities", nargs="+", default=[str(g) for g in Granularity])
+    return made.parse_args()
+
+
+class Requester(threading.Thread):
+    """Raises the flag at each of ``times`` (seconds after ``begun``) and notes when it really did."""
+
+    def __init__(self, times: Sequence[float], begun: float) -> None:
+        super().__init__(name="requester", daemon=True)
+        self.flag = threading.Event()
+        self.asked: deque[float] = deque()
+        self.over = threading.Event()
+        self._times, self._begun = times, begun
+
+    def run(self) -> None:
+        """One request after another, until the prefill is over."""
+        for at in self._times:
+            if self.over.wait(max(0.0, self._begun + at - time.perf_counter())):
+                return
+            self.asked.append(time.perf_counter())
+            self.flag.set()
+
+    def answer(self) -> list[float]:
+        """The device is free: blocking times of all requests that have come."""
+        now = time.perf_counter()
+        self.flag.clear()
+        waited = []
+        while self.asked and self.asked[0] <= now:
+            waited.append(now - self.asked.popleft())
+        if self.asked:
+            self.flag.set()
+        return waited
+
+
+def poisson(mean_gap: float, until: float, seed: int) -> list[float]:
+    """Times of a Poisson process up to ``until``, in seconds."""
+    draw = random.Random(seed)
+    times = [draw.expovariate(1 / mean_gap)]
+    while times[-1] < until:
+        times.append(times[-1] + draw.expovariate(1 / mean_gap))
+    return times
+
+
+def prefill(
+    program: Any, ids: torch.Tensor, device: Device, times: Sequence[float]
+) -> tuple[float, list[float]]:
+    """Seconds of one prefill that is asked to stop at ``times``, and the blocking times."""
+    run = program.start(input_ids=ids, **CALL)
+    ahead = RunAhead(device) if device.asynchronous else None
+    costs: tuple[float, ...] = ()
+    if ahead is not None:
+        costs = tuple(
+            program.segment_seconds(index, tokens=run.tokens, rows=run.rows)
+            for index in range(len(program.segments))
+        )
+    waited: list[float] = []
+    with device.active():
+        device.synchronize()
+        begun = time.perf_counter()
+        requester = Requester(times, begun)
+        requester.start()
+        outcome = None
+        while outcome is not Outcome.DONE:
+            outcome = advance(run, requester.flag.is_set, ahead=ahead, costs=costs)
+            if ahead is not None:
+                ahead.drain()
+            waited += requester.answer()
+            if outcome is Outcome.STOPPED:
+                run.suspend()
+        seconds = time.perf_counter() - begun
+        requester.over.set()
+        requester.join()
+        run.result()
+    return seconds, waited
+
+
+def measure(model: Any, granularity: str, device: Device, options: argparse.Namespace) -> dict[str, Any]:
+    """All prefills of one granularity."""
+    program = segment(model, granularity=granularity)
+    ids = random_ids(model, options.tokens, seed=options.seed)
+    if device.asynchronous:
+        program.calibrate()
+    prefill(program, ids, device, ())
+    alone = [prefill(program, ids, device, ())[0] for _ in range(2)]
+    expected = min(alone)
+    stopped, waited = [], []
+    for number in range(options.prefills):
+        times = poisson(expected / options.requests, 4 * expected, seed=options.seed + number)
+        seconds, some = prefill(program, ids, device, times)
+        stopped.append(seconds)
+        waited += some
+    return {
+        "granularity": granularity,
+        "segments": len(program.segments),
+        "requests": len(waited),
+        "blocking_seconds": {
+            "p50": percentile(waited, 50),
+            "p99": percentile(waited, 99),
+            "max": max(waited),
+            "mean": statistics.fmean(waited),
+        },
+        "prefill_seconds": statistics.median(alone),
+        "slowdown": statistics.median(stopped) / statistics.median(alone),
+        "blocking": waited,
+    }
+
+
+def plot(rows: list[dict[str, Any]], title: str, options: argparse.Namespace) -> None:
+    """The distribution of the blocking times, one curve per granularity."""
+    figure, ax = common.canvas(
+        f"Blocking time of a preemption request, {options.tokens}-token prefill",
+        f"{title}; requests at Poisson times",
+        x="blocking time (ms)",
+        y="requests answered (%)",
+    )
+    for row, colour in zip(rows, common.COLOURS, strict=False):
+        ordered = sorted(1e3 * value for value in row["blocking"])
+        share = [100 * (index + 1) / len(ordered) for index in range(len(ordered))]
+        label = f"{row['granularity']} ({row['segments']} segments)"
+        ax.step(ordered, share, where="post", color=colour, linewidth=2, label=label)
+    ax.set_xscale("log")
+    ax.legend(frameon=False, fontsize=8, labelcolor=common.MUTED, loc="lower right")
+    common.save_plot(figure, options.output / "blocking.png")
+
+
+def main() -> None:
+    """Measure, print, write."""
+    options = arguments()
+    with quiet(), remedied():
+        common.warn_if_busy()
+        model, title = common.load(options)
+        device = make_device(model.device)
+        rows = [measure(model, name, device, options) for name in options.granularities]
+        print(f"{title}, prefill of {options.tokens} tokens")
+        head = ("granularity", "segments", "requests", "p50", "p99", "max", "prefill", "slowdown")
+        cells = [
+            (
+                row["granularity"],
+                row["segments"],
+                row["requests"],
+                *(f"{row['blocking_seconds'][name] * 1e3:.2f} ms" for name in ("p50", "p99", "max")),
+                f"{row['prefill_seconds'] * 1e3:.0f} ms",
+                f"{row['slowdown']:.3f}",
+            )
+            for row in rows
+        ]
+        common.print_table(head, cells)
+        plot(rows, title, options)
+        content = {"benchmark": "blocking", "model": title, "tokens": options.tokens}
+        where = common.machine(model.device)
+        common.write_json(options.output / "blocking.json", {**content, "machine": where, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""What being segmented costs when nobody preempts: program against the unmodified model.
+
+    python benchmarks/overhead.py                       time ratios at 512, 1024, 2048 and 4096 tokens
+    python benchmarks/overhead.py --compile-time        seconds of segment() for a model of 24 layers
+    python benchmarks/overhead.py --device cuda --model Qwen/Qwen3-8B
+
+Both are called with the same arguments (``logits_to_keep=1``, ``use_cache=True``, the model's own attention,
+sdpa), in one interleaved run, in random order inside each round, beside the model under a second name as the
+control (A/A). The ratio is taken per round; its median and quartiles are reported. The *floor* is the time of
+the program's floating-point operations at the measured rate of a matrix product of the model's own shape:
+nothing can be faster with these kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import common
+import torch
+
+from fpcompile import segment
+from fpcompile.cli.bits import compare_outputs
+from fpcompile.cli.guard import quiet, remedied
+from fpcompile.cli.interleave import Spread, interleave, ratio
+from fpcompile.cli.load import describe, load_model, random_ids
+from fpcompile.executor.device import make_device
+from fpcompile.ir import evaluate
+
+TARGET = 1.05
+COMPILE_TARGET_SECONDS = 10.0
+COMPILE_MODEL = "qwen2-0.5b"
+CALL: dict[str, Any] = {"logits_to_keep": 1, "use_cache": True}
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    made = common.parser("Segmented against unmodified model, uninterrupted.")
+    made.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096])
+    made.add_argument("--repeats", type=int, default=9, help="rounds per length")
+    made.add_argument("--seconds", type=float, default=75.0, help="begin no round later, per length")
+    made.add_argument("--granularity", default="operator", help="operator, layer or model")
+    made.add_argument(
+        "--compile-time", action="store_true", help=f"time segment() of {COMPILE_MODEL} instead"
+    )
+    return made.parse_args()
+
+
+def measure(model: Any, program: Any, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One length: raw seconds, ratios, floor, and whether the bits are equal."""
+    ids = random_ids(model, tokens, seed=options.seed)
+    bits = compare_outputs(program(input_ids=ids, **CALL), model(input_ids=ids, **CALL))
+    seconds = interleave(
+        {
+            "model": lambda: model(input_ids=ids, **CALL),
+            "control": lambda: model(input_ids=ids, **CALL),
+            "program": lambda: program(input_ids=ids, **CALL),
+        },
+        rounds=options.repeats,
+        budget=options.seconds,
+        seed=options.seed,
+        synchronize=common.synchronizer(model.device),
+    )
+    config = model.config.get_text_config()
+    rate = common.matmul_rate(
+        tokens, config.intermediate_size, config.hidden_size, dtype=model.dtype, device=model.device
+    )
+    flops = evaluate(program.plan.cost.flops, tokens=tokens, rows=1)
+    return {
+        "tokens": tokens,
+        "ratio": spread(ratio(seconds, "program", "model")),
+        "control": spread(ratio(seconds, "control", "model")),
+        "ratio_of_fastest": min(seconds["program"]) / min(seconds["model"]),
+        "model_seconds": statistics.median(seconds["model"]),
+        "program_seconds": statistics.median(seconds["program"]),
+        "floor_seconds": flops / rate,
+        "flops": flops,
+        "matmul_flops_per_second": rate,
+        "bits_equal": bits.equal,
+        "seconds": seconds,
+    }
+
+
+def spread(value: Spread) -> dict[str, float]:
+    """A spread as plain data."""
+    return {name: getattr(value, name) for name in ("median", "q1", "q3", "low", "high", "count")}
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """Whether the target is met, or that the machine's noise does not let us say."""
+    control = row["control"]
+    if not control["q1"] <= 1.0 <= control["q3"] or control["q3"] - control["q1"] > 2 * (TARGET - 1):
+        return "too noisy to say (see the control)"
+    return "met" if row["ratio"]["median"] <= TARGET else "MISSED"
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """The figures for people."""
+    head = (
+        "tokens",
+        "model",
+        "program",
+        "ratio",
+        "quartiles",
+        "control",
+        "quartiles",
+        "floor",
+        "bits",
+        "target",
+    )
+    common.print_table(
+        head,
+        [
+            (
+                row["tokens"],
+                f"{row['model_seconds'] * 1e3:.1f} ms",
+                f"{row['program_seconds'] * 1e3:.1f} ms",
+                f"{row['ratio']['median']:.3f}",
+                f"{row['ratio']['q1']:.3f}-{row['ratio']['q3']:.3f}",
+                f"{row['control']['median']:.3f}",
+                f"{row['control']['q1']:.3f}-{row['control']['q3']:.3f}",
+                f"{row['floor_seconds'] * 1e3:.1f} ms",
+                "equal" if row["bits_equal"] else "DIFFER",
+                verdict(row),
+            )
+            for row in rows
+        ],
+    )
+
+
+def plot(rows: list[dict[str, Any]], title: str, options: argparse.Namespace) -> None:
+    """Every round as a dot, medians as bars, by length."""
+    figure, ax = common.canvas(
+        "Time of the segmented program / unmodified model",
+        f"{title}; per-round ratios of one interleaved run, bars: medians",
+        x="tokens",
+        y="ratio",
+    )
+    pairs = (
+        ("control", "unmodified / itself", common.COLOURS[2]),
+        ("program", "segmented", common.COLOURS[0]),
+    )
+    for place, row in enumerate(rows):
+        for shift, (name, label, colour) in zip((-0.15, 0.15), pairs, strict=True):
+            ratios = [a / b for a, b in zip(row["seconds"][name], row["seconds"]["model"], strict=True)]
+            x = place + shift
+            ax.plot([x] * len(ratios), ratios, "o", color=colour, alpha=0.45, markersize=4, markeredgewidth=0)
+            middle = statistics.median(ratios)
+            ax.plot([x - 0.1, x + 0.1], [middle, middle], color=colour, linewidth=2.5, label=label)
+            label = ""
+    ax.axhline(1.0, color=common.INK, linewidth=0.8)
+    ax.axhline(TARGET, color="#b91c1c", linewidth=0.8, linestyle="--")
+    ax.set_xticks(range(len(rows)), [str(row["tokens"]) for row in rows])
+    handles = {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    ax.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, labelcolor=common.MUTED)
+    common.save_plot(figure, options.output / "overhead.png")
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Ratios at every length."""
+    model, title = common.load(options)
+    program = segment(model, granularity=options.granularity)
+    print(f"{title}: {len(program.segments)} segments, attention {model.config._attn_implementation}")
+    with torch.no_grad():
+        rows = [measure(model, program, tokens, options) for tokens in options.tokens]
+    report(rows)
+    plot(rows, title, options)
+    content = {"benchmark": "overhead", "model": title, "granularity": options.granularity, "target": TARGET}
+    where = common.machine(model.device)
+    common.write_json(options.output / "overhead.json", {**content, "machine": where, "rows": rows})
+
+
+def compile_time(options: argparse.Namespace) -> None:
+    """Seconds of ``segment()``, with and without its self-check; the first call of the process apart."""
+    device = make_device(options.device).torch_device
+    model = load_model(COMPILE_MODEL, device=device, dtype=common.DTYPES[options.dtype])
+    title = describe(model, COMPILE_MODEL)
+    wait = common.synchronizer(device)
+    seconds: dict[str, list[float]] = {"verify": [], "no verify": []}
+    for number in range(min(options.repeats, 4)):
+        for name in sorted(seconds, reverse=number % 2 == 0):  # "verify" is the first call of the process
+            wait()
+            start = time.perf_counter()
+            program = segment(model, granularity=options.granularity, verify=name == "verify")
+            wait()
+            seconds[name].append(time.perf_counter() - start)
+    first = seconds["verify"][0]
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    print(f"{title}: {len(program.segments)} segments")
+    print(f"segment(), first call of the process, verify on: {first:.2f} s")
+    for name, value in medians.items():
+        print(f"segment(), {name}: {value:.2f} s (median of {len(seconds[name])})")
+    worst = max(first, *medians.values())
+    print(f"<= {COMPILE_TARGET_SECONDS:g} s: {'met' if worst <= COMPILE_TARGET_SECONDS else 'MISSED'}")
+    content = {"benchmark": "compile time", "model": title, "granularity": options.granularity}
+    figures = {"target_seconds": COMPILE_TARGET_SECONDS, "first_seconds": first, "median_seconds": medians}
+    where = common.machine(device)
+    common.write_json(
+        options.output / "compile_time.json", {**content, **figures, "machine": where, "seconds": seconds}
+    )
+
+
+def main() -> None:
+    """Measure, print, write."""
+    options = arguments()
+    with quiet(), remedied():
+        common.warn_if_busy()
+        compile_time(options) if options.compile_time else compare(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The commands and their options. What they do is in modules of their own, imported when they run."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fpcompile.cli.guard import quiet, remedied
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="fpcompile",
+    help="Compile Hugging Face models into preemptible operator segments.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_MODEL_HELP = "qwen3-110m, qwen2-0.5b, qwen3-0.6b, tiny:ARCH (tiny:llama), a local folder, or a hub id."
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from fpcompile import __version__
+
+        typer.echo(f"fpcompile {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Compile Hugging Face models into preemptible operator segments."""
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help=_MODEL_HELP)] = "qwen3-110m",
+    long_tokens: Annotated[int, typer.Option(min=1, help="Length of the long prompt.")] = 4096,
+    urgent_tokens: Annotated[int, typer.Option(min=1, help="Length of each urgent prompt.")] = 64,
+    policy: Annotated[str, typer.Option(help="Policy to compare with fcfs.")] = "s-edf",
+    granularity: Annotated[str, typer.Option(help="operator, layer or model.")] = "operator",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    urgent_slo: Annotated[
+        float | None,
+        typer.Option(help="TTFT SLO of the urgent ones in seconds; default: from the machine's speed."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for timeline.json and timeline.png.")] = Path("."),
+) -> None:
+    """An urgent request overtakes a long prefill, and no bit changes.
+
+    A long prefill starts, urgent requests arrive during it: first under fcfs, then under the policy.
+    """
+    with quiet(), remedied():
+        from fpcompile.cli.demo import DemoOptions
+        from fpcompile.cli.report import show_demo
+
+        show_demo(
+            DemoOptions(
+                model=model,
+                long_tokens=long_tokens,
+                urgent_tokens=urgent_tokens,
+                policy=policy,
+                granularity=granularity,
+                device=device,
+                output=output,
+                urgent_slo=urgent_slo,
+            )
+        )
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help=_MODEL_HELP)],
+    tokens: Annotated[int, typer.Option(min=1, help="Length at which the formulas are evaluated.")] = 2048,
+    granularity: Annotated[str, typer.Option(help="operator, layer or model.")] = "operator",
+) -> None:
+    """Print the plan of a model: every segment, its work, its live bytes, the reason for its cut.
+
+    Weights are not loaded, and not downloaded.
+    """
+    with quiet(), remedied():
+        from fpcompile.api import segment
+        from fpcompile.cli.load import load_shape
+
+        program = segment(load_shape(model), granularity=granularity, verify=False)
+        typer.echo(program.explain(tokens=tokens))
+
+
+def _mount_benchmarks() -> None:
+    """``fpcompile bench`` and ``fpcompile replay``, which the serving layer brings."""
+    name = "fpcompile.serving.bench_cli"
+    if importlib.util.find_spec(name) is not None:
+        module = importlib.import_module(name)
+        app.add_typer(module.app, name="bench")
+        app.command("replay")(module.replay)
+
+
+_mount_benchmarks()
+
+
+def main() -> None:
+    """Entry point of the ``fpcompile`` command."""
+    app()

@@ -25,9 +25,9 @@ def assert_yields(
 ) -> list[tuple[str, float]]:
     """Drive ``run`` to its end and assert the yield rule of :mod:`fpcompile.executor.loop` at every cut.
 
-    At each cut: nothing is launched while ``stop`` answers True, and one launch moves the run on by at most
-    one segment. ``every``: the longest time in seconds between two cuts, by the host's clock (on an
-    asynchronous device a launch, not its completion). Returns (segment name, seconds) of every launch.
+    At each cut: nothing is launched while ``stop`` answers True, and the cursor never goes back. ``every``:
+    the longest time in seconds between two cuts, by the host's clock (on an asynchronous device a launch, not
+    its completion). Returns (segment name, seconds) of every launch.
     Raises AssertionError that names the segments which held control for longer, or broke the rule.
     """
     launches: list[tuple[str, float]] = []
@@ -39,8 +39,8 @@ def assert_yields(
         start = clock()
         advance(run, lambda: False, 1)
         launches.append((segment.name, clock() - start))
-        if run.cursor > at + 1:
-            raise AssertionError(f"one launch at segment {at} ({segment.name}) went on to {run.cursor}")
+        if run.cursor < at:
+            raise AssertionError(f"a launch at segment {at} ({segment.name}) went back to {run.cursor}")
     if every is not None and (slow := [(name, took) for name, took in launches if took > every]):
         told = ", ".join(f"{name}: {took * 1e3:.3g} ms" for name, took in slow[:5])
         raise AssertionError(

@@ -182,7 +182,7 @@ class Driver:
         ticket, quota = flight.ticket, flight.quota
         limit = min((n for n in (quota, max_segments) if n is not None), default=None)
         last = quota is not None and limit == quota
-        landing = self.pilot.fly(ticket.run, self._stop, limit, costs=ticket.costs, gives_back=last)
+        landing = self.pilot.fly(ticket.run, self._stop, limit, cost=ticket.cost, gives_back=last)
         if self._flight is not flight:
             return  # the scheduler failed meanwhile, and this request with it
         if landing.ending is Ending.UNDERWAY:
@@ -310,12 +310,7 @@ class Driver:
             self.registry.started()
             if ticket.ready is not None:
                 self.pilot.device.order_after(ticket.ready)
-            ticket.costs = self.pilot.costs(
-                self.programs[ticket.program],
-                tokens=ticket.request.tokens,
-                rows=ticket.rows,
-                context=ticket.context,
-            )
+            ticket.cost = self.pilot.cost(self.programs[ticket.program], ticket.run)
         ticket.launched(now)
         self._flight = _Flight(ticket, command.max_segments)
 

@@ -30,6 +30,7 @@ from fpcompile.engine.driver import Driver
 from fpcompile.engine.errors import Home
 from fpcompile.engine.handle import Handle
 from fpcompile.engine.metrics import Ticket
+from fpcompile.engine.prices import context_of
 from fpcompile.engine.programs import ProgramLike, Programs, RunLike
 from fpcompile.engine.recorder import Recorder, Timeline
 from fpcompile.engine.registry import Registry
@@ -39,7 +40,6 @@ from fpcompile.engine.thread import let_go, start_device_thread
 from fpcompile.errors import InvalidInputError, UsageError
 from fpcompile.executor.device import Device, make_device
 from fpcompile.executor.loop import Hook
-from fpcompile.executor.run import Run
 from fpcompile.scheduler.core import Scheduler
 from fpcompile.scheduler.events import Arrival, Cancelled, Request
 from fpcompile.scheduler.policy import Policy, StepPolicy, make_policy
@@ -155,7 +155,7 @@ class Engine:
         return ticket.handle
 
     def _ticket(self, name: str, program: ProgramLike, run: RunLike, terms: Terms) -> Ticket:
-        context = run.call.context if isinstance(run, Run) else run.tokens
+        context = context_of(run)
         request = Request(
             id=terms.request_id or self._registry.new_id(),
             arrival=terms.arrival,

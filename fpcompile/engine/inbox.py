@@ -5,8 +5,8 @@ Words
             segments: it is the preemption flag, a plain attribute that costs nothing to read.
 
 Invariants
-    ``put`` never blocks, and may be called from anywhere, even by a finalizer in the middle of another ``put``
-    (that is what SimpleQueue is for). An entry is in exactly one ``take``, in the order of putting.
+    ``put`` never blocks, and may be called from anywhere, even by a finalizer in the middle of another
+    ``put`` (that is what SimpleQueue is for). An entry is in exactly one ``take``, in the order of putting.
     A raised flag may be spurious, a missing one may not: ``take`` lowers it before it empties the box.
 """
 

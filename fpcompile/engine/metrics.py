@@ -13,6 +13,7 @@ taken from any thread.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -62,7 +63,7 @@ class Ticket:
     """The engine's record of one request, from submission to its end."""
 
     __slots__ = (
-        "_launched", "_stopped", "context", "costs", "ended", "executed", "handle", "paused_bytes",
+        "_launched", "_stopped", "context", "cost", "ended", "executed", "handle", "paused_bytes",
         "preempted_by", "preemptions", "program", "ready", "request", "rows", "run", "started", "state",
         "suspended",
     )  # fmt: skip
@@ -76,8 +77,8 @@ class Ticket:
         """The run; dropped (None) when the request ends."""
         self.handle = handle
         self.rows, self.context = rows, context
-        self.costs: tuple[float, ...] = ()
-        """Predicted seconds of each segment, on asynchronous devices."""
+        self.cost: Callable[[], float] | None = None
+        """Predicted seconds of the next launch, on asynchronous devices."""
         self.state: RequestState = "waiting"
         self.ready: Event | None = None
         """On asynchronous devices: when the caller's stream has the inputs."""
@@ -130,7 +131,8 @@ class Ticket:
         """It has ended; its tensors are the caller's to drop."""
         if self.state == "paused":
             self.suspended += now - self._stopped
-        self.state, self.ended, self.run, self.paused_bytes = outcome, now, None, 0
+        self.state, self.ended, self.paused_bytes = outcome, now, 0
+        self.run = self.cost = None
 
     def snapshot(self) -> RequestMetrics:
         """The metrics so far."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fpcompile.engine.outputs import tensors_in
+from fpcompile.engine.prices import next_cost
 from fpcompile.engine.programs import ProgramLike, RunLike
 from fpcompile.executor.device import Device
 from fpcompile.executor.loop import Hook, Outcome, advance
@@ -66,14 +67,9 @@ class Pilot:
         with self.device.active(), torch.no_grad():
             yield
 
-    def costs(self, program: ProgramLike, *, tokens: int, rows: int, context: int) -> tuple[float, ...]:
-        """Predicted seconds of every segment, for the run-ahead; nothing where it is not needed."""
-        if self._ahead is None:
-            return ()
-        return tuple(
-            program.segment_seconds(index, tokens=tokens, rows=rows, context=context)
-            for index in range(len(program.segments))
-        )
+    def cost(self, program: ProgramLike, run: RunLike) -> Callable[[], float] | None:
+        """Predicted seconds of the next launch, for the run-ahead; None where it is not needed."""
+        return None if self._ahead is None else next_cost(program, run)
 
     def fly(
         self,
@@ -81,13 +77,13 @@ class Pilot:
         stop: Callable[[], bool],
         limit: int | None,
         *,
-        costs: Sequence[float],
+        cost: Callable[[], float] | None,
         gives_back: bool,
     ) -> Landing:
-        """Go on with ``run``. ``gives_back``: reaching ``limit`` segments ends the flight as a stop does."""
+        """Go on with ``run``. ``gives_back``: reaching ``limit`` launches ends the flight as a stop does."""
         try:
             outcome = advance(
-                run, stop, limit, ahead=self._ahead, costs=costs, on_segment=self._hook, clock=self._clock
+                run, stop, limit, ahead=self._ahead, cost=cost, on_segment=self._hook, clock=self._clock
             )
             if outcome is Outcome.QUOTA and not gives_back:
                 return Landing(Ending.UNDERWAY)

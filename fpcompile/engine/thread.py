@@ -2,8 +2,8 @@
 
 It holds the driver and not the engine, so that an engine which nobody refers to any more is collected, and
 its thread ends. (A live request refers to its engine.) The thread is a daemon, for an engine that was never
-closed must not keep the interpreter from exiting; at exit, what is live is cancelled and the thread joined, for
-a thread that computes while the interpreter goes away crashes it.
+closed must not keep the interpreter from exiting; at exit, what is live is cancelled and the thread joined,
+for a thread that computes while the interpreter goes away crashes it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _serve(driver: Driver) -> None:
 
 
 def let_go(driver: Driver, home: Home) -> None:
-    """The engine is collected; nothing is live then. Takes no lock: it may be called inside any other call."""
+    """The engine is collected; nothing is live then. Takes no lock: it may be called in any other call."""
     if home.here:
         driver.registry.closed = True
         driver.inbox.nudge()

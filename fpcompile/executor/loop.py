@@ -2,10 +2,12 @@
 
 Yield rule (one sentence)
     Control returns to the host at every cut, so between two looks at ``stop`` (or two items of ``iterate``)
-    exactly one unit of one run is launched, and nothing is launched after ``stop`` has answered True.
+    exactly one ``step`` of one run is made, and none after ``stop`` has answered True.
 
 Words
     *host*    whoever calls: the engine's device thread, an asyncio task, another server's own loop.
+    *launch*  what one ``step`` puts on the device: a segment, a tile of one, or several small ones within the
+              budget that the run was started with.
     *hook*    ``on_segment(run, segment, start, end)``, called after each launch with the clock's times around
               it. Without hooks there is no test, call or clock reading for them in the loop. A hook that
               raises is logged and never called again: see :class:`Guarded`.
@@ -24,7 +26,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import Any, Protocol
 
@@ -61,10 +63,10 @@ class Steps(Protocol):
 
     @property
     def next_segment(self) -> Named:
-        """The segment that ``step`` would launch."""
+        """The segment that ``step`` goes on with."""
 
     def step(self) -> None:
-        """Launch one unit."""
+        """Make one launch."""
 
 
 Hook = Callable[[Any, Any, float, float], object]
@@ -84,17 +86,17 @@ def advance(
     max_segments: int | None = None,
     *,
     ahead: RunAhead | None = None,
-    costs: Sequence[float] = (),
+    cost: Callable[[], float] | None = None,
     on_segment: Hook | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Outcome:
-    """Launch segments until the run is done, ``stop()`` answers True, or ``max_segments`` are launched.
+    """Launch until the run is done, ``stop()`` answers True, or ``max_segments`` launches are made.
 
     ``stop`` is asked before every launch, the first one included. ``ahead`` bounds how far launching runs in
-    front of an asynchronous device, by the predicted seconds ``costs[segment index]``.
+    front of an asynchronous device; ``cost()`` is what the next launch is predicted to take in seconds.
     Raises what a segment raises (:class:`fpcompile.errors.SegmentError`).
     """
-    launch = _launcher(run, ahead, costs, on_segment, clock)
+    launch = _launcher(run, ahead, cost, on_segment, clock)
     left = -1 if max_segments is None else max_segments
     while not run.done:
         if stop():
@@ -110,15 +112,15 @@ def iterate(
     run: Steps,
     *,
     ahead: RunAhead | None = None,
-    costs: Sequence[float] = (),
+    cost: Callable[[], float] | None = None,
     on_segment: Hook | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[Named]:
-    """The same as a generator: launches one segment, yields it at the cut behind it, and so on to the end.
+    """The same as a generator: makes one launch, yields its segment at the cut, and so on to the end.
 
     Closing the generator leaves the run at its cut; a new ``iterate(run)`` goes on from there.
     """
-    launch = _launcher(run, ahead, costs, on_segment, clock)
+    launch = _launcher(run, ahead, cost, on_segment, clock)
     while not run.done:
         segment = run.next_segment
         launch()
@@ -128,21 +130,19 @@ def iterate(
 def _launcher(
     run: Steps,
     ahead: RunAhead | None,
-    costs: Sequence[float],
+    cost: Callable[[], float] | None,
     on_segment: Hook | None,
     clock: Callable[[], float],
 ) -> Callable[[], None]:
-    """One call that launches the next unit; ``run.step`` itself when nothing else is asked for."""
+    """One call that makes the next launch; ``run.step`` itself when nothing else is asked for."""
     launch = run.step
     if ahead is not None:
-        if not costs:
-            raise InternalError(
-                "run-ahead without predicted costs", expected="seconds per segment", got="none"
-            )
-        bounded, step = ahead.launch, run.step
+        if cost is None:
+            raise InternalError("run-ahead needs predictions", expected="seconds of each launch", got="none")
+        bounded, step, predicted = ahead.launch, run.step, cost
 
         def launch_bounded() -> None:
-            bounded(step, costs[run.cursor])
+            bounded(step, predicted())
 
         launch = launch_bounded
     if on_segment is None:

@@ -92,7 +92,7 @@ def test_without_hooks_the_loop_calls_step_itself() -> None:
     def clock() -> float:
         raise AssertionError("the clock is read")
 
-    assert _launcher(run, None, (), None, clock) == run.step
+    assert _launcher(run, None, None, None, clock) == run.step
     assert advance(run, _never, clock=clock) is Outcome.DONE
 
 
@@ -114,7 +114,7 @@ def test_run_ahead_is_by_predicted_cost() -> None:
     device = FakeAsyncDevice()
     ahead = RunAhead(device, max_blocking=1e-3, clock=device.clock)
     run = FakeProgram(10).start([1])
-    advance(run, _never, ahead=ahead, costs=[5e-4] * 10)
+    advance(run, _never, ahead=ahead, cost=lambda: 5e-4)
     assert run.done
     assert device.now == pytest.approx(8 * 5e-4), "two of ten are still in flight"
     ahead.drain()
@@ -123,7 +123,7 @@ def test_run_ahead_is_by_predicted_cost() -> None:
 
 def test_run_ahead_needs_costs() -> None:
     device = FakeAsyncDevice()
-    with pytest.raises(InternalError, match="predicted costs"):
+    with pytest.raises(InternalError, match="run-ahead needs predictions"):
         advance(FakeProgram(1).start([1]), _never, ahead=RunAhead(device))
 
 
@@ -141,13 +141,23 @@ def test_assert_yields_names_the_slow_segment() -> None:
         assert_yields(run, every=0.5, clock=clock)
 
 
-def test_assert_yields_finds_a_launch_that_swallows_a_cut() -> None:
-    class Greedy(FakeRun):
+def test_assert_yields_finds_a_run_that_goes_back() -> None:
+    class Lost(FakeRun):
         def step(self) -> None:
             super().step()
-            if not self.done:
-                super().step()
+            if self.cursor == 3:
+                self.cursor = 1
 
-    program = FakeProgram(4)
-    with pytest.raises(AssertionError, match="went on to 2"):
-        assert_yields(Greedy(program, [1], {}))
+    with pytest.raises(AssertionError, match=r"at segment 2 \(layer\.2\) went back to 1"):
+        assert_yields(Lost(FakeProgram(4), [1], {}))
+
+
+def test_assert_yields_finds_a_run_that_goes_on_by_itself() -> None:
+    class Restless(FakeRun):
+        @property
+        def done(self) -> bool:
+            self.cursor += 1
+            return super().done
+
+    with pytest.raises(AssertionError, match=r"although stop\(\) answered True"):
+        assert_yields(Restless(FakeProgram(4), [1], {}))

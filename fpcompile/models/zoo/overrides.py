@@ -219,6 +219,7 @@ OVERRIDES: Mapping[str, Mapping[str, object]] = MappingProxyType(
         "minimax_m3_vl_text": {
             "layer_types": [_FULL, "minimax_m3_sparse"] * 2,
             "mlp_layer_types": ["dense"] * 2 + ["sparse"] * 2,
+            "index_n_heads": 2,  # one to a key-value head
             "index_block_size": 8,
             "index_topk_blocks": 2,
             "dense_intermediate_size": 96,
@@ -231,6 +232,7 @@ OVERRIDES: Mapping[str, Mapping[str, object]] = MappingProxyType(
         },
         "mixtral": {"head_dim": 16},
         "mllama": {"text_config": {"num_hidden_layers": 4, "cross_attention_layers": [1, 3]}},
+        "moshi": {"sliding_window": 512},  # bounds its cache but not its mask: wrong beyond it
         "mpt": {"use_cache": True},
         "musicgen": {"decoder": {"num_codebooks": 1}},  # one code book: ids are a plain [batch, tokens]
         "musicgen_melody": {"decoder": {"num_codebooks": 1}},

@@ -58,7 +58,7 @@ SMALL: Mapping[str, object] = MappingProxyType(
         **dict.fromkeys(("attention_chunk_size", "chunk_size", "mamba_chunk_size", "block_size"), _CHUNK),
         "index_topk": 8,
         "index_head_dim": 16,
-        "index_n_heads": 2,
+        "index_n_heads": 8,  # enough that the scores, sums of ReLUs, are rarely tied at zero
         # experts
         **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
         **dict.fromkeys(

@@ -1,7 +1,8 @@
 """Models with deterministic random weights, wide enough that a wrong mask, position or state shows.
 
 Words
-    *kept*  a parameter whose scale carries meaning (decays, step sizes): it stays at the model's own init.
+    *kept*  a parameter whose scale carries meaning (decays, step sizes): it stays at the model's own init
+           (unless that is zero, which real checkpoints are not).
 
 Invariants
     Values depend on the seed and on the parameter's name and shape, not on the order of visits; those of kept
@@ -23,7 +24,7 @@ __all__ = ["instantiate", "reinitialise", "restore_precision"]
 
 _KEPT = re.compile(
     r"(A_log|dt_bias|dt_proj\.bias|(^|\.)D|time_decay|time_first|time_mix_\w+|decay|slope\w*|"
-    r"lambda_\w+|recurrent_param|[if]gate_preact\.\w+)$"
+    r"lambda_\w+|recurrent_param|[if]gate_preact\.\w+|\.A)$"
 )
 """Names of kept parameters: decays, step sizes, skip gains, gates with a range of their own."""
 
@@ -38,6 +39,7 @@ _FIXED_FLOAT = frozenset({"reformer", "xlnet"})
 MATRIX_STD = 0.1
 CONVOLUTION_STD = 0.3
 VECTOR_JITTER = 0.1
+KEPT_STD = 1.0
 
 
 def instantiate(
@@ -78,7 +80,8 @@ def reinitialise(model: nn.Module, *, seed: int, experts: int = 4) -> None:
     """Overwrite the parameters of ``model``, and the buffers that choose experts, in place.
 
     Matrices, embeddings and stacked experts: normal, std 0.1. Depthwise convolutions: std 0.3. Vectors (norm
-    weights, biases, sinks): their own initial value plus normal jitter of std 0.1. Kept ones: untouched.
+    weights, biases, sinks): their own initial value plus normal jitter of std 0.1. Kept ones: untouched, or
+    std 1 where their class leaves them at zero.
     ``experts`` bounds the ids in expert tables.
     """
     depthwise = {
@@ -87,7 +90,8 @@ def reinitialise(model: nn.Module, *, seed: int, experts: int = 4) -> None:
         if isinstance(module, nn.Conv1d) and module.groups > 1
     }
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or (_KEPT.search(name) and parameter.any()):
+        kept = bool(_KEPT.search(name))
+        if not parameter.is_floating_point() or (kept and parameter.any()):
             continue
         noise = torch.randn(parameter.shape, generator=_generator(name, seed))
         if name in depthwise:
@@ -95,7 +99,7 @@ def reinitialise(model: nn.Module, *, seed: int, experts: int = 4) -> None:
         elif parameter.squeeze().ndim >= 2:
             parameter.copy_(noise * MATRIX_STD)
         else:
-            parameter.add_(noise * VECTOR_JITTER)
+            parameter.add_(noise * (KEPT_STD if kept else VECTOR_JITTER))
     for name, buffer in model.named_buffers():
         if _ROUTING_BIAS.search(name):
             buffer.add_(torch.randn(buffer.shape, generator=_generator(name, seed)) * VECTOR_JITTER)

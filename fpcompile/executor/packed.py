@@ -22,6 +22,7 @@ from fpcompile.executor.stages import Executable, build_stages
 from fpcompile.ir import Part, PartKind
 from fpcompile.models.capture import Capture
 from fpcompile.passes.partition import Partitioned
+from fpcompile.passes.prepack import PACKED, pack
 
 _ARGUMENTS = "input_ids, attention_mask, past_key_values, logits_to_keep, use_cache"
 
@@ -109,6 +110,9 @@ class PackedProgram(Program):
         self, partitioned: Partitioned, captured: Capture, *, max_blocking_ms: float | None = None
     ) -> None:
         weights = dict(captured.weights.values())
+        for path in {p for s in partitioned.plan.segments for part in s.parts for p in part.params}:
+            if path.endswith(PACKED):
+                weights[path] = pack(weights[path.removesuffix(PACKED)])
         self.output_type = captured.output_type
         self.attention = captured.attention
         self._vocabulary = captured.vocabulary

@@ -134,7 +134,7 @@ class Program(abc.ABC):
     @functools.cached_property
     def weights_fingerprint(self) -> str:
         """Digest of up to 64 evenly spaced elements of every weight, with names, shapes and dtypes."""
-        return digest_weights(self.weights.items())
+        return digest_weights((path, w) for path, w in self.weights.items() if not w.is_mkldnn)
 
     def calibrate(self, **options: Any) -> CostModel:
         """Measure the segments on the device and keep the fitted cost model; see :func:`calibrate`."""

@@ -27,13 +27,15 @@ class Context:
     """Facts about one graph on its way through the pipeline.
 
     ``axes`` (node -> (dimension, length that it runs over)) is written by the token-wise proof, ``costs`` by
-    the cost pass, ``cuts`` (node after which a cut stands -> reason) by the cut pass.
+    the cost pass, ``cuts`` (node after which a cut stands -> reason) by the cut pass, ``prepacked``
+    (placeholder of a packed weight -> placeholder of the weight) by the prepack pass.
     """
 
     capture: Capture
     axes: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
     costs: dict[str, Cost] = dataclasses.field(default_factory=dict)
     cuts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    prepacked: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def body(graph: fx.Graph) -> list[fx.Node]:

@@ -21,7 +21,14 @@ from fpcompile.passes.context import ATTENTION, LEAF, Context, body, expression,
 aten = torch.ops.aten
 Names = dict[sympy.Symbol, sympy.Symbol]
 MATMULS: frozenset[Any] = frozenset(
-    {aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default, aten.addmm.default}
+    {
+        aten.linear.default,
+        aten.matmul.default,
+        aten.mm.default,
+        aten.bmm.default,
+        aten.addmm.default,
+        torch.ops.mkldnn._linear_pointwise.default,
+    }
 )
 
 

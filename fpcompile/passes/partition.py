@@ -30,6 +30,7 @@ from fpcompile.passes.context import (
 )
 from fpcompile.passes.costs import Names, is_projection
 from fpcompile.passes.cuts import live_after
+from fpcompile.passes.prepack import PACKED
 
 LENGTHS = ("tokens", "rows")
 
@@ -116,7 +117,7 @@ class Partitioner:
             kind=kind,
             function=key,
             inputs=tuple(n.name for n in values),
-            params=tuple(self.ctx.capture.weights[n.name][0] for n in weights),
+            params=tuple(self._path(n) for n in weights),
             lengths=tuple(n.name for n in lengths),
             outputs=tuple(n.name for n in outputs),
             call=call,
@@ -125,6 +126,12 @@ class Partitioner:
             over=over,
             axes=axes,
         )
+
+    def _path(self, weight: fx.Node) -> str:
+        """A weight's path in the model; packed copies are marked."""
+        origin = self.ctx.prepacked.get(weight.name)
+        table = self.ctx.capture.weights
+        return table[weight.name][0] if origin is None else table[origin][0] + PACKED
 
     def _tiling(
         self, kind: PartKind, call: int, values: Sequence[fx.Node], outputs: Sequence[fx.Node]

@@ -19,25 +19,30 @@ from fpcompile.passes.costs import annotate_costs
 from fpcompile.passes.cuts import place_cuts
 from fpcompile.passes.normalise import normalise
 from fpcompile.passes.partition import Partitioned, partition
+from fpcompile.passes.prepack import prepack
 from fpcompile.passes.tokenwise import prove_tokenwise
 
 Pass = Callable[[fx.Graph, Context], fx.Graph]
 
 
-def packed_pipeline(granularity: Granularity) -> tuple[tuple[str, Pass], ...]:
+def packed_pipeline(granularity: Granularity, *, packed_weights: bool) -> tuple[tuple[str, Pass], ...]:
     """The named passes of the packed route, in order."""
+    lowering: tuple[tuple[str, Pass], ...] = (("prepack weights", prepack),) if packed_weights else ()
     return (
         ("normalise", normalise),
         ("prove token-wise", prove_tokenwise),
         ("annotate costs", annotate_costs),
         (f"place cuts ({granularity})", functools.partial(place_cuts, granularity=granularity)),
+        *lowering,
     )
 
 
-def compile_packed(captured: Capture, granularity: Granularity) -> Partitioned:
+def compile_packed(
+    captured: Capture, granularity: Granularity, *, packed_weights: bool = False
+) -> Partitioned:
     """Run the packed pipeline over a capture and partition the result."""
     graph, ctx = captured.graph.graph, Context(captured)
-    for name, run in packed_pipeline(granularity):
+    for name, run in packed_pipeline(granularity, packed_weights=packed_weights):
         graph = run(graph, ctx)
         try:
             graph.lint()

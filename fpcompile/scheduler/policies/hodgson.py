@@ -83,7 +83,7 @@ class MooreHodgson(RankingPolicy):
         self._share = LateShare(late_share)
         self._books: dict[str, ClassBook] = {}
         self._running: RequestView | None = None
-        self._hopeless: list[tuple[str, str]] = []
+        self._hopeless: list[tuple[RequestView, str]] = []
 
     # ---- what happens
 
@@ -129,12 +129,12 @@ class MooreHodgson(RankingPolicy):
         if self._patience < inf and view.state is not State.RUNNING and not view.started:
             backlog = sum(other.remaining(now) for other in self._late.values())
             if backlog > self._patience * self._share.share:
-                self._hopeless.append((view.request.id, f"late, and {backlog:.3g} s of late work are ahead"))
+                self._hopeless.append((view, f"late, and {backlog:.3g} s of late work are ahead"))
         self._late[view.request.id] = view
 
     def rejects(self) -> list[tuple[str, str]]:
         hopeless, self._hopeless = self._hopeless, []
-        return hopeless
+        return [(view.request.id, reason) for view, reason in hopeless if not view.started]
 
     # ---- the order
 

@@ -1,0 +1,159 @@
+"""Decisions: who gets an idle device, who is paused, who is evicted, who is packed.
+
+The policy suggests an order; here it meets the memory, the options' protection of the run on the device, and
+the rule that illegal suggestions are refused and requests go on.
+"""
+
+from __future__ import annotations
+
+from fpcompile.scheduler.books import Books
+from fpcompile.scheduler.events import Evict, Launch, Pause, Restore
+from fpcompile.scheduler.guard import may_pause
+from fpcompile.scheduler.job import Job
+from fpcompile.scheduler.policy import StepPolicy
+from fpcompile.scheduler.states import State
+
+__all__ = ["Decider"]
+
+
+class Decider:
+    """Decides on the books of one core."""
+
+    def __init__(self, books: Books) -> None:
+        self.books = books
+
+    def decide(self, now: float) -> None:
+        """Fill the idle device, or let the run on it be challenged."""
+        books = self.books
+        books.suspended.promote(now)
+        if not books.flight:
+            self._fill(now)
+        elif books.policy.preemptive and books.flight[0].state is State.RUNNING:
+            self._challenge(books.flight[0], now)
+        for name, reason in books.queue.rejects():
+            job = books.queue.jobs.get(name)
+            if job is None or job.state is not State.WAITING:
+                books.refuse(name, "gave up a request that is not waiting")
+            else:
+                books.reject(job, reason, now)
+
+    def _fill(self, now: float) -> None:
+        """Give the idle device to somebody."""
+        if isinstance(self.books.policy, StepPolicy):
+            self._compose(self.books.policy, now)
+            return
+        job = self.books.suspended.first() or self.books.queue.best(now) or self._forgotten()
+        if job is None:
+            return
+        if not self.books.memory.fits(job):
+            room = self._make_room(job, now)
+            if room is None:
+                return
+            job = room
+        self._launch(job, now)
+
+    def _forgotten(self) -> Job | None:
+        """The oldest run, when the policy's suggestions were all refused: requests go on."""
+        if self.books.refusals and self.books.refusals[-1][0] == self.books.now and len(self.books.queue):
+            return min(self.books.queue.jobs.values(), key=lambda job: job.sequence)
+        return None
+
+    def _make_room(self, job: Job, now: float) -> Job | None:
+        """Evict worse runs until ``job`` fits; else the best run that holds its memory already."""
+        order = list(self.books.queue.ordered(now))
+        if self.books.policy.eviction:
+            victims = self.books.memory.victims(job, self._worse(job, order))
+            if victims is not None:
+                for victim in victims:
+                    self._evict(victim, now)
+                return job
+        return next((other for other in order if other.state is State.PAUSED), None)
+
+    def _worse(self, job: Job, order: list[Job]) -> list[Job]:
+        """What may be evicted for ``job``, worst first: runs left out by the policy, then reverse order."""
+        ranked = {other.id for other in order}
+        left_out = [other for other in self.books.queue.jobs.values() if other.id not in ranked]
+        behind = order[order.index(job) + 1 :] if job in order else []
+        return [*left_out, *reversed(behind)]
+
+    def _evict(self, job: Job, now: float) -> None:
+        job.advance("evict", now)
+        self.books.memory.give(job)
+        self.books.out.append(Evict(job.id))
+
+    def _challenge(self, running: Job, now: float) -> None:
+        challenger = self.books.suspended.first() or self.books.queue.challenger(running, now)
+        if challenger is None or not may_pause(running, challenger, self.books.options, now):
+            return
+        if not self.books.memory.fits(challenger) and not self._could_fit(challenger, running, now):
+            return
+        running.advance("pause", now)
+        self.books.out.append(Pause(running.id))
+
+    def _could_fit(self, challenger: Job, running: Job, now: float) -> bool:
+        """Whether pausing ``running`` helps: its blocks and those of worse runs can be evicted."""
+        if not self.books.policy.eviction:
+            return False
+        worse = [running, *self._worse(challenger, list(self.books.queue.ordered(now)))]
+        return self.books.memory.victims(challenger, worse) is not None
+
+    def _launch(self, job: Job, now: float) -> None:
+        if self.books.policy.batching is not None and not job.started:
+            self._pack(job, now)
+        self.books.queue.remove(job)
+        self._board(job, now)
+        self.books.flight, self.books.slices = [job], ()
+        self.books.out.append(Launch(job.id, job.members, self.books.options.max_segments))
+
+    def _board(self, job: Job, now: float) -> None:
+        if job.state is State.EVICTED:
+            job.advance("restore", now)
+            self.books.out.append(Restore(job.id))
+        if self.books.memory.limited:
+            self.books.memory.take(job)
+        job.advance("launch", now)
+        job.launched(now)
+        self.books.policy.launched(job, now)
+
+    def _pack(self, job: Job, now: float) -> None:
+        batching, predictor = self.books.policy.batching, self.books.predictor
+        assert batching is not None
+        assert predictor is not None
+        mates, cost = batching.mates(
+            job, self.books.queue.ordered(now), now, self.books.memory.free, predictor
+        )
+        for mate in mates:
+            self.books.queue.remove(mate)
+            self.books.policy.joined(mate, job, now)
+            mate.advance("join", now)
+            mate.host = job
+            mate.started = True
+            if batching.every_member:
+                job.deadline = min(job.deadline, mate.deadline)
+        job.joined = mates
+        job.cost = job.left = cost
+
+    def _compose(self, policy: StepPolicy, now: float) -> None:
+        """One step of token slices."""
+        views = sorted(self.books.queue.jobs.values(), key=lambda job: (not job.started, job.sequence))
+        chosen: dict[str, tuple[Job, int]] = {}
+        for name, tokens in policy.compose(views, now) if views else ():
+            job = self.books.queue.jobs.get(name)
+            if job is None or name in chosen or not 1 <= tokens <= job.tokens_left:
+                self.books.refuse(name, f"suggested an impossible slice of {tokens} tokens")
+            elif not self.books.memory.fits(job):
+                continue
+            else:
+                chosen[name] = (job, tokens)
+                if self.books.memory.limited:
+                    self.books.memory.take(job)
+        if not chosen and (fallback := self._forgotten()) is not None and self.books.memory.fits(fallback):
+            chosen[fallback.id] = (fallback, fallback.tokens_left)
+        if not chosen:
+            return
+        self.books.flight = [job for job, _ in chosen.values()]
+        self.books.slices = tuple(tokens for _, tokens in chosen.values())
+        for job in self.books.flight:
+            self.books.queue.remove(job)
+            self._board(job, now)
+        self.books.out.append(Launch(self.books.flight[0].id, tuple(chosen), None, self.books.slices))

@@ -85,6 +85,11 @@ def goodput(
     router: Annotated[str, typer.Option(help="round-robin or least-work.")] = "least-work",
     max_queue_s: Annotated[float | None, typer.Option(help="Reject what has waited so long.")] = None,
     kv_blocks: Annotated[int | None, typer.Option(help="Cache size in blocks of 16 tokens.")] = None,
+    check_us: Annotated[
+        float | None, typer.Option(help="Cost of a stop point, instead of the table's.")
+    ] = None,
+    sync_us: Annotated[float | None, typer.Option(help="Cost of a synchronisation there.")] = None,
+    bound: Annotated[bool, typer.Option("--bound", help="Add the bound on any scheduler (slow).")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Write pictures into this folder.")] = None,
@@ -124,6 +129,9 @@ def goodput(
                 router=router,
                 jobs=jobs,
                 options=options,
+                check_us=check_us,
+                sync_us=sync_us,
+                bound=bound,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
                 json_path=json_file,
             )
@@ -131,6 +139,11 @@ def goodput(
         Console(stderr=True).print(str(error), style="red", highlight=False, markup=False)
         raise typer.Exit(2) from None
     console.print(table_of(report))
+    if "bound" in report:
+        console.print(
+            f"no scheduler exceeds {report['bound']['max_goodput']:g} req/s "
+            f"(paper goodput {report['bound']['paper_goodput']:g}) on this grid, seed 1"
+        )
     for path in save_plots(report, plots) if plots is not None else ():
         console.print(f"wrote {path}")
     if json_file is not None:

@@ -14,18 +14,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from math import inf
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from fpcompile.errors import InvalidInputError
 from fpcompile.scheduler import DEFAULT_PROFILE, SLO_TABLE, CostTable, load_costs, make_policy, profile
+from fpcompile.scheduler.bound import attainment_bound
 from fpcompile.scheduler.goodput import TARGET, highest_rate
 from fpcompile.scheduler.sweep import Cell, CellKey, SweepSetup, capacity, sweep
 from fpcompile.scheduler.synthetic import synthetic_trace
 from fpcompile.scheduler.traces import read_trace
+from fpcompile.scheduler.workload import requests_at, tile
 
-__all__ = ["DEFAULT_POLICIES", "default_rates", "make_report", "run_bench_goodput"]
+__all__ = ["DEFAULT_POLICIES", "bound_goodput", "default_rates", "make_report", "run_bench_goodput"]
 
 DEFAULT_POLICIES = (
     "fcfs", "vllm:2048,512", "chunked:2048,edf", "chunked:2048,s-edf", "edf", "s-edf",
@@ -55,6 +59,9 @@ def run_bench_goodput(
     router: str = "least-work",
     jobs: int = 1,
     options: Mapping[str, Any] | None = None,
+    check_us: float | None = None,
+    sync_us: float | None = None,
+    bound: bool = False,
     runner: Runner | None = None,
     progress: Callable[[int, int], None] | None = None,
     json_path: str | Path | None = None,
@@ -63,10 +70,13 @@ def run_bench_goodput(
 
     ``trace`` is a file, or None for synthetic traffic. ``costs`` is a costs file (None: the bundled profile).
     ``slo_scales`` beyond 1.0 are run at ``slo_rate`` (None: 0.8 of the capacity). ``runner`` replaces the
-    simulator by a real measurement. Raises typed errors for a bad trace, policy, rate or SLO, before any run.
+    simulator by a real measurement. ``check_us`` and ``sync_us`` replace the table's cost of a stop point.
+    ``bound``: add what no scheduler can exceed (:func:`bound_goodput`, slow, needs scipy). Raises typed
+    errors for a bad trace, policy, rate or SLO, before any run.
     """
     table = load_costs(costs) if costs is not None else profile(DEFAULT_PROFILE)
     rows = read_trace(trace) if trace is not None else synthetic_trace(max(num_prompts, 2), seed=1)
+    table = _with_stop_costs(table, check_us, sync_us)
     promised = {**{klass: slo for klass, (slo, _) in SLO_TABLE.items()}, **(slos or {})}
     for name in policies:
         make_policy(name)  # fail before the long part
@@ -89,9 +99,48 @@ def run_bench_goodput(
     cells = (runner or (lambda s, k: sweep(s, k, jobs)))(setup, keys)
     done = list(_watched(cells, len(keys), progress))
     report = make_report(done, setup, grid, at, trace, limit)
+    if bound:
+        report["bound"] = bound_goodput(setup, grid)
     if json_path is not None:
         Path(json_path).write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def _with_stop_costs(table: CostTable, check_us: float | None, sync_us: float | None) -> CostTable:
+    for name, micros in (("check_us", check_us), ("sync_us", sync_us)):
+        if micros is not None and not 0 <= micros < inf:
+            raise InvalidInputError(name, expected="microseconds >= 0", got=repr(micros))
+    check = table.check if check_us is None else 1e-6 * check_us
+    sync = table.sync if sync_us is None else 1e-6 * sync_us
+    return replace(table, check=check, sync=sync)
+
+
+def bound_goodput(setup: SweepSetup, rates: Sequence[float], seed: int = 1) -> dict[str, Any]:
+    """The goodput that no scheduler of one device exceeds, on this grid, for one seed.
+
+    Bisects the grid: attainment that can be reached falls with the rate. Costs are marginal, as a launch may
+    be shared. ``tried`` lists (rate, bound of the worst class, bound over all requests).
+    """
+    tried: dict[float, tuple[float, float]] = {}
+
+    def reach(rate: float) -> tuple[float, float]:
+        if rate not in tried:
+            requests = requests_at(tile(setup.rows, setup.count, seed), rate, setup.table, setup.slos)
+            fixed = setup.table.total.a
+            costs = {request.id: request.cost - fixed for request in requests}
+            both = (attainment_bound(requests, costs, per_class=split).attainment for split in (True, False))
+            tried[rate] = (next(both), next(both))
+        return tried[rate]
+
+    found = []
+    for which in (0, 1):
+        low, high = -1, len(rates)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if reach(rates[middle])[which] >= TARGET else (low, middle)
+        found.append(rates[low] if low >= 0 else 0.0)
+    values = [[rate, *tried[rate]] for rate in sorted(tried)]
+    return {"max_goodput": found[0], "paper_goodput": found[1], "seed": seed, "tried": values}
 
 
 def _watched(

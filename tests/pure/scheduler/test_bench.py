@@ -33,7 +33,7 @@ def test_the_report_has_both_goodputs_and_agrees_with_its_points(trace: Path, tm
     target = tmp_path / "out.json"
     report = run_bench_goodput(
         trace, ["fcfs", "fpcompile"], rates=[1.0, 4.0, 7.0], slo_scales=[0.5, 1.0], seeds=2, num_prompts=200,
-        json_path=target,
+        json_path=target, bound=True,
     )  # fmt: skip
     assert json.loads(target.read_text()) == report
     assert report["costs"]["name"] == "llama3-8b-a800"
@@ -45,6 +45,10 @@ def test_the_report_has_both_goodputs_and_agrees_with_its_points(trace: Path, tm
         for point in entry["points"]:
             assert min(point["attainment"].values()) + 1e-9 >= point["worst"]
     assert report["policies"]["fpcompile"]["max_goodput"] > report["policies"]["fcfs"]["max_goodput"]
+    best = report["bound"]["max_goodput"]
+    assert (
+        report["policies"]["fpcompile"]["max_goodput_by_seed"][0] <= best <= report["bound"]["paper_goodput"]
+    )
     halved = [p for p in report["policies"]["fcfs"]["points"] if p["slo_scale"] == 0.5]
     assert [p["rate"] for p in halved] == [report["slo_rate"]]
 

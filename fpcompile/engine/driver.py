@@ -354,6 +354,7 @@ class Driver:
         policy = self.core.policy.name
         logger.error("the scheduler failed under policy %r", policy, exc_info=error)
         if self._flight is not None:
+            self.pilot.clear()
             self._land(self._flight)
         self._timer = inf
         self.core = self._make_core()

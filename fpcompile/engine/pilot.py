@@ -96,11 +96,11 @@ class Pilot:
                 self.device.hand_over(tensors_in(value))
             return Landing(Ending.DONE, value=value)
         except Exception as error:
-            self._clear()
+            self.clear()
             return Landing(Ending.FAILED, error=error)
 
-    def _clear(self) -> None:
-        """Wait for what a failed run left in flight; its own error is the one that counts."""
+    def clear(self) -> None:
+        """Wait for what a failed run left in flight; the error that ended it is the one that counts."""
         if self._ahead is not None:
             try:
                 self._ahead.drain()

@@ -109,7 +109,7 @@ def test_a_wide_budget_is_one_launch() -> None:
 @pytest.mark.parametrize("arch", MAIN_ARCHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_tiles_give_the_models_numbers_paused_or_not(arch: str, dtype: torch.dtype) -> None:
-    """Tiles have other shapes than the whole, so fp32 agrees to rounding (Numerics: 2e-6 of the largest logit).
+    """Tiles have other shapes than the whole: fp32 agrees to rounding (2e-6 of the largest logit).
 
     In bf16 the tiles were seen to give the whole's own bits on CPU; what is promised, and tested, is that
     the error against the fp32 model stays within 1.1 times that of the model itself.

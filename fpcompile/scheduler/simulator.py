@@ -102,6 +102,9 @@ class Simulator:
     """One device under one core.
 
     ``slowdown``: actual = predicted x slowdown(request), to study wrong predictions; None: exact.
+    ``decode_s``: seconds between two tokens of a generating request; ``decode_step`` (a, b): a step that
+    generates one token of each of B requests takes a + b*B seconds out of every ``decode_s``, which slows the
+    prefill on the device down. Steps fit between its stop points; their lateness is not modelled.
     ``evict_s`` and ``restore_s``: seconds per cache block moved. ``time_decisions`` measures ``handle`` by
     the wall clock (the only use of a clock, and it changes no decision). ``log`` sees every event with its
     commands.
@@ -117,6 +120,7 @@ class Simulator:
         evict_s: float = 0.0,
         restore_s: float = 0.0,
         decode_s: float = 0.0,
+        decode_step: tuple[float, float] = (0.0, 0.0),
         time_decisions: bool = False,
         log: Log | None = None,
         **options: Any,
@@ -127,7 +131,9 @@ class Simulator:
         self.result = SimulationResult()
         self._timelines = Timelines(table, self.core.policy.grain)
         self._steps = isinstance(self.core.policy, StepPolicy)
-        self._slowdown, self._decode_s = slowdown, decode_s
+        self._slowdown, self._decode_s, self._decode_step = slowdown, decode_s, decode_step
+        self._decoding = 0
+        self._speed = 1.0
         self._move_s = {Evict: evict_s, Restore: restore_s}
         self._timed, self._log = time_decisions, log
         self._requests: dict[str, Request] = {}
@@ -139,9 +145,12 @@ class Simulator:
         self._releases: list[tuple[float, int]] = []
         self._running: _Run | None = None
         self._name = ""
-        self._since = 0.0
+        self._began = 0.0
+        self._since = 0.0  # progress: _base + (now - _since) / _pace, until _stops_at, at the time _end
+        self._base = 0.0
+        self._pace = 1.0
+        self._stops_at = 0.0
         self._end = inf
-        self._stops_at = 0.0  # offset at which the device will stop
         self._asked = inf  # when the pause was asked for
         self._slices: tuple[int, ...] = ()
         self._members: tuple[str, ...] = ()
@@ -170,7 +179,8 @@ class Simulator:
             if self._timer <= now:
                 self._timer = inf
                 events.append(Timer(now))
-            self._give(events, now)
+            if events:
+                self._give(events, now)
         return self._finish(arrivals)
 
     def _finish(self, arrivals: list[Request]) -> SimulationResult:
@@ -220,7 +230,7 @@ class Simulator:
     def _launch(self, command: Launch, now: float) -> None:
         begin = max(now, self._busy_until)
         self.result.launches += 1
-        self._name, self._since, self._asked = command.run, begin, inf
+        self._name, self._began, self._since, self._asked = command.run, begin, begin, inf
         self._members, self._slices = command.requests, command.tokens or ()
         for name in command.requests:
             self._first.setdefault(name, begin)
@@ -228,8 +238,8 @@ class Simulator:
             slices = [
                 (n, self._context.get(r, 0)) for r, n in zip(command.requests, command.tokens, strict=True)
             ]
-            factor = self._factor(self._requests[command.run])
-            self._end = begin + factor * self.table.pack_seconds(slices)
+            self._base, self._stops_at = 0.0, self.table.pack_seconds(slices)
+            self._pace_of(self._requests[command.run])
             return
         run = self._runs.get(command.run)
         if run is None:
@@ -239,30 +249,45 @@ class Simulator:
         else:
             self._paused_tokens -= sum(request.tokens for request in run.requests)
         self._running = run
-        self._stops_at = run.timeline.length
-        self._end = begin + self._factor(run.requests[0]) * (self._stops_at - run.offset)
+        self._base, self._stops_at = run.offset, run.timeline.length
+        self._pace_of(run.requests[0])
         if self.core.jobs[command.run].deadline < self._end:
             self.result.late_s += self._end - begin
 
-    def _factor(self, request: Request) -> float:
-        return 1.0 if self._slowdown is None else self._slowdown(request)
+    def _pace_of(self, request: Request) -> None:
+        """Seconds that one predicted second of the run on the device takes now, and when it will stop."""
+        self._pace = (1.0 if self._slowdown is None else self._slowdown(request)) / self._speed
+        self._end = self._since + self._pace * (self._stops_at - self._base)
+
+    def _decode_load(self, change: int, now: float) -> None:
+        """Requests begin or end to generate: the prefill on the device gets another share of it."""
+        if self._decode_step == (0.0, 0.0) or not self._decode_s:
+            return
+        self._decoding += change
+        fixed, each = self._decode_step
+        step = fixed + each * self._decoding if self._decoding else 0.0
+        self._speed = max(1.0 - step / self._decode_s, 0.05)
+        if self._end < inf and self._end > now:
+            begun = max(now, self._since)
+            self._base += (begun - self._since) / self._pace
+            self._since = begun
+            self._pace_of(self._requests[self._name])
 
     def _pause(self, now: float) -> None:
         run = self._running
         assert run is not None
         self.result.pauses += 1
         self._asked = now
-        factor = self._factor(run.requests[0])
-        reached = run.offset + max(now - self._since, 0.0) / factor
+        reached = self._base + max(now - self._since, 0.0) / self._pace
         stop = run.timeline.next_stop(reached)
         if self.core.jobs[self._name].deadline < self._end:
-            self.result.late_s -= factor * (self._stops_at - stop)
+            self.result.late_s -= self._pace * (self._stops_at - stop)
         self._stops_at = stop
-        self._end = max(now, self._since + factor * (stop - run.offset))
+        self._end = max(now, self._since + self._pace * (stop - self._base))
 
     def _land(self, now: float) -> Event:
         """The device has stopped: what it reports."""
-        self.result.busy_s += now - self._since
+        self.result.busy_s += now - self._began
         self._end = inf
         if self._asked < inf:
             self.result.blocking.append(now - self._asked)
@@ -295,12 +320,19 @@ class Simulator:
 
     def _served(self, request: Request, now: float, preemptions: int) -> None:
         self._done[request.id] = Outcome(request, now - request.arrival, self._first[request.id], preemptions)
-        if request.decode_tokens and request.kv_blocks and self.core.memory.limited:
+        if request.decode_tokens and self._decode_s:
+            self._decode_load(1, now)
             heappush(self._releases, (now + request.decode_tokens * self._decode_s, request.kv_blocks))
+        elif request.decode_tokens and self.core.memory.limited:
+            heappush(self._releases, (now, request.kv_blocks))
 
     def _release(self, now: float, events: list[Event]) -> None:
         """A request has been decoded to its end: its blocks are free."""
         _, blocks = heappop(self._releases)
+        if self._decode_s:
+            self._decode_load(-1, now)
+        if not self.core.memory.limited:
+            return
         before = (
             events[-1].free_blocks if events and isinstance(events[-1], Memory) else self.core.memory.free
         )

@@ -156,6 +156,21 @@ def test_generating_requests_hold_their_blocks_while_they_decode() -> None:
     assert result.outcomes[1].ttft == pytest.approx(1.0 + 3.0 + 1.0 - 0.5)
 
 
+def test_decoding_slows_the_prefill_on_the_device_down() -> None:
+    requests = [
+        job("a", 0.0, 99.0, 1.0, decode_tokens=10),
+        job("b", 0.5, 99.0, 1.0),
+        job("c", 9.0, 99.0, 1.0),
+    ]
+    result = simulate("fcfs", requests, LINEAR, decode_s=0.05, decode_step=(0.005, 0.005))
+    half = 1.0 + 0.5  # a generates until then, and takes a fifth of the device
+    assert result.outcomes[1].ttft == pytest.approx(half + (1.0 - 0.5 * 0.8) - 0.5)
+    assert result.outcomes[2].ttft == pytest.approx(1.0)
+    paused = [*requests[:2], job("urgent", 1.2, 3.0, 0.1)]
+    early = simulate("chunked:1,edf", paused, LINEAR, decode_s=0.05, decode_step=(0.005, 0.005))
+    assert early.outcomes[2].ttft == pytest.approx(0.1 / 0.8, abs=0.013)
+
+
 def test_queue_limit_rejects_and_names_the_reason() -> None:
     requests = [job("a", 0.0, 9.0, 3.0), job("b", 0.5, 9.0, 1.0)]
     result = simulate("fcfs", requests, LINEAR, max_queue_s=1.0)

@@ -373,3 +373,54 @@ def test_what_an_engine_is_called() -> None:
     drive(engine)
     engine.close()
     assert repr(engine) == "<Engine on CpuDevice(cpu): closed>"
+
+
+def _spy(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, float]]]:
+    """What the scheduler is told: (event, time), batch by batch."""
+    told: list[list[tuple[str, float]]] = []
+    handle_all = engine._driver.core.handle_all
+
+    def spy(events: Any) -> Any:
+        batch = list(events)
+        told.append([(type(event).__name__, event.time) for event in batch])
+        return handle_all(batch)
+
+    monkeypatch.setattr(engine._driver.core, "handle_all", spy)
+    return told
+
+
+def test_the_scheduler_hears_in_order_of_time_rank_and_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = FakeProgram(1, clock=Clock())
+    engine = inline(program, policy="fcfs")
+    told = _spy(engine, monkeypatch)
+    others: list[Any] = []
+
+    def meanwhile(run: FakeRun) -> None:
+        others.append(engine.submit([2]))
+        assert program.clock is not None
+        program.clock.advance(1.0)
+        others.append(engine.submit([3]))
+        waiting.cancel()
+
+    engine.submit([1], at={0: meanwhile})
+    waiting = engine.submit([4])
+    drive(engine)
+    assert told[0] == [("Arrival", 0.0), ("Arrival", 0.0)]
+    assert told[1] == [("Arrival", 1.0), ("Completed", 2.0), ("Cancelled", 2.0), ("Arrival", 2.0)]
+    assert [handle.result(0) for handle in others] == [2, 3]
+
+
+def test_events_that_were_late_to_arrive_do_not_go_back_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A submitter read the clock before the device thread did, and put its request in after it."""
+    clock = Clock()
+    engine = inline(FakeProgram(1, clock=clock))
+    told = _spy(engine, monkeypatch)
+    engine.submit([1])
+    drive(engine)
+    clock.now = 0.25
+    late = engine.submit([2])
+    drive(engine)
+    assert late.result(0) == 2
+    assert late.metrics.arrival == 0.25
+    times = [time for batch in told for _, time in batch]
+    assert times == sorted(times) == [0.0, 1.0, 1.0, 1.25]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 import warnings
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -278,3 +281,24 @@ def test_hooks_run_on_the_device_thread() -> None:
     with Engine(FakeProgram(), on_segment=hook) as engine:
         engine.submit([1]).result(20)
     assert seen == {"fpcompile-device"}
+
+
+LEFT_OPEN = """
+import threading
+from fpcompile.engine.engine import Engine
+from tests.cpu.test_engine_fakes import FakeProgram, Gate
+gate = Gate()
+gate.open.set()
+handle = Engine(FakeProgram(10**7)).submit([1], at={0: gate})
+gate.wait()
+print("leaving")
+"""
+
+
+@pytest.mark.slow
+def test_an_interpreter_exits_though_an_engine_is_running() -> None:
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT_OPEN], cwd=root, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "leaving\n", "")

@@ -41,8 +41,19 @@ def parse_numbers(text: str) -> list[float]:
 
 
 def parse_policies(text: str) -> list[str]:
-    """Policy specs separated by ``;``, or by ``,`` when none of them has arguments."""
-    return [part.strip() for part in text.split(";" if ";" in text or ":" in text else ",") if part.strip()]
+    """Policy specs separated by ``;``, or by ``,``: then numbers and ``option=value`` belong to the one before.
+
+    ``fcfs,vllm:2048,512,fpcompile`` are three; the order in ``chunked:512,edf;fcfs`` needs the ``;``.
+    """
+    if ";" in text:
+        return [part.strip() for part in text.split(";") if part.strip()]
+    found: list[str] = []
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        if found and (part[0].isdigit() or ("=" in part and ":" not in part)):
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return found
 
 
 def parse_slos(pairs: list[str]) -> dict[str, float]:
@@ -63,7 +74,7 @@ def parse_slos(pairs: list[str]) -> dict[str, float]:
 def goodput(
     trace: Annotated[Path | None, typer.Option(help="Trace file; without one, synthetic traffic.")] = None,
     policies: Annotated[
-        str, typer.Option(help="Policies, separated by ';' (or ',' when none has arguments).")
+        str, typer.Option(help="Policies, separated by ',' (or ';', needed for chunked:512,edf).")
     ] = ";".join(DEFAULT_POLICIES),
     simulate: Annotated[
         bool, typer.Option("--simulate/--real", help="Simulate on costs, or measure.")

@@ -105,7 +105,12 @@ def test_numbers_and_policies_are_parsed() -> None:
     assert parse_numbers("0.25:1:0.25") == [0.25, 0.5, 0.75, 1.0]
     assert parse_policies("fcfs,s-edf") == ["fcfs", "s-edf"]
     assert parse_policies("vllm:2048,512;fcfs") == ["vllm:2048,512", "fcfs"]
-    assert parse_policies("vllm:2048,512") == ["vllm:2048,512"]
+    assert parse_policies("fcfs,vllm:2048,512,fpcompile:pack=0,balance=1") == [
+        "fcfs",
+        "vllm:2048,512",
+        "fpcompile:pack=0,balance=1",
+    ]
+    assert parse_policies("chunked:512,edf;fcfs;") == ["chunked:512,edf", "fcfs"]
     with pytest.raises(UsageError):
         parse_numbers("1:2:0")
     assert len(default_rates(8.0)) == 24

@@ -41,7 +41,7 @@ def parse_numbers(text: str) -> list[float]:
 
 
 def parse_policies(text: str) -> list[str]:
-    """Policy specs separated by ``;``, or by ``,``: then numbers and ``option=value`` belong to the one before.
+    """Policy specs separated by ``;``, or by ``,``: then numbers and ``option=value`` go with the one before.
 
     ``fcfs,vllm:2048,512,fpcompile`` are three; the order in ``chunked:512,edf;fcfs`` needs the ``;``.
     """

@@ -32,6 +32,8 @@ def attend(run: Run, layout: Layout, call: AttentionCall, q: Tensor, k: Tensor, 
 
 def write(run: Run, layout: Layout, call: AttentionCall, k: Tensor, v: Tensor) -> None:
     """Put the new keys and values of one layer behind the cached ones."""
+    if not call.writes:
+        return
     for group, layers in zip(layout.groups, run.kv, strict=True):
         keys, values = unpack(k, group), unpack(v, group)
         past = layers.get(call.layer)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, final
@@ -129,7 +130,9 @@ class Variant(Program):
         self, tensors: Sequence[Tensor], values: Mapping[sympy.Symbol, int], max_blocking_ms: float | None
     ) -> Run:
         """A run over flat inputs for which the variant holds."""
-        given = dict(zip(self.captured.inputs, tensors, strict=True))
+        kept = self.captured.growing
+        owned = [t if i in kept else t.clone() for i, t in enumerate(tensors)]  # the caller may change them
+        given = dict(zip(self.captured.inputs, owned, strict=True))
         symbols = {name: values[s] for name, s in self.length_names.items()}
         symbols |= {f"count_{s}": int(v) for s, v in values.items()}
         tokens = values.get(self.captured.length, 0) if self.captured.length is not None else 0
@@ -214,7 +217,7 @@ class GenericProgram(Program):
         self, tree: tuple[tuple[Any, ...], dict[str, Any]]
     ) -> tuple[Variant, tuple[Tensor, ...], dict[sympy.Symbol, int]]:
         """The variant that serves a call, compiled if there is none, with its inputs and symbols."""
-        flat, tensors = pack(tree, self.device)
+        flat, tensors = pack((tree[0], self._plain(tree[1])), self.device)
         if not flat.tensors:
             raise InvalidInputError("the call has no tensor", expected="the model's inputs", got="none")
         with self._lock:
@@ -235,6 +238,14 @@ class GenericProgram(Program):
             )
             self.variants.insert(0, variant)
             return variant, tensors, values
+
+    def _plain(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments without those that say what leaving them out says."""
+        own = inspect.signature(self.model.forward).parameters
+        kept = {k: v for k, v in kwargs.items() if v is not None or k not in own or own[k].default is not None}
+        if kept.get("use_cache") is not None and kept["use_cache"] == getattr(self.config, "use_cache", None):
+            del kept["use_cache"]
+        return kept
 
     def start(self, *args: Any, max_blocking_ms: float | None = None, **kwargs: Any) -> Run:
         """A run over the model's own arguments; compiles a variant when none serves them.

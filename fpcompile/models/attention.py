@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers import masking_utils as mu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -32,6 +32,7 @@ _IGNORED_KWARGS = frozenset(
     {
         "position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits",
         "cache_position", "dropout", "return_dict", "layer_idx", "num_items_in_batch", "is_training",
+        "logits_to_keep",
     }
 )  # fmt: skip
 
@@ -145,7 +146,8 @@ class AttentionCall:
     """Everything static about one attention node.
 
     ``module`` is the shadow's own attention module (it carries head counts and sinks), ``function`` the
-    attention function of the unmodified model, ``layer`` the index of its key/value cache entry.
+    attention function of the unmodified model, ``layer`` the index of its key/value cache entry. ``writes``
+    is False for a layer that reads the entry of an earlier one and adds nothing to it.
     """
 
     module: nn.Module
@@ -156,6 +158,7 @@ class AttentionCall:
     kwargs: dict[str, Any]
     heads: int
     kv_heads: int
+    writes: bool = True
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """One call of the model's own attention function; the output is ``[B, T, Hq, Dv]``."""
@@ -181,12 +184,39 @@ class AttentionCall:
         return 0 if hasattr(self.module, "sinks") else self.kv_heads
 
 
+class CacheProbe(DynamicCache):
+    """The cache that a trace is given: empty, and it remembers what each layer puts into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Remember and return what the layer gives."""
+        self.written[layer_idx] = (key_states, value_states)
+        return key_states, value_states
+
+    def entry(self, k: Tensor, v: Tensor, layer: int) -> int | None:
+        """The layer whose entry holds exactly these keys and values: ``layer`` itself, or an earlier one."""
+        for index in (layer, *self.written):
+            keys, values = self.written.get(index, (None, None))
+            if keys is k and values is v:
+                return index
+        return None
+
+
 @dataclasses.dataclass(slots=True)
 class AttentionRecorder:
-    """Collects the attention calls of one trace. ``implementation`` is what the unmodified model uses."""
+    """Collects the attention calls of one trace. ``implementation`` is what the unmodified model uses.
+
+    ``cache`` is the trace's: it tells which entry of the model's own cache holds a call's keys and values.
+    """
 
     implementation: str
     calls: list[AttentionCall] = dataclasses.field(default_factory=list)
+    cache: CacheProbe = dataclasses.field(default_factory=CacheProbe)
 
     def record(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: object, kwargs: dict[str, Any]
@@ -209,8 +239,14 @@ class AttentionRecorder:
         layer = getattr(module, "layer_idx", None)
         if not isinstance(layer, int):
             raise refuse("the attention module has no layer_idx")
-        if any(c.layer == layer for c in self.calls):
+        entry = self.cache.entry(k, v, layer)
+        if entry is None:
+            raise refuse("the model's cache holds something else than the keys and values that are attended")
+        writers = [c for c in self.calls if c.layer == entry and c.writes]
+        if entry == layer and writers:
             raise refuse(f"two attention calls share the cache entry {layer}")
+        if entry != layer and not writers:
+            raise refuse(f"the cache entry {entry} is read before it is written")
         keep: dict[str, Any] = {}
         for key, value in kwargs.items():
             if key in _IGNORED_KWARGS or value is None:
@@ -223,7 +259,15 @@ class AttentionRecorder:
         function = own_attention(module, self.implementation)
         self.calls.append(
             AttentionCall(
-                module, function, self.implementation, layer, mask, keep, int(q.shape[1]), int(k.shape[1])
+                module,
+                function,
+                self.implementation,
+                entry,
+                mask,
+                keep,
+                int(q.shape[1]),
+                int(k.shape[1]),
+                writes=entry == layer,
             )
         )
         node: Tensor = torch.ops.fpcompile.attention(q, k, v, len(self.calls) - 1)

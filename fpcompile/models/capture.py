@@ -8,7 +8,9 @@ on a shadow of the model (:mod:`fpcompile.models.shadow`) with both lengths symb
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
+import sys
 import traceback
 from typing import Any
 
@@ -50,18 +52,27 @@ class Capture:
 class _Wrapper(nn.Module):
     """Gives the model the three inputs of the packed route and picks the logits."""
 
-    def __init__(self, model: PreTrainedModel, returned: list[type[Any]]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, returned: list[type[Any]], cache: attention.CacheProbe
+    ) -> None:
         super().__init__()
         self.model = model
         self.note = returned.append  # a bound method: export restores plain attributes after the trace
+        self.cache = lambda: cache
+        self.picks_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: Tensor) -> Tensor:
+        rows = {"logits_to_keep": logits_to_keep} if self.picks_rows else {}
         out = self.model(
-            input_ids=input_ids, position_ids=position_ids, logits_to_keep=logits_to_keep, use_cache=False
+            input_ids=input_ids,
+            position_ids=position_ids,
+            past_key_values=self.cache(),
+            use_cache=False,
+            **rows,
         )
         self.note(type(out))
         logits: Tensor = out.logits
-        return logits
+        return logits if self.picks_rows else logits[:, logits_to_keep, :]
 
 
 def attention_implementation(model: PreTrainedModel) -> str:
@@ -94,15 +105,34 @@ def _mark(config: Any) -> None:
     config._experts_implementation_internal = attention.NAME
 
 
+def _refuse_positions_from_ids(model: PreTrainedModel) -> None:
+    """Models in the manner of RoBERTa count positions from the ids that are no padding, beside ``pad + 1``.
+
+    The positions that a packed graph is given would silently replace those.
+    """
+    for path, module in model.named_modules():
+        home = sys.modules[type(module).__module__]
+        counts = hasattr(home, _COUNT) and getattr(module, "padding_idx", None) is not None
+        if hasattr(module, _COUNT) or (counts and hasattr(module, "position_embeddings")):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} cannot take the packed route",
+                reason="its positions are counted from the token ids",
+                module_path=path,
+            )
+
+
+_COUNT = "create_position_ids_from_input_ids"
+
+
 def capture(model: PreTrainedModel) -> Capture:
     """Trace ``model`` by the packed route. The model is left as found, also when tracing fails.
 
     Raises :class:`UnsupportedModelError` when it cannot be traced with symbolic lengths or its attention
     is not of a form that the route knows; the message names the module, the source line and the reason.
     """
+    _refuse_positions_from_ids(model)
     traced = _prepare(model)
     returned: list[type[Any]] = []
-    wrapper = _Wrapper(traced, returned).eval()
     device = next(model.parameters()).device
     example = (
         torch.zeros(1, _DESIGN_TOKENS, dtype=torch.long, device=device),
@@ -119,6 +149,7 @@ def capture(model: PreTrainedModel) -> Capture:
         attention.recording(attention_implementation(model)) as recorder,
         leaves.collecting() as collected,
     ):
+        wrapper = _Wrapper(traced, returned, recorder.cache).eval()
         try:
             exported = torch.export.export(wrapper, example, dynamic_shapes=shapes, strict=False)
         except UnsupportedModelError:

@@ -29,7 +29,7 @@ from fpcompile.errors import UnsupportedModelError
 from fpcompile.models import leaves
 from fpcompile.models.attention import NAME as _PACKED
 from fpcompile.models.generic_decisions import Deciding, Decision, as_eager
-from fpcompile.models.generic_tree import Flat, Spec, flatten, unflatten
+from fpcompile.models.generic_tree import At, Flat, Node, Spec, flatten, unflatten
 from fpcompile.models.opaque import LeafRefusedError, install
 from fpcompile.models.shadow import shadow
 
@@ -41,12 +41,13 @@ _AUTO = torch.export.Dim.AUTO
 class Guards:
     """When a variant's graph holds for a call.
 
-    ``shapes`` are the sizes of the flat inputs as expressions, ``dtypes`` theirs; ``conditions`` must be
-    true; ``bounds`` limits each symbol.
+    ``shapes`` and ``strides`` are those of the flat inputs as expressions; ``conditions`` must be true;
+    ``bounds`` limits each symbol.
     """
 
     spec: Spec
     shapes: tuple[tuple[sympy.Expr, ...], ...]
+    strides: tuple[tuple[sympy.Expr, ...], ...]
     dtypes: tuple[torch.dtype, ...]
     conditions: tuple[sympy.Basic, ...]
     bounds: tuple[tuple[sympy.Symbol, sympy.Expr, sympy.Expr], ...]
@@ -57,15 +58,17 @@ class Guards:
         if flat.spec != self.spec or tuple(t.dtype for t in tensors) != self.dtypes:
             return None
         values: dict[sympy.Symbol, int] = {}
-        for shape, tensor in zip(self.shapes, tensors, strict=True):
+        pairs: list[tuple[sympy.Expr, int]] = []
+        for shape, strides, tensor in zip(self.shapes, self.strides, tensors, strict=True):
             if len(shape) != tensor.dim():
                 return None
-            for size, real in zip(shape, tensor.shape, strict=True):
+            pairs += zip(shape, tensor.shape, strict=True)
+            pairs += [(e, r) for e, r, n in zip(strides, tensor.stride(), tensor.shape, strict=True) if n > 1]
+            for size, real in zip((*shape, *strides), (*tensor.shape, *tensor.stride()), strict=True):
                 if isinstance(size, sympy.Symbol):
                     values.setdefault(size, int(real))
-        for shape, tensor in zip(self.shapes, tensors, strict=True):
-            if any(size.subs(values) != real for size, real in zip(shape, tensor.shape, strict=True)):
-                return None
+        if any(size.subs(values) != real for size, real in pairs):
+            return None
         for symbol, low, high in self.bounds:
             if symbol in values and not low <= values[symbol] <= high:
                 return None
@@ -79,7 +82,8 @@ class GenericCapture:
     """One variant: graph, weights, leaves, guards, and how to rebuild the model's own output.
 
     ``inputs`` are the placeholders' names in the order of the flat inputs; ``outputs`` what the flat outputs
-    are: names of nodes. ``counts`` are expressions in the symbols.
+    are: names of nodes. ``counts`` are expressions in the symbols. ``growing`` are the inputs that every
+    model replaces and none writes into: the keys and values of a cache.
     """
 
     graph: fx.GraphModule
@@ -93,6 +97,7 @@ class GenericCapture:
     opaque: tuple[str, ...]
     notes: tuple[str, ...]
     length: sympy.Symbol | None
+    growing: frozenset[int]
     attention: tuple[Any, ...] = ()
 
 
@@ -124,7 +129,7 @@ class _Trace:
         self.specialised: str | None = None
         self.result: Flat | None = None
         self.decisions: tuple[Decision, ...] = ()
-        self.seen = 0
+        self.lengths: set[sympy.Symbol] = set()
         self.shape_env: Any = None
 
     def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -132,6 +137,10 @@ class _Trace:
         given = [t.clone() if i in self.cloned else t for i, t in enumerate(tensors[:count])]
         args, kwargs = unflatten(self.flat.spec, given, [t.shape[0] for t in tensors[count:]])
         self.shape_env = tensors[0].fake_mode.shape_env  # type: ignore[attr-defined]
+        top = _top_level(self.flat)
+        for i, dims in enumerate(length_dims(self.flat, self.real)):
+            sizes = [tensors[i].shape[d] for d in dims if i in top]
+            self.lengths |= {s.node.expr for s in sizes if isinstance(s, torch.SymInt)}
         with self._watching(model), as_eager(), Deciding(tensors, self.real) as deciding:
             try:
                 out = model(*args, **kwargs)
@@ -151,9 +160,9 @@ class _Trace:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 while self.stack and self.stack.pop() != path:
                     pass
-                constants = [s for s in self.shape_env.replacements.values() if s.is_number]
-                if len(constants) > self.seen:
-                    self.seen = len(constants)
+                gone = [s for s in self.lengths if self.shape_env.replacements.get(s, s).is_number]
+                if gone:
+                    self.lengths.difference_update(gone)
                     self.specialised = self.specialised or path
 
             return hook
@@ -194,26 +203,47 @@ def _kind(path: str) -> str:
 
 
 def dynamic_dims(flat: Flat, tensors: Sequence[Tensor]) -> list[dict[int, Any] | None]:
-    """Which sizes to keep symbolic: batch and lengths of ids, masks, features and states."""
-    top = _top_level(flat)
+    """Which sizes to keep symbolic: the batch everywhere, the lengths of ids, masks, features and caches."""
+    lengths = length_dims(flat, tensors)
     shapes: list[dict[int, Any] | None] = []
     for i, tensor in enumerate(tensors):
-        if i >= len(flat.tensors):
-            dims = [0]
-        elif i not in top:
-            dims = [0, tensor.dim() - 2] if tensor.dim() >= 3 else []
-        elif not tensor.is_floating_point():
-            dims = list(range(min(tensor.dim(), 2)))
-        else:
-            dims = [0, 1] if tensor.dim() in (2, 3) else [0] if tensor.dim() else []
-        shapes.append({d: _AUTO for d in sorted(set(dims)) if tensor.shape[d] > 1} or None)
+        dims = {0, *lengths[i]} if i < len(flat.tensors) and tensor.dim() else set(lengths[i])
+        shapes.append({d: _AUTO for d in sorted(dims) if tensor.shape[d] > 1} or None)
     return shapes
+
+
+def length_dims(flat: Flat, tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    """The dimensions of each flat input that are lengths."""
+    names, top = _names(flat.spec), _top_level(flat)
+    found: list[tuple[int, ...]] = []
+    for i, tensor in enumerate(tensors):
+        rank = tensor.dim()
+        if i >= len(flat.tensors):
+            found.append((0,))
+        elif i in top:
+            integral = not tensor.is_floating_point()
+            found.append((1,) if rank in ((2,) if integral else (2, 3)) else ())
+        else:
+            found.append((rank - 2,) if rank >= 3 and names.get(i) in _GROWING else ())
+    return found
+
+
+_GROWING = frozenset({"keys", "values", "key_cache", "value_cache", "indexer_keys"})
+
+
+def _names(spec: Spec, key: Any = None) -> dict[int, Any]:
+    """For each tensor of a spec, the name of the attribute or entry that holds it."""
+    if isinstance(spec, At):
+        return {spec.index: key}
+    found: dict[int, Any] = {}
+    if isinstance(spec, Node):
+        for name, part in spec.entries:
+            found |= _names(part, key if name is None else name)
+    return found
 
 
 def _top_level(flat: Flat) -> set[int]:
     """Indices of the tensors that are arguments by themselves, not inside a cache or a list."""
-    from fpcompile.models.generic_tree import At, Node
-
     found: set[int] = set()
     if isinstance(flat.spec, Node):
         for _, arguments in flat.spec.entries:
@@ -228,6 +258,7 @@ class _Attempt:
 
     opaque: list[str]
     refused: dict[str, str]
+    for_length: set[str]
     dynamic: bool = True
     cloned: frozenset[int] = frozenset()
 
@@ -238,7 +269,7 @@ def capture_generic(model: nn.Module, flat: Flat, tensors: tuple[Tensor, ...]) -
     Raises :class:`UnsupportedModelError` when neither symbolic nor constant lengths can be traced, with or
     without opaque leaves.
     """
-    attempt = _Attempt([], {})
+    attempt = _Attempt([], {}, set())
     for _ in range(_ATTEMPTS):
         traced = prepare(model, attempt.opaque)
         wrapper = _Wrapper(traced, flat, tensors, attempt.cloned).eval()
@@ -249,7 +280,7 @@ def capture_generic(model: nn.Module, flat: Flat, tensors: tuple[Tensor, ...]) -
         except Exception as error:
             _after_failure(model, attempt, trace, error)
             continue
-        if attempt.dynamic and _worth_a_leaf(model, attempt, trace, flat):
+        if attempt.dynamic and _worth_a_leaf(model, attempt, trace):
             continue
         written = _written_inputs(exported, len(tensors))
         if written - attempt.cloned:
@@ -283,11 +314,11 @@ def _after_failure(model: nn.Module, attempt: _Attempt, trace: _Trace, error: Ex
     """Choose the next attempt: an opaque leaf, constant lengths, or give up."""
     path = next((p for p in reversed(trace.stack) if p), "")
     if isinstance(error, LeafRefusedError) and path in attempt.opaque:
-        attempt.refused[path] = str(error)
         family = [p for p in attempt.opaque if _class(model, p) is _class(model, path)]
         attempt.opaque = [p for p in attempt.opaque if p not in family]
-        for member in family:
-            attempt.refused.setdefault(member, str(error))
+        attempt.refused |= dict.fromkeys(family, str(error))
+        if path in attempt.for_length:
+            return  # the trace itself succeeds, with a constant length
     while path and path not in attempt.opaque:
         if path not in attempt.refused and _acceptable(model, path):
             _add(model, attempt, path)
@@ -295,6 +326,7 @@ def _after_failure(model: nn.Module, attempt: _Attempt, trace: _Trace, error: Ex
         path = path.rpartition(".")[0]
     if attempt.dynamic:
         attempt.dynamic, attempt.opaque, attempt.refused = False, [], {}
+        attempt.for_length.clear()
         return
     raise explain(model, error) from error
 
@@ -303,14 +335,13 @@ def _class(model: nn.Module, path: str) -> type[nn.Module]:
     return type(model.get_submodule(path))
 
 
-def _add(model: nn.Module, attempt: _Attempt, path: str) -> None:
-    """Make the submodule and its siblings of the same class opaque."""
+def _add(model: nn.Module, attempt: _Attempt, path: str) -> list[str]:
+    """Make the submodule and its siblings of the same class opaque; their paths."""
     kind = _class(model, path)
-    attempt.opaque += [
-        p
-        for p, m in model.named_modules()
-        if type(m) is kind and p not in attempt.opaque and p not in attempt.refused
-    ]
+    known = {*attempt.opaque, *attempt.refused}
+    family = [p for p, m in model.named_modules() if type(m) is kind and p not in known]
+    attempt.opaque += family
+    return family
 
 
 def _acceptable(model: nn.Module, path: str) -> bool:
@@ -323,14 +354,12 @@ def _acceptable(model: nn.Module, path: str) -> bool:
     return not (stacked and share > 0.3) and share < 0.6
 
 
-def _worth_a_leaf(model: nn.Module, attempt: _Attempt, trace: _Trace, flat: Flat) -> bool:
+def _worth_a_leaf(model: nn.Module, attempt: _Attempt, trace: _Trace) -> bool:
     """Whether the trace turned a length into a constant inside a submodule that can be opaque instead."""
     path = trace.specialised
-    while path:
-        if path not in attempt.refused and path not in attempt.opaque and _acceptable(model, path):
-            _add(model, attempt, path)
-            return True
-        path = path.rpartition(".")[0]
+    if path and path not in attempt.refused and path not in attempt.opaque and _acceptable(model, path):
+        attempt.for_length.update(_add(model, attempt, path))
+        return True
     return False
 
 
@@ -361,7 +390,8 @@ def _finish(
     placeholders = [n for n in graph.nodes if n.op == "placeholder"][-len(trace.real) :]
     env = trace.shape_env
     shapes = tuple(tuple(_expression(s) for s in n.meta["val"].shape) for n in placeholders)
-    symbols = sorted({f for shape in shapes for s in shape for f in s.free_symbols}, key=str)
+    strides = tuple(tuple(_expression(s) for s in n.meta["val"].stride()) for n in placeholders)
+    symbols = sorted({f for shape in (*shapes, *strides) for s in shape for f in s.free_symbols}, key=str)
     conditions = [g.expr.xreplace(env.replacements) for g in env.guards]
     bounds = tuple(
         (s, env.var_to_range[s].lower, env.var_to_range[s].upper) for s in symbols if s in env.var_to_range
@@ -380,6 +410,7 @@ def _finish(
         guards=Guards(
             flat.spec,
             shapes,
+            strides,
             tuple(t.dtype for t in trace.real),
             tuple(c for c in conditions if c != sympy.true),
             bounds,
@@ -391,6 +422,7 @@ def _finish(
         opaque=tuple(attempt.opaque),
         notes=tuple(notes),
         length=_length(flat, shapes),
+        growing=frozenset(i for i, name in _names(flat.spec).items() if name in _GROWING),
     )
 
 

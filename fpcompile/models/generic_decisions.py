@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import (
     get_proxy_mode,
     get_proxy_slot,
 )
+from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
 _READS = {
@@ -78,6 +79,12 @@ class Deciding(TorchFunctionMode):
             needed = None if node is None else self._ancestors(node)
             if node is not None and needed is not None:
                 return self._decide(node, needed, func.__name__)
+        if func is Tensor.__contains__:
+            with self:
+                return bool((args[0] == args[1]).any())
+        if func is torch.equal:
+            with self:
+                return args[0].shape == args[1].shape and bool((args[0] == args[1]).all())
         return func(*args, **(kwargs or {}))
 
     def _ancestors(self, node: fx.Node) -> list[fx.Node] | None:
@@ -88,7 +95,8 @@ class Deciding(TorchFunctionMode):
             current = todo.pop()
             if current in found:
                 continue
-            if current.op != "call_function" and current not in self.inputs:
+            known = current in self.inputs or current.op == "call_function"
+            if not known and self._constant(current) is None:
                 return None
             found[current] = None
             if current not in self.inputs:
@@ -98,9 +106,20 @@ class Deciding(TorchFunctionMode):
         order = {n: i for i, n in enumerate(node.graph.nodes)}
         return sorted(found, key=order.__getitem__)
 
+    def _constant(self, node: fx.Node) -> Tensor | None:
+        """The tensor behind a node that stands for a constant made in the model's code."""
+        if node.op != "get_attr":
+            return None
+        value = getattr(self.tracer.root, str(node.target), None)
+        plain = isinstance(value, Tensor) and not isinstance(value, (FakeTensor, nn.Parameter))
+        return value if plain and value.numel() <= _MOST_NODES else None
+
     def _decide(self, node: fx.Node, needed: list[fx.Node], read: str) -> Any:
-        graph = fx.Graph()
+        graph, root = fx.Graph(), nn.Module()
         copied: dict[fx.Node, fx.Node] = {}
+        for source in needed:
+            if source.op == "get_attr":
+                root.register_buffer(str(source.target), self._constant(source))
         used = [n for n in needed if n in self.inputs]
         for source in used:
             copied[source] = graph.placeholder(f"x{self.inputs[source]}")
@@ -108,7 +127,7 @@ class Deciding(TorchFunctionMode):
             if source not in copied:
                 copied[source] = graph.node_copy(source, copied.__getitem__)
         graph.output(copied[node])
-        module = fx.GraphModule(nn.Module(), graph)
+        module = fx.GraphModule(root, graph)
         indices = tuple(self.inputs[n] for n in used)
         with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch.no_grad():
             value = _read(read, module(*(self.real[i] for i in indices)))
@@ -122,10 +141,13 @@ def as_eager() -> Iterator[None]:
     with _lock:
         flags = torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag
         fake = import_utils.is_fake_tensor
+        checks = Distribution._validate_args
         torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = False
+        Distribution.set_default_validate_args(False)  # reads activations, and only to raise
         import_utils.is_fake_tensor = lambda x: False  # type: ignore[assignment]
         try:
             yield
         finally:
             torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag = flags
             import_utils.is_fake_tensor = fake
+            Distribution.set_default_validate_args(checks)

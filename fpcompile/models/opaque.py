@@ -136,18 +136,18 @@ class _Prober:
         self.hints = _hints([*(s for t in tensors for s in t.shape), *counts])
 
     def probe(self, values: Mapping[sympy.Symbol, int], copies: bool = True) -> Outcome:
+        """Run on made-up tensors: small random numbers, zeros for integers, ones for booleans."""
         generator = torch.Generator().manual_seed(0)
         made: list[Tensor] = []
-        for (dtype, device), shape in zip(self.kinds, self.sizes, strict=True):
-            size = [_value(s, values) for s in shape]
-            if dtype.is_floating_point:
-                made.append((torch.randn(size, generator=generator) * 0.1).to(device, dtype))
-            elif dtype is torch.bool:
-                made.append(torch.ones(size, dtype=dtype, device=device))
-            else:
-                made.append(torch.zeros(size, dtype=dtype, device=device))
-        counts = [_value(c, values) for c in self.counts]
         with unset_fake_temporarily(), disable_proxy_modes_tracing():
+            for (dtype, device), shape in zip(self.kinds, self.sizes, strict=True):
+                size = [_value(s, values) for s in shape]
+                if dtype.is_floating_point:
+                    made.append((torch.randn(size, generator=generator) * 0.1).to(device, dtype))
+                else:
+                    make = torch.ones if dtype is torch.bool else torch.zeros
+                    made.append(make(size, dtype=dtype, device=device))
+            counts = [_value(c, values) for c in self.counts]
             return _execute(self.module, self.spec, made, counts, frozenset(), copies)
 
     def measure(self) -> tuple[Outcome, tuple[tuple[Affine, ...], ...], tuple[Affine, ...]]:

@@ -7,6 +7,7 @@ are, so that no integer is kept alive across a cut; the main length is called ``
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -67,6 +68,7 @@ def generic_context(capture: GenericCapture) -> Generic:
 
 def normalise(graph: fx.Graph, g: Generic) -> None:
     """Drop checks and no-ops, turn symbols into placeholders, move results' picks and copies to their use."""
+    _inline_regions(graph)
     for node in body(graph):
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             where = source(node)
@@ -88,6 +90,39 @@ def normalise(graph: fx.Graph, g: Generic) -> None:
     packed._gather_results(graph)
     graph.eliminate_dead_code(is_impure_node=packed._mutates)
     _sink(graph)
+
+
+def _inline_regions(graph: fx.Graph) -> None:
+    """Copy the body of regions that only switch gradients, or switch autocast off, into the graph."""
+    changed = True
+    while changed:
+        changed = False
+        for node in body(graph):
+            skip = _REGIONS.get(getattr(node.target, "__name__", ""))
+            if skip is None or (skip > 1 and node.args[2] is not False):
+                continue
+            region, arguments = node.args[skip], node.args[skip + 1 :]
+            inner: fx.GraphModule = getattr(graph.owning_module, region.target)  # type: ignore[union-attr]
+            copied: dict[fx.Node, Any] = {}
+            given = iter(arguments)
+            with graph.inserting_before(node):
+                for source_ in inner.graph.nodes:
+                    if source_.op == "placeholder":
+                        copied[source_] = next(given)
+                    elif source_.op != "output":
+                        copied[source_] = graph.node_copy(source_, copied.__getitem__)
+            results = fx.map_arg(next(n for n in inner.graph.nodes if n.op == "output").args[0], copied.get)
+            for user in list(node.users):
+                picked = results[user.args[1]] if user.target is operator.getitem else results
+                user.replace_all_uses_with(picked)
+                graph.erase_node(user)
+            graph.erase_node(node)
+            changed = True
+            break
+
+
+_REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
+"""Region operators and the position of their body among the arguments."""
 
 
 def _name_symbols(graph: fx.Graph, g: Generic) -> None:
@@ -164,7 +199,7 @@ def live_after(graph: fx.Graph, inputs: Sequence[fx.Node]) -> list[list[fx.Node]
 def _weights_values(node: fx.Node) -> bool:
     """Whether a product applies a softmax's weights: attention written out in the model."""
     seen: set[fx.Node] = set()
-    todo = [a for a in node.all_input_nodes[:1]]
+    todo = list(node.all_input_nodes[:1])
     while todo and len(seen) < _SEARCH:
         current = todo.pop()
         if current.target in _SOFTMAX:
@@ -211,7 +246,7 @@ def _operator_cuts(
     sizes = _live_bytes(graph, g)
     anchors = [(i, r) for i, n in enumerate(nodes) if (r := _anchor(n, g)) is not None]
     cuts: dict[str, CutReason] = {}
-    for (at, reason), (end, following) in zip(anchors, anchors[1:], strict=False):
+    for (at, reason), (end, following) in itertools.pairwise(anchors):
         window = [j for j in range(at, end) if nodes[j].name not in forbidden]
         if not window:
             continue

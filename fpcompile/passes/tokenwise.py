@@ -111,6 +111,11 @@ def _pointwise(p: Proof, node: fx.Node) -> AxisOrNone:
     return found.pop() if found else None
 
 
+rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar, aten.__or__.Tensor,
+     aten.__and__.Tensor, aten.__xor__.Tensor, aten.__or__.Scalar, aten.__and__.Scalar, aten.polar.default,
+     aten.copy_.default, aten.complex.default, aten.lerp.Tensor, aten.lerp.Scalar)(_pointwise)  # fmt: skip
+
+
 def _dims(node: fx.Node, position: int, name: str, rank: int) -> set[int]:
     default = node.target._schema.arguments[position].default_value  # type: ignore[union-attr]
     value = node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
@@ -147,7 +152,6 @@ for _target, _position, _name in (
     (aten.narrow.default, 1, "dim"),
     (aten.topk.default, 2, "dim"),
     (aten.sort.default, 1, "dim"),
-    (aten.gather.default, 1, "dim"),
     (aten.scatter.src, 1, "dim"),
     (aten.scatter.value, 1, "dim"),
     (aten.scatter_.src, 1, "dim"),
@@ -203,6 +207,8 @@ def _matmul(p: Proof, node: fx.Node) -> AxisOrNone:
     rank = len(p.shape(node))
     shift_left, shift_right = rank - len(p.shape(node.args[0])), rank - len(p.shape(node.args[1]))
     if left is not None and right is not None:
+        if left.dim + shift_left == right.dim + shift_right < rank - 2 and left.over == right.over:
+            return Axis(left.dim + shift_left, left.over)  # one product for each token
         raise NotProvenError("a matrix product combines two values that run over tokens")
     if left is not None and left.dim + shift_left < rank - 1:
         return Axis(left.dim + shift_left, left.over)
@@ -231,7 +237,7 @@ def _embedding(p: Proof, node: fx.Node) -> AxisOrNone:
 
 
 @rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
-      aten.unflatten.int)  # fmt: skip
+      aten.unflatten.int, aten.view_as.default, aten.reshape_as.default)  # fmt: skip
 def _reshape(p: Proof, node: fx.Node) -> AxisOrNone:
     axis = p.axis(node.args[0])
     if axis is None:
@@ -302,7 +308,7 @@ def _unbind(p: Proof, node: fx.Node) -> AxisOrNone:
     return _select(p, node)
 
 
-@rule(aten.cat.default)
+@rule(aten.cat.default, aten.concat.default)
 def _cat(p: Proof, node: fx.Node) -> AxisOrNone:
     parts = node.args[0]
     found = {p.axis(a) for a in parts}  # type: ignore[union-attr]
@@ -337,10 +343,36 @@ def _same(p: Proof, node: fx.Node) -> AxisOrNone:
     return p.axis(node.args[0])
 
 
-@rule(aten.zeros.default, aten.ones.default, aten.full.default, aten.new_zeros.default, aten.new_ones.default,
-      aten.scalar_tensor.default, aten.arange.default, aten.arange.start)  # fmt: skip
+@rule(aten.scalar_tensor.default, aten.arange.default, aten.arange.start, aten.arange.start_step)
 def _creation(p: Proof, node: fx.Node) -> AxisOrNone:
     return None  # refused by infer() when the shape runs over tokens
+
+
+@rule(aten.zeros.default, aten.ones.default, aten.full.default, aten.new_zeros.default, aten.new_ones.default,
+      aten.new_full.default, aten.empty.memory_format, aten.new_empty.default)  # fmt: skip
+def _constant(p: Proof, node: fx.Node) -> AxisOrNone:
+    """One value everywhere (or none yet): every row is the same, whatever the tokens."""
+    found = [(d, s) for d, s in enumerate(p.shape(node)) if s in (TOKENS, ROWS)]
+    return Axis(*found[0]) if len(found) == 1 else None
+
+
+@rule(aten.repeat_interleave.self_int)
+def _repeat_interleave(p: Proof, node: fx.Node) -> AxisOrNone:
+    axis = p.axis(node.args[0])
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+    if axis is None:
+        return None
+    if dim is None or int(dim) % len(p.shape(node)) == axis.dim:  # type: ignore[arg-type]
+        raise NotProvenError("tokens are repeated")
+    return axis
+
+
+@rule(aten.gather.default)
+def _gather(p: Proof, node: fx.Node) -> AxisOrNone:
+    """From a constant: each place of the result depends on its own index only."""
+    if p.axis(node.args[0]) is None:
+        return p.axis(node.args[2])
+    return _along(1, "dim")(p, node)
 
 
 @rule(aten.index.Tensor)

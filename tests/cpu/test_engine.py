@@ -424,3 +424,14 @@ def test_events_that_were_late_to_arrive_do_not_go_back_in_time(monkeypatch: pyt
     assert late.metrics.arrival == 0.25
     times = [time for batch in told for _, time in batch]
     assert times == sorted(times) == [0.0, 1.0, 1.0, 1.25]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, None])
+def test_a_quota_counts_over_the_turns_of_the_host(size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = inline(FakeProgram(7, clock=Clock()), policy="fcfs", max_segments=3)
+    told = _spy(engine, monkeypatch)
+    engine.submit([1])
+    while engine.turn(size):
+        pass
+    yields = [time for batch in told for name, time in batch if name == "Yielded"]
+    assert yields == [3.0, 6.0]

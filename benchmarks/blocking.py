@@ -3,11 +3,11 @@
     python benchmarks/blocking.py
     python benchmarks/blocking.py --device cuda --model Qwen/Qwen3-8B --tokens 16384
 
-For each granularity the same prefill runs under the executor's own loop. Preemption requests come at Poisson
-times, from another thread, whatever the device does (open loop, so that a long segment is met as often as its
-share of the time). At the next cut the loop returns, the device is drained, every request that has come is
-answered, the run is suspended and goes on. *Blocking time* is from a request to that moment; *slowdown* is
-the prefill's time with all these stops over its time without any.
+For each plan (a granularity, or a budget for tiles) the same prefill runs under the executor's own loop.
+Preemption requests come at Poisson times, from another thread, whatever the device does (open loop, so that a
+long segment is met as often as its share of the time). At the next cut the loop returns, the device is
+drained, every request that has come is answered, the run is suspended and goes on. *Blocking time* is from a
+request to that moment; *slowdown* is the prefill's time with all these stops over its time without any.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from fpcompile import segment
 from fpcompile.cli.guard import quiet, remedied
 from fpcompile.cli.interleave import percentile
 from fpcompile.cli.load import random_ids
+from fpcompile.engine.prices import next_cost
+from fpcompile.errors import UsageError
 from fpcompile.executor.device import Device, make_device
 from fpcompile.executor.loop import Outcome, advance
 from fpcompile.executor.runahead import RunAhead
@@ -38,11 +40,14 @@ CALL: dict[str, Any] = {"logits_to_keep": 1, "use_cache": True}
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    made = common.parser("Blocking time of preemption requests during a long prefill, per granularity.")
+    made = common.parser("Blocking time of preemption requests during a long prefill, per plan.")
     made.add_argument("--tokens", type=int, default=4096, help="length of the prefill")
     made.add_argument("--requests", type=int, default=60, help="mean number of requests per prefill")
-    made.add_argument("--prefills", type=int, default=4, help="prefills per granularity")
+    made.add_argument("--prefills", type=int, default=3, help="prefills per plan")
     made.add_argument("--granularities", nargs="+", default=[str(g) for g in Granularity])
+    made.add_argument(
+        "--max-blocking-ms", type=float, nargs="*", default=[20.0], help="budgets for tiles at operator cuts"
+    )
     return made.parse_args()
 
 
@@ -91,12 +96,7 @@ def prefill(
     """Seconds of one prefill that is asked to stop at ``times``, and the blocking times."""
     run = program.start(input_ids=ids, **CALL)
     ahead = RunAhead(device) if device.asynchronous else None
-    costs: tuple[float, ...] = ()
-    if ahead is not None:
-        costs = tuple(
-            program.segment_seconds(index, tokens=run.tokens, rows=run.rows)
-            for index in range(len(program.segments))
-        )
+    cost = next_cost(program, run) if ahead is not None else None
     waited: list[float] = []
     with device.active():
         device.synchronize()
@@ -105,7 +105,7 @@ def prefill(
         requester.start()
         outcome = None
         while outcome is not Outcome.DONE:
-            outcome = advance(run, requester.flag.is_set, ahead=ahead, costs=costs)
+            outcome = advance(run, requester.flag.is_set, ahead=ahead, cost=cost)
             if ahead is not None:
                 ahead.drain()
             waited += requester.answer()
@@ -118,24 +118,33 @@ def prefill(
     return seconds, waited
 
 
-def measure(model: Any, granularity: str, device: Device, options: argparse.Namespace) -> dict[str, Any]:
-    """All prefills of one granularity."""
-    program = segment(model, granularity=granularity)
+def measure(
+    model: Any, granularity: str, budget: float | None, device: Device, options: argparse.Namespace
+) -> dict[str, Any]:
+    """All prefills of one plan: a granularity, and a budget in milliseconds or None."""
+    program = segment(model, granularity=granularity, max_blocking_ms=budget)
     ids = random_ids(model, options.tokens, seed=options.seed)
-    if device.asynchronous:
+    if device.asynchronous or budget is not None:
         program.calibrate()
+    launches = len(program.start(input_ids=ids, **CALL).schedule)
     prefill(program, ids, device, ())
     alone = [prefill(program, ids, device, ())[0] for _ in range(2)]
     expected = min(alone)
-    stopped, waited = [], []
-    for number in range(options.prefills):
+    stopped: list[float] = []
+    waited: list[float] = []
+    number = 0
+    while number < options.prefills or not waited:
+        if number > 10 * options.prefills:
+            raise UsageError("no request came before a prefill's end", remedy="use more --tokens")
         times = poisson(expected / options.requests, 4 * expected, seed=options.seed + number)
         seconds, some = prefill(program, ids, device, times)
         stopped.append(seconds)
         waited += some
+        number += 1
     return {
         "granularity": granularity,
-        "segments": len(program.segments),
+        "max_blocking_ms": budget,
+        "launches": launches,
         "requests": len(waited),
         "blocking_seconds": {
             "p50": percentile(waited, 50),
@@ -149,6 +158,12 @@ def measure(model: Any, granularity: str, device: Device, options: argparse.Name
     }
 
 
+def name_of(row: dict[str, Any]) -> str:
+    """``layer``, or ``operator, 20 ms``."""
+    budget = row["max_blocking_ms"]
+    return f"{row['granularity']}" + ("" if budget is None else f", {budget:g} ms")
+
+
 def plot(rows: list[dict[str, Any]], title: str, options: argparse.Namespace) -> None:
     """The distribution of the blocking times, one curve per granularity."""
     figure, ax = common.canvas(
@@ -160,7 +175,7 @@ def plot(rows: list[dict[str, Any]], title: str, options: argparse.Namespace) ->
     for row, colour in zip(rows, common.COLOURS, strict=False):
         ordered = sorted(1e3 * value for value in row["blocking"])
         share = [100 * (index + 1) / len(ordered) for index in range(len(ordered))]
-        label = f"{row['granularity']} ({row['segments']} segments)"
+        label = f"{name_of(row)} ({row['launches']} launches)"
         ax.step(ordered, share, where="post", color=colour, linewidth=2, label=label)
     ax.set_xscale("log")
     ax.legend(frameon=False, fontsize=8, labelcolor=common.MUTED, loc="lower right")
@@ -174,13 +189,15 @@ def main() -> None:
         common.warn_if_busy()
         model, title = common.load(options)
         device = make_device(model.device)
-        rows = [measure(model, name, device, options) for name in options.granularities]
+        plans: list[tuple[str, float | None]] = [(name, None) for name in options.granularities]
+        plans += [("operator", budget) for budget in options.max_blocking_ms]
+        rows = [measure(model, name, budget, device, options) for name, budget in plans]
         print(f"{title}, prefill of {options.tokens} tokens")
-        head = ("granularity", "segments", "requests", "p50", "p99", "max", "prefill", "slowdown")
+        head = ("plan", "launches", "requests", "p50", "p99", "max", "prefill", "slowdown")
         cells = [
             (
-                row["granularity"],
-                row["segments"],
+                name_of(row),
+                row["launches"],
                 row["requests"],
                 *(f"{row['blocking_seconds'][name] * 1e3:.2f} ms" for name in ("p50", "p99", "max")),
                 f"{row['prefill_seconds'] * 1e3:.0f} ms",

@@ -125,7 +125,7 @@ def canvas(title: str, subtitle: str, *, x: str, y: str) -> tuple[Figure, Axes]:
     ax.text(0, 1.02, subtitle, transform=ax.transAxes, fontsize=8, color=MUTED, va="bottom")
     ax.set_xlabel(x, color=MUTED)
     ax.set_ylabel(y, color=MUTED)
-    ax.tick_params(length=0, labelcolor=MUTED)
+    ax.tick_params(which="both", length=0, labelcolor=MUTED)
     ax.grid(color=RULE, linewidth=0.8)
     ax.set_axisbelow(True)
     ax.spines[:].set_visible(False)

@@ -48,6 +48,9 @@ def demo(
     urgent_tokens: Annotated[int, typer.Option(min=1, help="Length of each urgent prompt.")] = 64,
     policy: Annotated[str, typer.Option(help="Policy to compare with fcfs.")] = "s-edf",
     granularity: Annotated[str, typer.Option(help="operator, layer or model.")] = "operator",
+    max_blocking_ms: Annotated[
+        float | None, typer.Option(help="Budget of a launch: tiles; bits may then differ from the model's.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     urgent_slo: Annotated[
         float | None,
@@ -63,18 +66,21 @@ def demo(
         from fpcompile.cli.demo import DemoOptions
         from fpcompile.cli.report import show_demo
 
-        show_demo(
+        result = show_demo(
             DemoOptions(
                 model=model,
                 long_tokens=long_tokens,
                 urgent_tokens=urgent_tokens,
                 policy=policy,
                 granularity=granularity,
+                max_blocking_ms=max_blocking_ms,
                 device=device,
                 output=output,
                 urgent_slo=urgent_slo,
             )
         )
+        if not result.bits_equal and max_blocking_ms is None:
+            raise typer.Exit(1)
 
 
 @app.command()

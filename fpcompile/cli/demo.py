@@ -59,7 +59,10 @@ _ASKED: dict[str, Any] = {"logits_to_keep": 1, "use_cache": True}
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DemoOptions:
-    """What the command line asks for. ``urgent_slo`` in seconds; None: see :func:`urgent_slo`."""
+    """What the command line asks for. ``urgent_slo`` in seconds; None: see :func:`urgent_slo`.
+
+    With ``max_blocking_ms`` segments run in tiles, by other kernels than the model's: bits may then differ.
+    """
 
     model: str
     long_tokens: int = 4096
@@ -69,6 +72,7 @@ class DemoOptions:
     device: str = "auto"
     output: Path = Path()
     urgent_slo: float | None = None
+    max_blocking_ms: float | None = None
 
 
 class Stages(Protocol):
@@ -164,7 +168,7 @@ def run_demo(options: DemoOptions, stages: Stages) -> DemoResult:
         advance()
     with stages("compile", 2) as advance:
         start = time.perf_counter()
-        program = segment(model, granularity=options.granularity)
+        program = segment(model, granularity=options.granularity, max_blocking_ms=options.max_blocking_ms)
         seconds = time.perf_counter() - start
         advance()
         program.start(random_ids(model, options.long_tokens, seed=0), **_ASKED)  # refuses a wrong length

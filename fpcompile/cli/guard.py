@@ -12,6 +12,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from typing import NoReturn
 
 import typer
 
@@ -63,9 +64,9 @@ def _out_of_memory(error: Exception) -> UsageError:
     )
 
 
-def _leave(line: str) -> None:
+def _leave(line: str) -> NoReturn:
     typer.echo(f"error: {line}", err=True)
-    raise typer.Exit(2) from None
+    raise SystemExit(2) from None
 
 
 @contextlib.contextmanager

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Everything that needs a CUDA device, in one command; installs nothing.
+#
+#   bash benchmarks/gpu.sh [FOLDER]              default: benchmarks/results/gpu
+#   MODEL=Qwen/Qwen3-8B bash benchmarks/gpu.sh   another model (default qwen3-0.6b: random weights, no download)
+#   PYTHON=.venv/bin/python TOKENS="512 4096" LONG=16384 bash benchmarks/gpu.sh
+#
+# Runs the equality tests of tests/gpu, the overhead, the compile time, the blocking times and the demonstration,
+# each to its end whatever the others did, and collects their JSON, plots and logs in FOLDER.
+# Exit code: 0 when all passed, 1 when one failed, 2 when there is no device.
+set -uo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+python="${PYTHON:-python3}"
+out="${1:-$root/benchmarks/results/gpu}"
+model="${MODEL:-qwen3-0.6b}"
+dtype="${DTYPE:-bfloat16}"
+long="${LONG:-4096}"
+read -r -a tokens <<<"${TOKENS:-512 1024 2048 4096}"
+
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1
+
+if ! "$python" - <<'PY'
+import sys
+
+try:
+    import torch
+except ImportError:
+    sys.exit(f"NO TEST WAS RUN: {sys.executable} has no torch. Run `make install`, or set PYTHON.")
+if not torch.cuda.is_available():
+    why = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
+    sys.exit(f"NO TEST WAS RUN: no CUDA device: {why} (torch {torch.__version__}).")
+print(f"device: {torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+PY
+then
+    exit 2
+fi
+
+mkdir -p "$out" || exit 1
+out="$(cd "$out" && pwd)"
+failed=()
+
+step() { # step NAME COMMAND...: run it, keep its log, remember whether it failed
+    local name="$1"
+    shift
+    echo "== $name"
+    if ! "$@" 2>&1 | tee "$out/$name.log"; then
+        failed+=("$name")
+        echo "== $name FAILED"
+    fi
+}
+
+cd "$root" || exit 1
+common=(--device cuda --model "$model" --dtype "$dtype" --output "$out")
+step equality "$python" -m pytest tests/gpu -q -p no:cacheprovider --junitxml="$out/equality.xml"
+step overhead "$python" benchmarks/overhead.py "${common[@]}" --repeats 30 --tokens "${tokens[@]}"
+step compile-time "$python" benchmarks/overhead.py --device cuda --dtype "$dtype" --output "$out" --compile-time
+step blocking "$python" benchmarks/blocking.py "${common[@]}" --tokens "$long" --prefills 20
+step demo "$python" -c "from fpcompile.cli import main; main()" demo \
+    --device cuda --model "$model" --long-tokens "$long" --output "$out"
+
+echo
+echo "results in $out:"
+ls "$out"
+if ((${#failed[@]})); then
+    echo "FAILED: ${failed[*]}"
+    exit 1
+fi
+echo "all passed"

@@ -1,0 +1,337 @@
+"""The demonstration and the benchmarks on tiny models: their figures, their files, and that they can fail."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fpcompile
+from fpcompile.cli import app
+from fpcompile.cli.bits import compare_outputs
+from fpcompile.cli.demo import ARRIVALS, DemoOptions, DemoResult, run_demo, urgent_slo
+from fpcompile.cli.interleave import FEWEST, Spread, interleave, percentile, ratio
+from fpcompile.cli.report import demo_json, show_demo
+from fpcompile.errors import InvalidInputError
+from fpcompile.models.zoo import sample_ids, tiny_model
+
+PNG = b"\x89PNG\r\n\x1a\n"
+NAMES = ["long", *(f"urgent {i}" for i in range(1, len(ARRIVALS) + 1))]
+
+
+@contextlib.contextmanager
+def stage(title: str, steps: int) -> Iterator[Callable[[], object]]:
+    """A stage that insists on its steps being taken, all of them."""
+    taken: list[int] = []
+    yield lambda: taken.append(1)
+    assert len(taken) <= steps, title
+
+
+def words(text: str) -> str:
+    """The text with single spaces."""
+    return " ".join(text.split())
+
+
+def options(**changes: Any) -> DemoOptions:
+    return DemoOptions(**{"model": "tiny:qwen3", "long_tokens": 500, "urgent_tokens": 8, **changes})
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, Path]:
+    folder = tmp_path_factory.mktemp("demo") / "made" / "for it"
+    return show_demo(options(output=folder, urgent_slo=30.0)), folder
+
+
+@pytest.mark.slow
+def test_every_result_has_the_models_bits(shown: tuple[DemoResult, Path]) -> None:
+    result, _ = shown
+    assert result.bits_equal
+    for run in result.runs:
+        for outcome in run.outcomes:
+            assert outcome.bits.equal
+            assert outcome.bits.compared[0] == "logits"
+            assert len(outcome.bits.compared) > 1, "keys and values are compared, too"
+
+
+@pytest.mark.slow
+def test_both_policies_serve_the_same_requests(shown: tuple[DemoResult, Path]) -> None:
+    result, _ = shown
+    assert [run.policy for run in result.runs] == ["fcfs", "s-edf"]
+    assert [p.name for p in result.prompts] == NAMES
+    for run in result.runs:
+        assert [o.name for o in run.outcomes] == NAMES
+        assert all(o.ttft > 0 and o.waited >= 0 for o in run.outcomes)
+        assert {span.lane for span in run.spans} == set(NAMES)
+    assert sum(o.preemptions for o in result.runs[0].outcomes) == 0, "fcfs never preempts"
+    assert result.runs[0].blocking == ()
+    assert len(result.runs[1].blocking) <= len(ARRIVALS)
+
+
+@pytest.mark.slow
+def test_the_trace_opens_in_perfetto_and_has_the_figures(shown: tuple[DemoResult, Path]) -> None:
+    result, folder = shown
+    content = json.loads((folder / "timeline.json").read_text())
+    assert set(content) == {"traceEvents", "displayTimeUnit", "otherData"}
+    assert {e["ph"] for e in content["traceEvents"]} >= {"M", "X", "i"}
+    figures = content["otherData"]
+    assert figures == json.loads(json.dumps(demo_json(result)))
+    assert figures["bits_equal"] is True
+    assert figures["segmented_over_unmodified"]["count"] >= FEWEST
+    for policy in figures["policies"]:
+        for request in policy["requests"]:
+            assert set(request) == {"name", "ttft", "met", "waited", "suspended", "preemptions", "bits"}
+
+
+@pytest.mark.slow
+def test_the_picture_is_a_png(shown: tuple[DemoResult, Path]) -> None:
+    assert (shown[1] / "timeline.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.slow
+def test_the_command_prints_tables(tmp_path: Path) -> None:
+    arguments = ["--model", "tiny:llama", "--long-tokens", "300", "--urgent-tokens", "8", "--policy", "edf"]
+    done = CliRunner().invoke(app, ["demo", *arguments, "--output", str(tmp_path)], env={"COLUMNS": "120"})
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "bits equal to the unmodified model yes (logits, keys, values of 12 results)" in words(done.output)
+    for label in (*NAMES, "TTFT, fcfs", "TTFT, edf", "blocking time, median", "blocking time, max"):
+        assert label in done.output
+    for label in ("SLO met", "slowdown of the long one", "segmented / unmodified time, 300 tokens"):
+        assert label in done.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["timeline.json", "timeline.png"]
+
+
+@pytest.mark.slow
+def test_one_policy_runs_once() -> None:
+    assert [run.policy for run in run_demo(options(policy="fcfs", long_tokens=64), stage).runs] == ["fcfs"]
+
+
+@pytest.mark.slow
+def test_wrong_bits_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One weight of the program is another than the model's: the demonstration must say NO."""
+    from fpcompile.cli import demo
+
+    def tampered(model: Any, **kwargs: Any) -> Any:
+        other = tiny_model("qwen3")
+        with torch.no_grad():
+            next(other.parameters()).add_(2**-7)
+        return fpcompile.segment(other, **kwargs)
+
+    monkeypatch.setattr(demo, "segment", tampered)
+    result = run_demo(options(long_tokens=64), stage)
+    assert not result.bits_equal
+    assert not any(outcome.bits.equal for run in result.runs for outcome in run.outcomes)
+    assert all(outcome.bits.difference > 0 for run in result.runs for outcome in run.outcomes)
+
+    monkeypatch.setattr("fpcompile.cli.report.run_demo", lambda *_: result)
+    done = CliRunner().invoke(app, ["demo", "--output", str(tmp_path)], env={"COLUMNS": "120"})
+    assert "bits equal to the unmodified model NO" in words(done.output)
+    assert "DIFFER" in done.output
+    assert done.exit_code == 1
+
+
+def test_the_urgent_slo_is_a_rounded_tenth_of_the_long_one() -> None:
+    assert urgent_slo(8.1234, 0.01) == 0.81
+    assert urgent_slo(1.0, 0.05123) == 0.26, "but five times the urgent prompt's own time"
+
+
+# ---- bits
+
+
+def output(logits: torch.Tensor, cache: Any = None) -> Any:
+    return SimpleNamespace(logits=logits, past_key_values=cache)
+
+
+def test_a_single_bit_is_a_difference() -> None:
+    logits = torch.tensor([1.0, 0.0, 3.0])
+    assert compare_outputs(output(logits), output(logits.clone())).equal
+    assert not compare_outputs(output(logits), output(torch.nextafter(logits, torch.tensor(9.0)))).equal
+    assert not compare_outputs(output(logits), output(torch.tensor([1.0, -0.0, 3.0]))).equal
+    assert not compare_outputs(output(logits), output(logits.double())).equal
+    assert not compare_outputs(output(logits), output(logits[:2])).equal
+
+
+def test_nan_equals_the_same_nan() -> None:
+    logits = torch.tensor([math.nan])
+    assert compare_outputs(output(logits), output(logits.clone())).equal
+
+
+def test_caches_are_compared_when_both_have_one() -> None:
+    model = tiny_model("llama")
+    ids = sample_ids(9)
+    with torch.no_grad():
+        a, b = (model(ids, use_cache=True) for _ in range(2))
+    assert compare_outputs(a, b).equal
+    assert compare_outputs(a, output(b.logits)).equal, "nothing to compare the cache with"
+    b.past_key_values.layers[1].values[0, 0, 0, 0] += 1
+    compared = compare_outputs(a, b)
+    assert not compared.equal
+    assert compared.difference == 0.0
+    assert "values 1" in compared.compared
+
+
+def test_a_missing_layer_is_a_difference() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        a, b = (model(sample_ids(9), use_cache=True) for _ in range(2))
+    del b.past_key_values.layers[1]
+    assert not compare_outputs(a, b).equal
+    assert not compare_outputs(b, a).equal
+
+
+# ---- interleaved comparison
+
+
+class Clock:
+    """Seconds that pass only when something is called."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[str] = []
+
+    def takes(self, name: str, seconds: float) -> Callable[[], None]:
+        def call() -> None:
+            self.calls.append(name)
+            self.now += seconds
+
+        return call
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_rounds_are_interleaved_and_warm_up_is_dropped() -> None:
+    clock = Clock()
+    candidates = {"a": clock.takes("a", 2.0), "b": clock.takes("b", 3.0)}
+    seconds = interleave(candidates, rounds=20, warmup=2, clock=clock)
+    assert seconds == {"a": [2.0] * 20, "b": [3.0] * 20}
+    rounds = [tuple(clock.calls[i : i + 2]) for i in range(0, len(clock.calls), 2)]
+    assert len(rounds) == 22
+    assert set(rounds) == {("a", "b"), ("b", "a")}, "the order inside a round is drawn anew"
+    assert ratio(seconds, "b", "a") == Spread(1.5, 1.5, 1.5, 1.5, 1.5, 20)
+
+
+def test_a_budget_ends_it_but_not_before_the_fewest_rounds() -> None:
+    for budget, expected in ((0.0, FEWEST), (50.0, 9), (1e9, 12)):
+        clock = Clock()
+        seconds = interleave({"a": clock.takes("a", 5.0)}, rounds=12, budget=budget, clock=clock)
+        assert len(seconds["a"]) == expected
+
+
+def test_the_device_is_idle_at_every_clock_reading() -> None:
+    clock, pending = Clock(), [0.0]
+
+    def launch() -> None:
+        pending[0] = 4.0
+
+    def synchronize() -> None:
+        clock.now += pending[0]
+        pending[0] = 0.0
+
+    seconds = interleave({"a": launch}, rounds=3, clock=clock, synchronize=synchronize)
+    assert seconds == {"a": [4.0] * 3}
+
+
+def test_percentiles_are_linear_between_neighbours() -> None:
+    assert percentile([4.0, 1.0, 3.0, 2.0], 50) == 2.5
+    assert percentile([1.0, 2.0], 0) == 1.0
+    assert percentile([1.0, 2.0], 100) == 2.0
+    assert percentile([7.0], 99) == 7.0
+    with pytest.raises(InvalidInputError, match="empty"):
+        Spread.of([])
+
+
+# ---- benchmarks
+
+
+def benchmark(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
+    """A module of ``benchmarks/``, as if started with ``arguments``."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    module = importlib.import_module(name)
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *arguments])
+    return module
+
+
+def written(path: Path) -> Mapping[str, Any]:
+    content: Mapping[str, Any] = json.loads(path.read_text())
+    assert {"device", "torch", "load_average", "torch_threads"} <= set(content["machine"])
+    return content
+
+
+@pytest.mark.slow
+def test_overhead_writes_its_ratios(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", "tiny:qwen3", "--tokens", "16", "48", "--repeats", "3", "--output", str(tmp_path)]
+    benchmark("overhead", monkeypatch, *arguments, "--device", "cpu").main()
+    content = written(tmp_path / "overhead.json")
+    assert [row["tokens"] for row in content["rows"]] == [16, 48]
+    for row in content["rows"]:
+        assert row["bits_equal"]
+        assert row["floor_seconds"] > 0
+        assert {name: len(values) for name, values in row["seconds"].items()} == dict.fromkeys(
+            ("model", "control", "program"), 3
+        )
+        ratios = [a / b for a, b in zip(row["seconds"]["program"], row["seconds"]["model"], strict=True)]
+        assert row["ratio"]["median"] == pytest.approx(sorted(ratios)[1])
+    assert (tmp_path / "overhead.png").read_bytes().startswith(PNG)
+    assert "<= 1.05" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_compile_time_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = benchmark("overhead", monkeypatch, "--compile-time", "--repeats", "2", "--output", str(tmp_path))
+    monkeypatch.setattr(module, "COMPILE_MODEL", "tiny:qwen2")
+    module.main()
+    content = written(tmp_path / "compile_time.json")
+    assert {name: len(values) for name, values in content["seconds"].items()} == {"verify": 2, "no verify": 2}
+
+
+def test_noise_is_not_called_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict = benchmark("overhead", monkeypatch).verdict
+
+    def row(median: float, q1: float, q3: float) -> dict[str, Any]:
+        return {"ratio": {"median": median}, "control": {"q1": q1, "q3": q3}}
+
+    assert verdict(row(1.049, 0.99, 1.01)) == "met"
+    assert verdict(row(1.051, 0.99, 1.01)) == "MISSED"
+    assert "noisy" in verdict(row(1.0, 0.9, 1.1))
+
+
+@pytest.mark.slow
+def test_blocking_writes_percentiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arguments = ["--model", "tiny:qwen3", "--tokens", "200", "--prefills", "1", "--requests", "12"]
+    module = benchmark("blocking", monkeypatch, *arguments, "--max-blocking-ms", "--output", str(tmp_path))
+    module.main()
+    content = written(tmp_path / "blocking.json")
+    assert [row["granularity"] for row in content["rows"]] == ["operator", "layer", "model"]
+    for row in content["rows"]:
+        times = row["blocking_seconds"]
+        assert 0 <= times["p50"] <= times["p99"] <= times["max"]
+        assert len(row["blocking"]) == row["requests"] > 0
+    assert content["rows"][-1]["launches"] == 1
+    assert (tmp_path / "blocking.png").read_bytes().startswith(PNG)
+
+
+def test_poisson_times_rise_and_cover_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = benchmark("blocking", monkeypatch).poisson(0.01, 10.0, seed=1)
+    assert times == sorted(times)
+    assert times[-1] >= 10.0
+    assert 900 < len(times) < 1100
+
+
+def test_a_benchmark_explains_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        benchmark("overhead", monkeypatch, "--model", "qwen3-110").main()
+    assert left.value.code == 2
+    assert "did you mean" in capsys.readouterr().err

@@ -23,11 +23,22 @@ from fpcompile.errors import InvalidInputError
 from fpcompile.scheduler import events as ev
 from fpcompile.scheduler.core import Scheduler
 from fpcompile.scheduler.errors import TraceError
-from fpcompile.scheduler.events import Arrival, Command, Completed, Event, Failed, Launch, Request, Yielded
+from fpcompile.scheduler.events import (
+    Arrival,
+    Command,
+    Completed,
+    Event,
+    Failed,
+    Launch,
+    Reject,
+    Request,
+    Yielded,
+)
 from fpcompile.scheduler.options import SchedulerOptions
 from fpcompile.scheduler.predictor import TtftPredictor
+from fpcompile.scheduler.simulator import Outcome
 
-__all__ = ["Log", "Recorder", "differences", "measured_costs", "read_log", "requests_of"]
+__all__ = ["Log", "Recorder", "differences", "measured_costs", "outcomes_of", "read_log", "requests_of"]
 
 _VERSION = 1
 _TYPES = {
@@ -174,6 +185,41 @@ def measured_costs(log: Log) -> dict[str, float]:
             if isinstance(command, Launch) and len(command.requests) == 1:
                 since[command.run] = event.time
     return done
+
+
+def outcomes_of(log: Log) -> list[Outcome]:
+    """What really became of each request, in order of arrival; those that never ended count as not served.
+
+    Members of a step of token slices that goes on are not told apart: such a log is replayed, not read.
+    """
+    requests = {request.id: request for request in requests_of(log)}
+    started: dict[str, float] = {}
+    done: dict[str, float] = {}
+    pauses: dict[str, int] = {}
+    members: dict[str, tuple[str, ...]] = {}
+    reasons: dict[str, str] = {}
+    for event, commands in _flat(log):
+        if isinstance(event, Completed):
+            done.update((name, event.time) for name in members[event.run])
+        elif isinstance(event, Yielded):
+            pauses[event.run] = pauses.get(event.run, 0) + 1
+        for command in commands:
+            if isinstance(command, Launch):
+                members[command.run] = command.requests
+                for name in command.requests:
+                    started.setdefault(name, event.time)
+            elif isinstance(command, Reject):
+                reasons[command.request] = command.reason
+    return [
+        Outcome(
+            request,
+            done[name] - request.arrival if name in done else None,
+            started.get(name),
+            pauses.get(name, 0),
+            reasons.get(name, "" if name in done else "did not end"),
+        )
+        for name, request in requests.items()
+    ]
 
 
 def _flat(log: Log) -> Iterator[tuple[Event, tuple[Command, ...]]]:

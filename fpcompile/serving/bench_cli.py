@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fpcompile.errors import FpcompileError, UsageError
 from fpcompile.serving.bench_goodput import DEFAULT_POLICIES, run_bench_goodput
+from fpcompile.serving.bench_markdown import markdown_of
 from fpcompile.serving.bench_report import save_plots, table_of
 
 __all__ = ["app", "parse_numbers", "parse_slos", "replay"]
@@ -103,6 +104,7 @@ def goodput(
     bound: Annotated[bool, typer.Option("--bound", help="Add the bound on any scheduler (slow).")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write tables in Markdown here.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Write pictures into this folder.")] = None,
 ) -> None:
     """Attainment and goodput of scheduling policies on a trace."""
@@ -157,6 +159,9 @@ def goodput(
         )
     for path in save_plots(report, plots) if plots is not None else ():
         console.print(f"wrote {path}")
+    if markdown is not None:
+        markdown.write_text(markdown_of(report), encoding="utf-8")
+        console.print(f"wrote {markdown}")
     if json_file is not None:
         console.print(f"wrote {json_file}")
 

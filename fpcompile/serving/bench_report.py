@@ -35,11 +35,12 @@ def table_of(report: dict[str, Any]) -> Table:
     rate = reference_rate(report)
     table = Table(
         title=f"{Path(report['trace']).name}: costs {report['costs']['name']}, capacity "
-        f"{report['capacity']:.2f} req/s. Goodput in req/s; from 'worst class' on: at {rate:g} req/s",
+        f"{report['capacity']:.2f} req/s. Goodput in req/s; then at {rate:g} req/s: attainment of the "
+        "worst class and of all, blocking time p99, pauses per run, µs per scheduler event",
         title_justify="left",
     )
     table.add_column("policy", no_wrap=True)
-    heads = ("goodput", "paper", "worst\nclass %", "all %", "block\np99 ms", "pauses", "µs per\nevent")
+    heads = ("goodput", "paper", "worst %", "all %", "block ms", "pauses", "µs")
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     for name, entry in report["policies"].items():

@@ -9,8 +9,8 @@ from rich.table import Table
 from fpcompile.scheduler import CostPredictor, SchedulerOptions, load_costs, profile
 from fpcompile.scheduler.events import Request
 from fpcompile.scheduler.goodput import attainment, percentile
-from fpcompile.scheduler.record import differences, measured_costs, read_log, requests_of
-from fpcompile.scheduler.simulator import SimulationResult, Simulator
+from fpcompile.scheduler.record import differences, measured_costs, outcomes_of, read_log, requests_of
+from fpcompile.scheduler.simulator import Outcome, Simulator
 
 __all__ = ["replay_table"]
 
@@ -18,7 +18,7 @@ __all__ = ["replay_table"]
 def replay_table(
     path: str | Path, policy: str | None = None, rate_scale: float = 1.0, costs: str | Path | None = None
 ) -> tuple[Table, bool]:
-    """A table of attainment and TTFT, recorded policy beside ``policy``; and whether the log replays exactly.
+    """What was recorded, and the recorded policy and ``policy`` simulated; whether the decisions agree.
 
     Each request costs what it was measured to cost; a request that never completed costs what was predicted.
     """
@@ -34,19 +34,20 @@ def replay_table(
     shown = Table(title=f"{Path(path).name}: {len(requests)} requests, {len(log.steps)} decisions")
     for head in ("policy", "class", "attainment", "TTFT p50 (s)", "TTFT p99 (s)", "rejected"):
         shown.add_column(head, justify="left" if head in ("policy", "class") else "right")
+    _rows(shown, f"recorded: {log.policy}", outcomes_of(log))
     for name in dict.fromkeys((log.policy, policy or log.policy)):
         options = SchedulerOptions(**log.options)
         result = Simulator(name, table, options=options, slowdown=slowdown).run(requests)
-        _rows(shown, name, result)
+        _rows(shown, f"simulated: {name}", result.outcomes)
     agreed = "identical" if not found else f"{len(found)} differ, the first: {found[0]}"
     shown.caption = f"decisions replayed with {log.policy}: {agreed}"
     return shown, not found
 
 
-def _rows(shown: Table, name: str, result: SimulationResult) -> None:
-    met = attainment(result.outcomes)
+def _rows(shown: Table, name: str, outcomes: list[Outcome]) -> None:
+    met = attainment(outcomes)
     for klass, value in met.by_class.items():
-        mine = [outcome for outcome in result.outcomes if outcome.request.klass == klass]
+        mine = [outcome for outcome in outcomes if outcome.request.klass == klass]
         times = [outcome.ttft for outcome in mine if outcome.ttft is not None]
         shown.add_row(
             name,

@@ -67,10 +67,14 @@ def test_the_command_writes_table_pictures_and_json(trace: Path, tmp_path: Path)
         "1",
     ]
     arguments += ["--num-prompts", "100", "--json", str(tmp_path / "r.json"), "--plots", str(tmp_path / "p")]
+    arguments += ["--markdown", str(tmp_path / "r.md")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "s-edf" in result.output
     assert (tmp_path / "r.json").exists()
+    page = (tmp_path / "r.md").read_text()
+    assert page.count("| `s-edf` |") == 3
+    assert "text 0.25 s" in page
     assert {path.name for path in (tmp_path / "p").iterdir()} == {"goodput.png", "goodput-classes.png"}
 
 
@@ -127,4 +131,9 @@ def test_replay_compares_policies_on_a_recorded_log(tmp_path: Path) -> None:
         Simulator("fcfs", profile(), core=core, log=log).run(requests)
     table, agrees = replay_table(path, "s-edf", rate_scale=1.5)
     assert agrees
-    assert list(table.columns[0].cells).count("s-edf") == len({request.klass for request in requests})
+    assert list(table.columns[0].cells).count("recorded: fcfs") == len(
+        {request.klass for request in requests}
+    )
+    assert list(table.columns[0].cells).count("simulated: s-edf") == len(
+        {request.klass for request in requests}
+    )

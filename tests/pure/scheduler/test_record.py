@@ -9,7 +9,14 @@ import pytest
 
 from fpcompile.errors import InvalidInputError
 from fpcompile.scheduler import Command, CostPredictor, Event, Launch, Request, Scheduler, TraceError, profile
-from fpcompile.scheduler.record import Recorder, differences, measured_costs, read_log, requests_of
+from fpcompile.scheduler.record import (
+    Recorder,
+    differences,
+    measured_costs,
+    outcomes_of,
+    read_log,
+    requests_of,
+)
 from fpcompile.scheduler.simulator import Simulator, simulate
 from fpcompile.scheduler.synthetic import synthetic_trace
 from fpcompile.scheduler.workload import requests_at
@@ -68,6 +75,17 @@ def test_the_simulator_reproduces_the_recorded_times_from_measured_costs(tmp_pat
     again = simulate("s-edf", requests_of(log), profile(), slowdown=lambda r: ratio[r.id])
     first = simulate("s-edf", requests, profile(), slowdown=slowdown)
     assert [o.ttft for o in again.outcomes] == pytest.approx([o.ttft for o in first.outcomes])
+
+
+def test_recorded_outcomes_are_what_happened(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    for policy in ("s-edf", "flowprefill"):
+        requests = recorded(path, policy, max_queue_s=0.5)
+        expected = simulate(policy, requests, profile(), slowdown=slowdown, max_queue_s=0.5).outcomes
+        found = outcomes_of(read_log(path))
+        assert [(o.request, o.reason) for o in found] == [(o.request, o.reason) for o in expected]
+        assert [o.ttft for o in found] == pytest.approx([o.ttft for o in expected])
+    assert any(o.reason for o in found)
 
 
 def test_another_rate_moves_arrivals_and_keeps_promises(tmp_path: Path) -> None:

@@ -15,15 +15,19 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import common
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a script, from any directory
+
+from benchmarks import common
 from fpcompile import segment
 from fpcompile.cli.guard import quiet, remedied
 from fpcompile.cli.interleave import percentile

@@ -15,12 +15,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
-import common
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a script, from any directory
+
+from benchmarks import common
 from fpcompile import segment
 from fpcompile.cli.bits import compare_outputs
 from fpcompile.cli.guard import quiet, remedied
@@ -99,7 +103,7 @@ def verdict(row: dict[str, Any]) -> str:
     """Whether the target is met, or that the machine's noise does not let us say."""
     control = row["control"]
     if not control["q1"] <= 1.0 <= control["q3"] or control["q3"] - control["q1"] > 2 * (TARGET - 1):
-        return "too noisy to say (see the control)"
+        return "too noisy to say (see A/A)"
     return "met" if row["ratio"]["median"] <= TARGET else "MISSED"
 
 

@@ -254,8 +254,7 @@ def test_percentiles_are_linear_between_neighbours() -> None:
 
 def benchmark(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
     """A module of ``benchmarks/``, as if started with ``arguments``."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-    module = importlib.import_module(name)
+    module = importlib.import_module(f"benchmarks.{name}")
     monkeypatch.setattr("sys.argv", [f"{name}.py", *arguments])
     return module
 

@@ -26,15 +26,17 @@ LEAF = torch.ops.fpcompile.leaf.default
 class Context:
     """Facts about one graph on its way through the pipeline.
 
-    ``axes`` (node -> (dimension, length that it runs over)) is written by the token-wise proof, ``costs`` by
-    the cost pass, ``cuts`` (node after which a cut stands -> reason) by the cut pass, ``prepacked``
-    (placeholder of a packed weight -> placeholder of the weight) by the prepack pass.
+    Written by the token-wise proof: ``axes``, node -> (dimension, length that it runs over). By the cost
+    pass: ``costs``. By the cut pass: ``cuts``, node -> reason of the cut behind it, and ``refused``, where no
+    cut may stand and why. By the prepack pass: ``prepacked``, placeholder of a packed weight -> that of the
+    weight.
     """
 
     capture: Capture
     axes: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
     costs: dict[str, Cost] = dataclasses.field(default_factory=dict)
     cuts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    refused: tuple[str, ...] = ()
     prepacked: dict[str, str] = dataclasses.field(default_factory=dict)
 
 

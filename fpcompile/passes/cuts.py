@@ -8,6 +8,7 @@ No cut is placed where a later in-place operator would write into a value that c
 
 from __future__ import annotations
 
+import operator
 import re
 
 from torch import fx
@@ -98,9 +99,24 @@ def _layer_cuts(graph: fx.Graph, forbidden: dict[str, str]) -> dict[str, CutReas
     return cuts
 
 
+def _refused(graph: fx.Graph, forbidden: dict[str, str]) -> tuple[str, ...]:
+    """One sentence for each in-place operator that forbids cuts; picks of results need none."""
+    by_name = {n.name: n for n in graph.nodes}
+    first: dict[str, str] = {}
+    for before, because in forbidden.items():
+        if by_name[because].target is not operator.getitem:
+            first.setdefault(because, before)
+    return tuple(
+        f"no cut from {source(by_name[before])} to {source(by_name[because])}: "
+        f"{by_name[because].target} writes in place"
+        for because, before in first.items()
+    )
+
+
 def place_cuts(graph: fx.Graph, ctx: Context, *, granularity: Granularity) -> fx.Graph:
     """Fill ``ctx.cuts`` for one of the presets."""
     forbidden = uncuttable(graph)
+    ctx.refused = _refused(graph, forbidden)
     cuts: dict[str, CutReason] = {}
     if granularity is Granularity.OPERATOR:
         cuts = _operator_cuts(graph, ctx, forbidden)

@@ -285,5 +285,6 @@ def partition(graph: fx.Graph, ctx: Context, *, granularity: Granularity) -> Par
         inputs=("input_ids", "position_ids", "logits_to_keep"),
         output=output.name,
         segments=builder.segments(),
+        notes=ctx.refused,
     )
     return Partitioned(plan, builder.functions)

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from fpcompile.errors import InvalidInputError, UnknownNameError
+from fpcompile.errors import InvalidInputError, UnknownNameError, UnsupportedModelError
+from fpcompile.executor.generic_route import compile_generic_program
 from fpcompile.executor.packed import PackedProgram
 from fpcompile.executor.program import Program
 from fpcompile.executor.verify import self_check
@@ -17,12 +18,15 @@ from fpcompile.passes.pipeline import compile_packed
 
 BACKENDS = ("eager",)
 WEIGHTS = ("shared", "packed")
+ROUTES = ("auto", "packed", "generic")
 
 
 def segment(
-    model: PreTrainedModel,
+    model: nn.Module,
     *,
     granularity: str = "operator",
+    route: str = "auto",
+    example_inputs: Any = None,
     max_blocking_ms: float | None = None,
     backend: str = "eager",
     weights: str = "shared",
@@ -35,12 +39,16 @@ def segment(
     length: small segments are launched together, long ones tile by tile; None means one launch for each
     segment. ``weights="packed"`` keeps a second copy of linear weights in the layout of the CPU's bf16
     kernel: the same bits, faster, above all for short prompts and tiles; it has no effect elsewhere.
+    ``route="auto"`` packs sequences where the model is proven to allow it (:mod:`fpcompile.models.capture`)
+    and else takes any model as it is (:mod:`fpcompile.models.generic`); ``"packed"`` and ``"generic"`` ask
+    for one. ``example_inputs`` are the arguments of one call (a mapping, a tuple or a tensor); models whose
+    inputs are not token ids need them, and with them the generic route is taken.
     ``verify`` runs a self-check on the model's own weights: two short sequences, alone and packed, against
     the unmodified model. The model is left as found and shares its weights with the program.
 
     Raises :class:`InvalidInputError` for something that is no evaluating model, :class:`UnknownNameError` for
-    an unknown granularity or backend, :class:`UnsupportedModelError` for a model that cannot be captured or
-    is not proven token-wise.
+    an unknown granularity, route or backend, :class:`UnsupportedModelError` for a model that cannot be
+    captured by the route.
     """
     _check_model(model)
     if granularity not in list(Granularity):
@@ -49,6 +57,34 @@ def segment(
         raise UnknownNameError("weights", weights, known=WEIGHTS)
     if backend not in BACKENDS:
         raise UnknownNameError("backend", backend, known=BACKENDS)
+    if route not in ROUTES:
+        raise UnknownNameError("route", route, known=ROUTES)
+    blocked: str | None = None
+    if route != "generic" and example_inputs is None:
+        try:
+            return _packed(model, granularity, max_blocking_ms, weights, verify)
+        except UnsupportedModelError as refused:
+            if route == "packed":
+                raise
+            where = f" ({refused.where})" if refused.where else ""
+            blocked = f"{refused.reason}{where}"
+    return compile_generic_program(
+        model,
+        granularity=Granularity(granularity),
+        max_blocking_ms=max_blocking_ms,
+        example_inputs=example_inputs,
+        blocked=blocked,
+        verify=verify,
+    )
+
+
+def _packed(
+    model: nn.Module, granularity: str, max_blocking_ms: float | None, weights: str, verify: bool
+) -> PackedProgram:
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot take the packed route", reason="it is no transformers model"
+        )
     captured = capture(model)
     partitioned = compile_packed(captured, Granularity(granularity), packed_weights=weights == "packed")
     program = PackedProgram(partitioned, captured, max_blocking_ms=max_blocking_ms)
@@ -58,12 +94,12 @@ def segment(
 
 
 def _check_model(model: Any) -> None:
-    if not isinstance(model, PreTrainedModel):
-        hint = "a torch module of another kind" if isinstance(model, nn.Module) else type(model).__name__
+    if not isinstance(model, nn.Module):
         raise InvalidInputError(
-            "model is not a transformers model",
-            expected="a transformers PreTrainedModel, such as AutoModelForCausalLM.from_pretrained(...)",
-            got=hint,
+            "model is not a model",
+            expected="a transformers PreTrainedModel, such as AutoModelForCausalLM.from_pretrained(...), or "
+            "another torch.nn.Module with example_inputs",
+            got=type(model).__name__,
         )
     if model.training:
         raise InvalidInputError(

@@ -92,7 +92,7 @@ class Variant(Program):
         architecture: str,
         max_blocking_ms: float | None,
     ) -> None:
-        partitioned, self.outputs, generic = compile_generic(captured, granularity, architecture)
+        partitioned, self.outputs, generic = compile_generic(captured, granularity, architecture, owner.notes)
         self.owner, self.captured = owner, captured
         self.length_names = dict(generic.lengths)
         weights = dict(captured.weights.values())
@@ -242,7 +242,8 @@ class GenericProgram(Program):
     def _plain(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments without those that say what leaving them out says."""
         own = inspect.signature(self.model.forward).parameters
-        kept = {k: v for k, v in kwargs.items() if v is not None or k not in own or own[k].default is not None}
+        usual = {k: p.default for k, p in own.items() if p.default is not inspect.Parameter.empty}
+        kept = {k: v for k, v in kwargs.items() if v is not None or usual.get(k, self) is not None}
         if kept.get("use_cache") is not None and kept["use_cache"] == getattr(self.config, "use_cache", None):
             del kept["use_cache"]
         return kept

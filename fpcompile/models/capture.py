@@ -12,6 +12,7 @@ import inspect
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class _Wrapper(nn.Module):
         super().__init__()
         self.model = model
         self.note = returned.append  # a bound method: export restores plain attributes after the trace
-        self.cache = lambda: cache
+        self.cache: Callable[[], attention.CacheProbe] = lambda: cache
         self.picks_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: Tensor) -> Tensor:

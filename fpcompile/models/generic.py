@@ -139,7 +139,7 @@ class _Trace:
         self.shape_env = tensors[0].fake_mode.shape_env  # type: ignore[attr-defined]
         top = _top_level(self.flat)
         for i, dims in enumerate(length_dims(self.flat, self.real)):
-            sizes = [tensors[i].shape[d] for d in dims if i in top]
+            sizes: list[Any] = [tensors[i].shape[d] for d in dims if i in top]
             self.lengths |= {s.node.expr for s in sizes if isinstance(s, torch.SymInt)}
         with self._watching(model), as_eager(), Deciding(tensors, self.real) as deciding:
             try:

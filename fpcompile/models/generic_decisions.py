@@ -19,15 +19,15 @@ import torch
 import transformers.utils.import_utils as import_utils
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import (
     disable_proxy_modes_tracing,
     get_proxy_mode,
     get_proxy_slot,
 )
-from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
-_READS = {
+_READS: dict[Any, Any] = {
     Tensor.__bool__: bool,
     Tensor.__int__: int,
     Tensor.__float__: float,
@@ -110,9 +110,11 @@ class Deciding(TorchFunctionMode):
         """The tensor behind a node that stands for a constant made in the model's code."""
         if node.op != "get_attr":
             return None
-        value = getattr(self.tracer.root, str(node.target), None)
-        plain = isinstance(value, Tensor) and not isinstance(value, (FakeTensor, nn.Parameter))
-        return value if plain and value.numel() <= _MOST_NODES else None
+        tracer: Any = self.tracer
+        value = getattr(tracer.root, str(node.target), None)
+        if not isinstance(value, Tensor) or isinstance(value, (FakeTensor, nn.Parameter)):
+            return None
+        return value if value.numel() <= _MOST_NODES else None
 
     def _decide(self, node: fx.Node, needed: list[fx.Node], read: str) -> Any:
         graph, root = fx.Graph(), nn.Module()
@@ -144,7 +146,7 @@ def as_eager() -> Iterator[None]:
         checks = Distribution._validate_args
         torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = False
         Distribution.set_default_validate_args(False)  # reads activations, and only to raise
-        import_utils.is_fake_tensor = lambda x: False  # type: ignore[assignment]
+        import_utils.is_fake_tensor = lambda x: False
         try:
             yield
         finally:

@@ -52,7 +52,7 @@ class Node:
     ``form`` says how to build it: ``"list"``, ``"tuple"``, ``"dict"``, ``"object"``, ``"method"``.
     """
 
-    kind: type
+    kind: Any
     form: str
     entries: tuple[tuple[Any, Spec], ...]
     number: int
@@ -190,4 +190,5 @@ def _dict(node: Node, items: dict[Any, Any], existing: Any) -> Any:
             del existing[key]
         existing.update(items)
         return existing
-    return node.kind(**items) if dataclasses.is_dataclass(node.kind) else node.kind(items)
+    kind: Any = node.kind
+    return kind(**items) if dataclasses.is_dataclass(kind) else kind(items)

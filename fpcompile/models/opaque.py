@@ -87,9 +87,7 @@ class _Signature:
             if list(tensor.shape) != expected:
                 raise RuntimeError(f"an opaque leaf returned {list(tensor.shape)}, {expected} expected")
         owned = {t.untyped_storage().data_ptr() for t in tensors}
-        return tuple(
-            t.clone() if t.untyped_storage().data_ptr() in owned else t.contiguous() for t in fresh
-        )
+        return tuple(t.clone() if t.untyped_storage().data_ptr() in owned else t.contiguous() for t in fresh)
 
 
 def _bind(sizes: Sequence[Sequence[sympy.Expr | int]], tensors: Sequence[Tensor]) -> dict[sympy.Symbol, int]:
@@ -284,7 +282,8 @@ def _keeps_state(module: nn.Module) -> bool:
 def _symbols(tensors: Sequence[Tensor]) -> dict[sympy.Symbol, Any]:
     found: dict[sympy.Symbol, Any] = {}
     for tensor in tensors:
-        for size in tensor.shape:
+        sizes: list[Any] = list(tensor.shape)
+        for size in sizes:
             if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
                 found.setdefault(size.node.expr, size)
     return found

@@ -102,7 +102,7 @@ def _inline_regions(graph: fx.Graph) -> None:
             if skip is None or (skip > 1 and node.args[2] is not False):
                 continue
             region, arguments = node.args[skip], node.args[skip + 1 :]
-            inner: fx.GraphModule = getattr(graph.owning_module, region.target)  # type: ignore[union-attr]
+            inner: fx.GraphModule = getattr(graph.owning_module, str(region.target))  # type: ignore[union-attr]
             copied: dict[fx.Node, Any] = {}
             given = iter(arguments)
             with graph.inserting_before(node):
@@ -175,25 +175,28 @@ def live_after(graph: fx.Graph, inputs: Sequence[fx.Node]) -> list[list[fx.Node]
     """For each body node, the tensor values that later nodes or the result read."""
     nodes = body(graph)
     position = {n: i for i, n in enumerate(nodes)}
-    last = {
-        n: max((position.get(u, len(nodes)) for u in n.users), default=-1)
-        for n in (*inputs, *nodes)
-        if tensors_of(n) and not isinstance(n.meta["val"], (tuple, list))
-    }
-    first = {n: position.get(n, -1) for n in last}
-    starts: dict[int, list[fx.Node]] = {}
+    last: dict[fx.Node, int] = {}
+    for n in reversed([*inputs, *nodes]):
+        last[n] = max((_reads(u, position, last, len(nodes)) for u in n.users), default=-1)
+    held: dict[fx.Node, None] = {n: None for n in inputs if last[n] >= 0}
     ends: dict[int, list[fx.Node]] = {}
-    for n in last:
-        starts.setdefault(first[n], []).append(n)
-        ends.setdefault(last[n], []).append(n)
-    held = dict.fromkeys(n for n in starts.get(-1, []) if last[n] >= 0)
+    for n, end in last.items():
+        ends.setdefault(end, []).append(n)
     result: list[list[fx.Node]] = []
-    for i in range(len(nodes)):
-        held.update(dict.fromkeys(n for n in starts.get(i, []) if last[n] > i))
+    for i, node in enumerate(nodes):
+        if tensors_of(node) and not isinstance(node.meta["val"], (tuple, list)) and last[node] > i:
+            held[node] = None
         for n in ends.get(i, []):
             held.pop(n, None)
         result.append(list(held))
     return result
+
+
+def _reads(user: fx.Node, position: dict[fx.Node, int], last: dict[fx.Node, int], end: int) -> int:
+    """Until when a use needs its argument: sizes and numbers are computed again where they are used."""
+    if user not in position:
+        return end
+    return position[user] if tensors_of(user) else max(position[user], last[user])
 
 
 def _weights_values(node: fx.Node) -> bool:

@@ -9,7 +9,7 @@ import sympy
 from torch import fx, nn
 
 from fpcompile.errors import InternalError
-from fpcompile.ir import Cost, Granularity, LiveSet, Part, PartKind, Plan, Route, Segment, Value
+from fpcompile.ir import Cost, CutReason, Granularity, LiveSet, Part, PartKind, Plan, Route, Segment, Value
 from fpcompile.models.generic import GenericCapture
 from fpcompile.passes import generic as passes
 from fpcompile.passes.aliases import storage_owners
@@ -51,7 +51,7 @@ class GenericPartitioner:
     def _kind(self, main: Part, nodes: list[fx.Node]) -> str:
         if main.kind is PartKind.LEAF:
             return self.g.capture.leaves[main.call].kind
-        if any(passes._anchor(n, self.g) is passes.CutReason.AFTER_ATTENTION for n in nodes):
+        if any(passes._anchor(n, self.g) is CutReason.AFTER_ATTENTION for n in nodes):
             return "attention"
         if any(n.target in passes._CONVOLUTIONS for n in nodes):
             return "convolution"
@@ -169,7 +169,7 @@ def _split_at_leaves(nodes: list[fx.Node]) -> list[list[fx.Node]]:
 
 
 def compile_generic(
-    captured: GenericCapture, granularity: Granularity, architecture: str
+    captured: GenericCapture, granularity: Granularity, architecture: str, notes: tuple[str, ...] = ()
 ) -> tuple[Partitioned, tuple[str, ...], Generic]:
     """Run the generic pipeline over a variant; also the names of its flat outputs, in order."""
     graph, g = captured.graph.graph, passes.generic_context(captured)
@@ -185,7 +185,7 @@ def compile_generic(
             raise InternalError(f"the graph does not lint after pass {name!r}", got=str(error)) from error
     builder = GenericPartitioner(graph, g)
     result = next(n for n in graph.nodes if n.op == "output").args[0]
-    names = tuple(n.name for n in result)  # type: ignore[union-attr]
+    names = tuple(n.name for n in result)
     own = tuple(dict.fromkeys(n for n in names if n not in captured.weights))
     plan = Plan(
         architecture=architecture,
@@ -195,6 +195,6 @@ def compile_generic(
         output=own[0],
         more_outputs=own[1:],
         segments=builder.segments(),
-        notes=captured.notes,
+        notes=(*notes, *captured.notes),
     )
     return Partitioned(plan, builder.functions), names, g

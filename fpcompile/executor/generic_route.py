@@ -1,0 +1,121 @@
+"""Compile by the generic route: example inputs of a model, the program, and its self-check."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fpcompile.errors import InvalidInputError, UnsupportedModelError
+from fpcompile.executor.generic import GenericProgram
+from fpcompile.ir import Granularity
+from fpcompile.models.generic_tree import flatten
+
+_LENGTH = 37  # a size that no model dimension is likely to have
+_ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+Example = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def compile_generic_program(
+    model: nn.Module,
+    *,
+    granularity: Granularity,
+    max_blocking_ms: float | None,
+    example_inputs: Any,
+    blocked: str | None,
+    verify: bool,
+) -> GenericProgram:
+    """A program of the generic route. ``blocked`` says why the packed route was not taken.
+
+    Raises :class:`InvalidInputError` when the model needs ``example_inputs``, and
+    :class:`UnsupportedModelError` when it cannot be traced or its numbers differ.
+    """
+    example = as_call(example_inputs) if example_inputs is not None else default_example(model)
+    notes = (f"the packed route was not taken: {blocked}",) if blocked else ()
+    program = GenericProgram(
+        model, example, granularity=granularity, max_blocking_ms=max_blocking_ms, notes=notes
+    )
+    if verify:
+        self_check(program, model, example)
+    return program
+
+
+def as_call(example_inputs: Any) -> Example:
+    """``example_inputs`` as positional and keyword arguments: a mapping, a tuple, or one tensor."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    raise InvalidInputError(
+        "example_inputs has a wrong type",
+        expected="a mapping of keyword arguments, a tuple of positional ones, or a tensor",
+        got=type(example_inputs).__name__,
+    )
+
+
+def default_example(model: nn.Module) -> Example:
+    """Inputs that the model's class and configuration suggest: ids, pixels."""
+    config = getattr(model, "config", None)
+    parameter = next(model.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    dtype = torch.float32 if parameter is None else parameter.dtype
+    main = getattr(model, "main_input_name", None)
+    if main == "input_ids":
+        ids = torch.ones(1, _LENGTH, dtype=torch.long, device=device)
+        kwargs: dict[str, Any] = {"input_ids": ids}
+        if getattr(config, "is_encoder_decoder", False):
+            kwargs["decoder_input_ids"] = ids[:, :11]
+        return (), kwargs
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+    if main == "pixel_values" and isinstance(size, int) and isinstance(channels, int):
+        return (), {"pixel_values": torch.zeros(1, channels, size, size, dtype=dtype, device=device)}
+    raise InvalidInputError(
+        f"{type(model).__name__} needs example inputs",
+        expected="example_inputs={...}: the keyword arguments of one call",
+        got=f"a model whose main input is {main!r}",
+        remedy="pass what you would pass to model(...)",
+    )
+
+
+def self_check(program: GenericProgram, model: nn.Module, example: Example) -> None:
+    """Raise :class:`UnsupportedModelError` when the program's results are not the model's."""
+    if program.device.type == "meta":
+        return
+    program_out = flatten(program(*example[0], **example[1]))
+    with torch.no_grad():
+        args, kwargs = _fresh(example)
+        own = flatten(model(*args, **kwargs))
+    if len(own.tensors) != len(program_out.tensors):
+        raise _differs(model, f"{len(program_out.tensors)} result tensors instead of {len(own.tensors)}")
+    for i, (expected, got) in enumerate(zip(own.tensors, program_out.tensors, strict=True)):
+        if expected.shape != got.shape or expected.dtype != got.dtype:
+            raise _differs(model, f"result {i} is {got.dtype}{list(got.shape)}")
+        if not expected.is_floating_point() or expected.numel() == 0:
+            continue
+        finite = torch.isfinite(expected)
+        scale = float(expected[finite].float().abs().max()) if bool(finite.any()) else 1.0
+        error = float((expected.float() - got.float())[finite].abs().max()) if bool(finite.any()) else 0.0
+        if not error <= _ROUNDING.get(expected.dtype, 0.1) * max(scale, 1e-6):
+            raise _differs(model, f"result {i} differs by {error:.2g}, its largest element is {scale:.2g}")
+
+
+def _fresh(example: Example) -> Example:
+    """The example out of new containers: a model may write into a cache that it is given."""
+    from fpcompile.models.generic_tree import unflatten
+
+    flat = flatten(example)
+    fresh: Example = unflatten(flat.spec, [t.clone() for t in flat.tensors], flat.counts)
+    return fresh
+
+
+def _differs(model: nn.Module, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"the program of {type(model).__name__} does not give the model's numbers",
+        reason=reason,
+        remedy="please report this model with its configuration",
+    )

@@ -113,8 +113,8 @@ def _findings(result: DemoResult) -> Table:
     scope = "logits, keys, values" if len(compared) > 1 else "logits"
     yes = Text(f"yes ({scope} of {results} results)", "bold green")
     grid.add_row("compiled in", _seconds(result.compile_seconds))
-    grid.add_row(f"segmented / unmodified time, {result.versus_tokens} tokens", _ratio(result.versus))
-    grid.add_row("unmodified / itself (what noise does)", _ratio(result.control))
+    grid.add_row(f"segmented / unmodified, {result.versus_tokens} tokens", _ratio(result.versus))
+    grid.add_row("unmodified / itself (the noise)", _ratio(result.control))
     grid.add_row(
         Text("bits equal to the unmodified model", "bold"),
         yes if result.bits_equal else Text("NO: see the column above", "bold red"),
@@ -123,7 +123,8 @@ def _findings(result: DemoResult) -> Table:
 
 
 def _ratio(spread: Spread) -> str:
-    return f"× {spread.median:.3f}  (median of {spread.count}; quartiles {spread.q1:.3f}, {spread.q3:.3f})"
+    """Median time ratio of the rounds, with the quartiles."""
+    return f"× {spread.median:.3f}  ({spread.q1:.3f} to {spread.q3:.3f}, {spread.count} rounds)"
 
 
 def _ttft(outcome: Outcome) -> Text:

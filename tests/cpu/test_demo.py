@@ -104,7 +104,7 @@ def test_the_command_prints_tables(tmp_path: Path) -> None:
     assert "bits equal to the unmodified model yes (logits, keys, values of 12 results)" in words(done.output)
     for label in (*NAMES, "TTFT, fcfs", "TTFT, edf", "blocking time, median", "blocking time, max"):
         assert label in done.output
-    for label in ("SLO met", "slowdown of the long one", "segmented / unmodified time, 300 tokens"):
+    for label in ("SLO met", "slowdown of the long one", "segmented / unmodified, 300 tokens"):
         assert label in done.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["timeline.json", "timeline.png"]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import time
 from collections import defaultdict
 from typing import TYPE_CHECKING
@@ -34,12 +35,15 @@ class Coefficients:
     b: float
     d: float
 
+    def __add__(self, other: Coefficients) -> Coefficients:
+        return Coefficients(self.a + other.a, self.b + other.b, self.d + other.d)
+
     def seconds(self, tokens: int, context: int) -> float:
         """Predicted seconds."""
         return self.a + self.b * tokens + self.d * tokens * (2 * context - tokens)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class CostModel:
     """Predicted seconds of every stage of one program on one device.
 
@@ -64,9 +68,18 @@ class CostModel:
         return sum(self.stage(i, tokens=tokens, rows=rows, context=context) for i in stages)
 
     def remaining(self, *, tokens: int, rows: int, context: int, start: int = 0) -> float:
-        """Predicted seconds of the segments from ``start`` on."""
-        stages = range(bisect.bisect_left(self.segments, start), len(self.segments))
-        return sum(self.stage(i, tokens=tokens, rows=rows, context=context) for i in stages)
+        """Predicted seconds of the segments from ``start`` on; its cost does not grow with their number."""
+        over_tokens, over_rows = self._suffixes[bisect.bisect_left(self.segments, start)]
+        return over_tokens.seconds(tokens, context) + over_rows.seconds(rows, rows)
+
+    @functools.cached_property
+    def _suffixes(self) -> list[tuple[Coefficients, Coefficients]]:
+        """For each stage and the end, the summed coefficients from there on: of tokens, and of rows."""
+        sums = [(Coefficients(0.0, 0.0, 0.0), Coefficients(0.0, 0.0, 0.0))]
+        for coefficients, by_rows in zip(reversed(self.coefficients), reversed(self.by_rows), strict=True):
+            tokens, rows = sums[-1]
+            sums.append((tokens, rows + coefficients) if by_rows else (tokens + coefficients, rows))
+        return sums[::-1]
 
     def rows(self) -> list[tuple[str, tuple[float, float, float]]]:
         """(number, coefficients) of every stage: what the scheduler's cost table is made from."""

@@ -65,6 +65,11 @@ class Run:
         return self.call.lengths["rows"]
 
     @property
+    def context(self) -> int:
+        """Longest context of any sequence, cached tokens included."""
+        return self.call.context
+
+    @property
     def done(self) -> bool:
         """Whether every launch has been made."""
         return self.at == len(self.schedule)

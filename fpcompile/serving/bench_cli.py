@@ -106,6 +106,8 @@ def goodput(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write tables in Markdown here.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Write pictures into this folder.")] = None,
+    plot_prefix: Annotated[str, typer.Option(help="First part of the pictures' names.")] = "goodput",
+    plot_policies: Annotated[str, typer.Option(help="Policies in the pictures; else all.")] = "",
 ) -> None:
     """Attainment and goodput of scheduling policies on a trace."""
     options: dict[str, Any] = {}
@@ -157,7 +159,9 @@ def goodput(
             f"no scheduler exceeds {report['bound']['max_goodput']:g} req/s "
             f"(paper goodput {report['bound']['paper_goodput']:g}) on this grid, seed 1"
         )
-    for path in save_plots(report, plots) if plots is not None else ():
+    for path in (
+        save_plots(report, plots, plot_prefix, parse_policies(plot_policies)) if plots is not None else ()
+    ):
         console.print(f"wrote {path}")
     if markdown is not None:
         markdown.write_text(markdown_of(report), encoding="utf-8")

@@ -62,11 +62,16 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def save_plots(report: dict[str, Any], folder: str | Path, prefix: str = "goodput") -> list[Path]:
-    """Write the pictures into ``folder``; returns their paths."""
+def save_plots(
+    report: dict[str, Any], folder: str | Path, prefix: str = "goodput", only: Sequence[str] = ()
+) -> list[Path]:
+    """Write the pictures into ``folder``, of the policies in ``only`` (none: all); returns their paths."""
     import matplotlib as mpl
 
     mpl.use("Agg")
+    if only:
+        entries = {name: entry for name, entry in report["policies"].items() if name in only}
+        report = {**report, "policies": entries}
 
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -86,6 +91,7 @@ def _plot(
 ) -> Path:
     import matplotlib.pyplot as plt
 
+    colours = plt.get_cmap("tab10" if len(report["policies"]) <= 10 else "tab20")
     figure, axes = plt.subplots(
         1, len(panels), figsize=(5.2 * len(panels), 4.4), sharey=True, squeeze=False, layout="constrained"
     )
@@ -97,8 +103,9 @@ def _plot(
                 [point[axis] for point in points],
                 values,
                 label=name,
-                color=f"C{index % 10}",
-                linewidth=2.4 if name.startswith("fpcompile") else 1.2,
+                color="black" if name == "fpcompile" else colours(index % 20),
+                linewidth=2.4 if name == "fpcompile" else 1.2,
+                zorder=3 if name == "fpcompile" else 2,
                 marker=_MARKERS[index % len(_MARKERS)],
                 markevery=max(1, len(points) // 12),
                 markersize=4,

@@ -28,8 +28,7 @@ from fpcompile.executor.stages import Executable, build_stages
 from fpcompile.ir import Granularity, Part, PartKind
 from fpcompile.models.generic import GenericCapture, capture_generic, pack
 from fpcompile.models.generic_tree import unflatten
-from fpcompile.passes.generic_partition import compile_generic
-from fpcompile.passes.partition import Partitioned
+from fpcompile.passes.generic_partition import Compiled, compile_generic
 
 
 @final
@@ -92,15 +91,15 @@ class Variant(Program):
         architecture: str,
         max_blocking_ms: float | None,
     ) -> None:
-        partitioned, self.outputs, generic = compile_generic(captured, granularity, architecture, owner.notes)
+        compiled = compile_generic(captured, granularity, architecture, owner.notes)
         self.owner, self.captured = owner, captured
-        self.length_names = dict(generic.lengths)
+        self.outputs, self.length_names = compiled.outputs, compiled.lengths
         weights = dict(captured.weights.values())
         by_name = {name: weights[path] for name, (path, _) in captured.weights.items()}
         self.constants = {n: by_name[n] for n in self.outputs if n in by_name}
         super().__init__(
-            partitioned.plan,
-            build_stages(partitioned.plan, functools.partial(_bind, partitioned, captured, weights)),
+            compiled.plan,
+            build_stages(compiled.plan, functools.partial(_bind, compiled, captured, weights)),
             weights,
             config=owner.config,
             device=owner.device,
@@ -278,16 +277,17 @@ class GenericProgram(Program):
 
 
 def _bind(
-    partitioned: Partitioned, captured: GenericCapture, weights: dict[str, Tensor], part: Part
+    compiled: Compiled, captured: GenericCapture, weights: dict[str, Tensor], part: Part
 ) -> tuple[Executable, tuple[str, ...]]:
     if part.kind is PartKind.LEAF:
-        leaf = captured.leaves[part.call]
+        leaf, picks = captured.leaves[part.call], compiled.picks[part.call]
 
         def run_leaf(run: Run, arguments: Sequence[Tensor], lengths: Mapping[str, int]) -> Sequence[Tensor]:
-            return leaf.run(arguments, (lengths["tokens"],))
+            results = leaf.run(arguments, (lengths["tokens"],))
+            return [results[i] for i in picks]
 
         return run_leaf, ()
-    function = partitioned.functions[part.function]
+    function = compiled.functions[part.function]
     bound = tuple(weights[p] for p in part.params)
     names = part.lengths
 

@@ -149,21 +149,29 @@ class _Trace:
         self.result = flatten(out)
         return self.result.tensors
 
+    def _blame(self, path: str) -> None:
+        """Remember the first submodule in whose own code a length became a constant."""
+        gone = [s for s in self.lengths if self.shape_env.replacements.get(s, s).is_number]
+        if gone:
+            self.lengths.difference_update(gone)
+            self.specialised = self.specialised or path
+
     @contextlib.contextmanager
     def _watching(self, model: nn.Module) -> Iterator[None]:
         handles: list[RemovableHandle] = []
 
         def enter(path: str) -> Any:
-            return lambda module, args: self.stack.append(path)
+            def hook(module: nn.Module, args: Any) -> None:
+                self._blame(self.stack[-1] if self.stack else "")
+                self.stack.append(path)
+
+            return hook
 
         def leave(path: str) -> Any:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 while self.stack and self.stack.pop() != path:
                     pass
-                gone = [s for s in self.lengths if self.shape_env.replacements.get(s, s).is_number]
-                if gone:
-                    self.lengths.difference_update(gone)
-                    self.specialised = self.specialised or path
+                self._blame(path)
 
             return hook
 

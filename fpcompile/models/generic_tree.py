@@ -191,4 +191,5 @@ def _dict(node: Node, items: dict[Any, Any], existing: Any) -> Any:
         existing.update(items)
         return existing
     kind: Any = node.kind
-    return kind(**items) if dataclasses.is_dataclass(kind) else kind(items)
+    fields = dataclasses.is_dataclass(node.kind)
+    return kind(**items) if fields else kind(items)

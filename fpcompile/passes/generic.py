@@ -130,7 +130,11 @@ def _name_symbols(graph: fx.Graph, g: Generic) -> None:
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     made: dict[sympy.Symbol, fx.Node] = {}
     for node in body(graph):
-        if node.target is not aten.sym_size.int or not isinstance(node.meta["val"], torch.SymInt):
+        if node.target is not aten.sym_size.int:
+            continue
+        if not isinstance(node.meta["val"], torch.SymInt):
+            node.replace_all_uses_with(node.meta["val"])
+            graph.erase_node(node)
             continue
         symbol = node.meta["val"].node.expr
         if not isinstance(symbol, sympy.Symbol) or not any(symbol in s for s in g.capture.guards.shapes):

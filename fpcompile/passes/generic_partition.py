@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 
@@ -16,7 +17,7 @@ from fpcompile.passes.aliases import storage_owners
 from fpcompile.passes.context import LEAF, body, describe, source, tensors_of
 from fpcompile.passes.costs import is_projection
 from fpcompile.passes.generic import Generic, size_of
-from fpcompile.passes.partition import Function, Partitioned, _copy, _is_value, _weight
+from fpcompile.passes.partition import Function, _copy, _weight
 
 
 class GenericPartitioner:
@@ -29,6 +30,7 @@ class GenericPartitioner:
         live = passes.live_after(graph, g.inputs)
         self.live = dict(zip((n.name for n in body(graph)), live, strict=True))
         self.functions: dict[str, Function] = {}
+        self.picks: dict[int, tuple[int, ...]] = {}  # leaf -> which of its results are read
 
     def segments(self) -> tuple[Segment, ...]:
         """All segments, in order."""
@@ -65,17 +67,16 @@ class GenericPartitioner:
         return Value(node.name, shape, str(value.dtype), self.owners[node.name], size)
 
     def _part(self, nodes: list[fx.Node]) -> Part:
-        inside = set(nodes)
         head = nodes[0]
-        outputs = [
-            n for n in nodes if tensors_of(n) and _is_value(n) and any(u not in inside for u in n.users)
-        ]
+        later = set(self.live[nodes[-1].name])
+        outputs = [n for n in nodes if n in later]
         costs = self.g.context.costs
         values, weights, lengths = self._external(nodes)
         heaviest = max(nodes, key=lambda n: _weight(costs[n.name].flops))
         if head.target is LEAF:
             kind, call = PartKind.LEAF, int(head.args[1])  # type: ignore[arg-type]
             leaf = self.g.capture.leaves[call]
+            self.picks[call] = tuple(int(n.args[1]) for n in outputs)  # type: ignore[arg-type]
             key = f"leaf[{leaf.kind},{','.join(self._spec(n) for n in head.all_input_nodes)}]"
         else:
             kind, call, key = PartKind.GRAPH, -1, self._generate(nodes, values, weights, lengths, outputs)
@@ -168,10 +169,25 @@ def _split_at_leaves(nodes: list[fx.Node]) -> list[list[fx.Node]]:
     return groups
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Compiled:
+    """A variant's plan and callables.
+
+    ``outputs`` names the flat outputs in order; ``lengths`` maps length names of the parts to symbols;
+    ``picks`` says which results of each leaf are its part's outputs.
+    """
+
+    plan: Plan
+    functions: dict[str, Function]
+    outputs: tuple[str, ...]
+    lengths: dict[str, sympy.Symbol]
+    picks: dict[int, tuple[int, ...]]
+
+
 def compile_generic(
     captured: GenericCapture, granularity: Granularity, architecture: str, notes: tuple[str, ...] = ()
-) -> tuple[Partitioned, tuple[str, ...], Generic]:
-    """Run the generic pipeline over a variant; also the names of its flat outputs, in order."""
+) -> Compiled:
+    """Run the generic pipeline over a variant."""
     graph, g = captured.graph.graph, passes.generic_context(captured)
     for name, run in (
         ("normalise", passes.normalise),
@@ -197,4 +213,4 @@ def compile_generic(
         segments=builder.segments(),
         notes=(*notes, *captured.notes),
     )
-    return Partitioned(plan, builder.functions), names, g
+    return Compiled(plan, builder.functions, names, g.lengths, builder.picks)

@@ -31,15 +31,13 @@ from benchmarks import common
 from fpcompile import segment
 from fpcompile.cli.guard import quiet, remedied
 from fpcompile.cli.interleave import percentile
-from fpcompile.cli.load import random_ids
+from fpcompile.cli.load import forward_arguments, random_ids
 from fpcompile.engine.prices import next_cost
 from fpcompile.errors import UsageError
 from fpcompile.executor.device import Device, make_device
 from fpcompile.executor.loop import Outcome, advance
 from fpcompile.executor.runahead import RunAhead
 from fpcompile.ir import Granularity
-
-CALL: dict[str, Any] = {"logits_to_keep": 1, "use_cache": True}
 
 
 def arguments() -> argparse.Namespace:
@@ -95,10 +93,10 @@ def poisson(mean_gap: float, until: float, seed: int) -> list[float]:
 
 
 def prefill(
-    program: Any, ids: torch.Tensor, device: Device, times: Sequence[float]
+    program: Any, ids: torch.Tensor, asked: dict[str, Any], device: Device, times: Sequence[float]
 ) -> tuple[float, list[float]]:
     """Seconds of one prefill that is asked to stop at ``times``, and the blocking times."""
-    run = program.start(input_ids=ids, **CALL)
+    run = program.start(input_ids=ids, **asked)
     ahead = RunAhead(device) if device.asynchronous else None
     cost = next_cost(program, run) if ahead is not None else None
     waited: list[float] = []
@@ -128,11 +126,12 @@ def measure(
     """All prefills of one plan: a granularity, and a budget in milliseconds or None."""
     program = segment(model, granularity=granularity, max_blocking_ms=budget)
     ids = random_ids(model, options.tokens, seed=options.seed)
+    asked = forward_arguments(model)
     if device.asynchronous or budget is not None:
         program.calibrate()
-    launches = len(program.start(input_ids=ids, **CALL).schedule)
-    prefill(program, ids, device, ())
-    alone = [prefill(program, ids, device, ())[0] for _ in range(2)]
+    launches = len(program.start(input_ids=ids, **asked).schedule)
+    prefill(program, ids, asked, device, ())
+    alone = [prefill(program, ids, asked, device, ())[0] for _ in range(2)]
     expected = min(alone)
     stopped: list[float] = []
     waited: list[float] = []
@@ -141,7 +140,7 @@ def measure(
         if number > 10 * options.prefills:
             raise UsageError("no request came before a prefill's end", remedy="use more --tokens")
         times = poisson(expected / options.requests, 4 * expected, seed=options.seed + number)
-        seconds, some = prefill(program, ids, device, times)
+        seconds, some = prefill(program, ids, asked, device, times)
         stopped.append(seconds)
         waited += some
         number += 1

@@ -29,14 +29,13 @@ from fpcompile import segment
 from fpcompile.cli.bits import compare_outputs
 from fpcompile.cli.guard import quiet, remedied
 from fpcompile.cli.interleave import Spread, interleave, ratio
-from fpcompile.cli.load import describe, load_model, random_ids
+from fpcompile.cli.load import describe, forward_arguments, load_model, random_ids
 from fpcompile.executor.device import make_device
 from fpcompile.ir import evaluate
 
 TARGET = 1.05
 COMPILE_TARGET_SECONDS = 10.0
 COMPILE_MODEL = "qwen2-0.5b"
-CALL: dict[str, Any] = {"logits_to_keep": 1, "use_cache": True}
 
 
 def arguments() -> argparse.Namespace:
@@ -62,12 +61,13 @@ def plan_of(options: argparse.Namespace) -> dict[str, Any]:
 def measure(model: Any, program: Any, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     """One length: raw seconds, ratios, floor, and whether the bits are equal."""
     ids = random_ids(model, tokens, seed=options.seed)
-    bits = compare_outputs(program(input_ids=ids, **CALL), model(input_ids=ids, **CALL))
+    asked = forward_arguments(model)
+    bits = compare_outputs(program(input_ids=ids, **asked), model(input_ids=ids, **asked))
     seconds = interleave(
         {
-            "model": lambda: model(input_ids=ids, **CALL),
-            "control": lambda: model(input_ids=ids, **CALL),
-            "program": lambda: program(input_ids=ids, **CALL),
+            "model": lambda: model(input_ids=ids, **asked),
+            "control": lambda: model(input_ids=ids, **asked),
+            "program": lambda: program(input_ids=ids, **asked),
         },
         rounds=options.repeats,
         budget=options.seconds,

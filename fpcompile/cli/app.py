@@ -63,7 +63,7 @@ def demo(
     A long prefill starts, urgent requests arrive during it: first under fcfs, then under the policy.
     """
     with quiet(), remedied():
-        from fpcompile.cli.demo import DemoOptions
+        from fpcompile.cli.demo_values import DemoOptions
         from fpcompile.cli.report import show_demo
 
         result = show_demo(

@@ -14,21 +14,20 @@ Invariants
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from fpcompile.api import segment
-from fpcompile.cli.bits import Bits, compare_outputs
+from fpcompile.cli.bits import compare_outputs
+from fpcompile.cli.demo_values import DemoOptions, DemoResult, Outcome, PolicyRun, Prompt
 from fpcompile.cli.interleave import Spread, interleave, ratio
-from fpcompile.cli.load import describe, load_model, random_ids
+from fpcompile.cli.load import describe, forward_arguments, load_model, random_ids
 from fpcompile.engine.engine import Engine
-from fpcompile.engine.timeline import Mark, Span
 from fpcompile.errors import InvalidInputError
 from fpcompile.executor.device import make_device
 from fpcompile.scheduler import make_policy
@@ -36,43 +35,17 @@ from fpcompile.scheduler import make_policy
 if TYPE_CHECKING:
     from fpcompile.executor.program import Program
 
-__all__ = [
-    "ARRIVALS",
-    "DemoOptions",
-    "DemoResult",
-    "Outcome",
-    "PolicyRun",
-    "Prompt",
-    "Stages",
-    "check_output",
-    "run_demo",
-    "urgent_slo",
-]
+__all__ = ["ARRIVALS", "Stages", "check_output", "run_demo", "urgent_slo"]
 
 ARRIVALS = (0.10, 0.27, 0.33, 0.56, 0.80)
 """Arrivals of the urgent prompts, as parts of the long prefill's time; two of them close together."""
 
 _URGENT_SHARE, _URGENT_TIMES, _LONG_TIMES = 0.1, 5.0, 3.0
 _COMPARED_TOKENS, _COMPARED_ROUNDS, _COMPARED_SECONDS = 512, 9, 12.0
-_ASKED: dict[str, Any] = {"logits_to_keep": 1, "use_cache": True}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class DemoOptions:
-    """What the command line asks for. ``urgent_slo`` in seconds; None: see :func:`urgent_slo`.
-
-    With ``max_blocking_ms`` segments run in tiles, by other kernels than the model's: bits may then differ.
-    """
-
-    model: str
-    long_tokens: int = 4096
-    urgent_tokens: int = 64
-    policy: str = "s-edf"
-    granularity: str = "operator"
-    device: str = "auto"
-    output: Path = Path()
-    urgent_slo: float | None = None
-    max_blocking_ms: float | None = None
+Asked = Mapping[str, Any]
+"""What every call is asked for, besides its ids: see :func:`fpcompile.cli.load.forward_arguments`."""
 
 
 class Stages(Protocol):
@@ -80,83 +53,6 @@ class Stages(Protocol):
 
     def __call__(self, title: str, steps: int) -> contextlib.AbstractContextManager[Callable[[], object]]:
         """Open a stage of ``steps`` steps."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Prompt:
-    """One request: ``offset`` is its arrival after the long one's, ``alone`` the unmodified model's time.
-
-    ``ids [1, tokens]``; ``expected`` is the unmodified model's output. All times in seconds.
-    """
-
-    name: str
-    ids: torch.Tensor
-    offset: float
-    slo: float
-    alone: float
-    expected: Any
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one request: times in seconds, and its bits against the unmodified model's."""
-
-    name: str
-    ttft: float
-    met: bool
-    waited: float
-    suspended: float
-    preemptions: int
-    bits: Bits
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PolicyRun:
-    """One policy: outcomes in order of arrival, blocking times in seconds, and what ran when."""
-
-    policy: str
-    outcomes: tuple[Outcome, ...]
-    blocking: tuple[float, ...]
-    spans: tuple[Span, ...]
-    marks: tuple[Mark, ...]
-
-    @property
-    def long(self) -> Outcome:
-        """The long request."""
-        return self.outcomes[0]
-
-    @property
-    def urgent(self) -> tuple[Outcome, ...]:
-        """The urgent requests."""
-        return self.outcomes[1:]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class DemoResult:
-    """All that the tables show. ``versus`` is segmented / unmodified, ``control`` unmodified / itself."""
-
-    title: str
-    segments: int
-    compile_seconds: float
-    prompts: tuple[Prompt, ...]
-    runs: tuple[PolicyRun, ...]
-    versus: Spread
-    control: Spread
-    versus_tokens: int
-
-    @property
-    def bits_equal(self) -> bool:
-        """Whether every result of every run has the unmodified model's bits."""
-        return all(outcome.bits.equal for run in self.runs for outcome in run.outcomes)
-
-    @property
-    def slowdown(self) -> float:
-        """Time to first token of the long request: last policy / first policy."""
-        return self.runs[-1].long.ttft / self.runs[0].long.ttft
-
-    def slos(self) -> dict[str, float]:
-        """TTFT SLO of every request in seconds."""
-        return {prompt.name: prompt.slo for prompt in self.prompts}
 
 
 def run_demo(options: DemoOptions, stages: Stages) -> DemoResult:
@@ -171,17 +67,19 @@ def run_demo(options: DemoOptions, stages: Stages) -> DemoResult:
         program = segment(model, granularity=options.granularity, max_blocking_ms=options.max_blocking_ms)
         seconds = time.perf_counter() - start
         advance()
-        program.start(random_ids(model, options.long_tokens, seed=0), **_ASKED)  # refuses a wrong length
+        asked = forward_arguments(model)
+        program.start(random_ids(model, options.long_tokens, seed=0), **asked)  # refuses a wrong length
         program.calibrate()
         Engine(program, policy=options.policy).close()  # refuses a policy that an engine cannot execute
         advance()
     with torch.no_grad():
-        prompts = _prompts(model, options, stages)
+        prompts = _prompts(model, asked, options, stages)
         runs = [
-            _serve(program, policy, prompts, stages) for policy in dict.fromkeys(("fcfs", options.policy))
+            _serve(program, asked, policy, prompts, stages)
+            for policy in dict.fromkeys(("fcfs", options.policy))
         ]
         tokens = min(_COMPARED_TOKENS, options.long_tokens)
-        versus, control = _versus(model, program, tokens, stages)
+        versus, control = _versus(model, program, asked, tokens, stages)
     return DemoResult(
         title=describe(model, options.model),
         segments=len(program.segments),
@@ -214,18 +112,18 @@ def _rounded(seconds: float) -> float:
     return float(f"{seconds:.2g}")
 
 
-def _prompts(model: Any, options: DemoOptions, stages: Stages) -> tuple[Prompt, ...]:
+def _prompts(model: Any, asked: Asked, options: DemoOptions, stages: Stages) -> tuple[Prompt, ...]:
     """All requests with the unmodified model's outputs; the long one first."""
     sizes = [options.long_tokens, *[options.urgent_tokens] * len(ARRIVALS)]
     ids = [random_ids(model, size, seed=seed) for seed, size in enumerate(sizes)]
     expected, alone = [], []
     with stages("unmodified model", len(ids) + 1) as advance:
-        model(input_ids=ids[-1], **_ASKED)  # warm up
+        model(input_ids=ids[-1], **asked)  # warm up
         advance()
         for one in ids:
             _synchronize(model.device)
             start = time.perf_counter()
-            expected.append(model(input_ids=one, **_ASKED))
+            expected.append(model(input_ids=one, **asked))
             _synchronize(model.device)
             alone.append(time.perf_counter() - start)
             advance()
@@ -238,16 +136,16 @@ def _prompts(model: Any, options: DemoOptions, stages: Stages) -> tuple[Prompt, 
     )
 
 
-def _serve(program: Program, policy: str, prompts: tuple[Prompt, ...], stages: Stages) -> PolicyRun:
+def _serve(
+    program: Program, asked: Asked, policy: str, prompts: tuple[Prompt, ...], stages: Stages
+) -> PolicyRun:
     """Submit every prompt at its offset, open loop, and wait for all of them."""
     with stages(f"serve: {policy}", len(prompts)) as advance, Engine(program, policy=policy) as engine:
         handles = []
         begun = time.perf_counter()
         for prompt in prompts:
             time.sleep(max(0.0, begun + prompt.offset - time.perf_counter()))
-            handle = engine.submit(
-                input_ids=prompt.ids, ttft_slo=prompt.slo, request_id=prompt.name, **_ASKED
-            )
+            handle = engine.submit(input_ids=prompt.ids, ttft_slo=prompt.slo, request_id=prompt.name, **asked)
             handle.add_done_callback(lambda _: advance())
             handles.append(handle)
         outcomes = tuple(_outcome(h, p) for h, p in zip(handles, prompts, strict=True))
@@ -269,17 +167,17 @@ def _outcome(handle: Any, prompt: Prompt) -> Outcome:
     )
 
 
-def _versus(model: Any, program: Program, tokens: int, stages: Stages) -> tuple[Spread, Spread]:
+def _versus(model: Any, program: Program, asked: Asked, tokens: int, stages: Stages) -> tuple[Spread, Spread]:
     """Segmented / unmodified and unmodified / unmodified, interleaved."""
     ids = random_ids(model, tokens, seed=1)
 
     def unmodified() -> None:
-        model(input_ids=ids, **_ASKED)
+        model(input_ids=ids, **asked)
 
     candidates = {
         "model": unmodified,
         "control": unmodified,
-        "program": lambda: program(input_ids=ids, **_ASKED),
+        "program": lambda: program(input_ids=ids, **asked),
     }
     with stages("segmented / unmodified", _COMPARED_ROUNDS + 1) as advance:
         seconds = interleave(

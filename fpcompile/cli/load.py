@@ -12,6 +12,7 @@ Invariants
 from __future__ import annotations
 
 import difflib
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from fpcompile.models.demo_models import DEMO_MODELS, build_demo_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LEGAL_NAMES", "describe", "load_model", "load_shape", "random_ids"]
+__all__ = ["LEGAL_NAMES", "describe", "forward_arguments", "load_model", "load_shape", "random_ids"]
 
 _TINY = "tiny:"
 LEGAL_NAMES = f"{', '.join(DEMO_MODELS)}, tiny:ARCH (tiny:llama), a local folder, or a Hugging Face hub id"
@@ -79,6 +80,13 @@ def describe(model: PreTrainedModel, name: str) -> str:
     size = f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.3g} M"
     dtype = str(model.dtype).removeprefix("torch.")
     return f"{name} ({type(model).__name__}, {size} parameters, {dtype}, {model.device})"
+
+
+def forward_arguments(model: Any) -> dict[str, Any]:
+    """What a prefill is asked for: the last position's logits and the cache, where ``forward`` names them."""
+    wanted = {"logits_to_keep": 1, "use_cache": True}
+    named = inspect.signature(model.forward).parameters
+    return {name: value for name, value in wanted.items() if name in named}
 
 
 def random_ids(model: Any, length: int, *, seed: int) -> torch.Tensor:

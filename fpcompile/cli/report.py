@@ -15,7 +15,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
-from fpcompile.cli.demo import DemoOptions, DemoResult, Outcome, PolicyRun, check_output, run_demo
+from fpcompile.cli.demo import check_output, run_demo
+from fpcompile.cli.demo_values import DemoOptions, DemoResult, Outcome, PolicyRun
 from fpcompile.cli.interleave import Spread
 from fpcompile.engine.timeline import draw_timeline, write_chrome_trace
 

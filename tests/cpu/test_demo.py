@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 import fpcompile
 from fpcompile.cli import app
 from fpcompile.cli.bits import compare_outputs
-from fpcompile.cli.demo import ARRIVALS, DemoOptions, DemoResult, run_demo, urgent_slo
+from fpcompile.cli.demo import ARRIVALS, run_demo, urgent_slo
+from fpcompile.cli.demo_values import DemoOptions, DemoResult
 from fpcompile.cli.interleave import FEWEST, Spread, interleave, percentile, ratio
 from fpcompile.cli.report import demo_json, show_demo
 from fpcompile.errors import InvalidInputError

@@ -118,29 +118,23 @@ def _with_stop_costs(table: CostTable, check_us: float | None, sync_us: float | 
 def bound_goodput(setup: SweepSetup, rates: Sequence[float], seed: int = 1) -> dict[str, Any]:
     """The goodput that no scheduler of one device exceeds, on this grid, for one seed.
 
-    Bisects the grid: attainment that can be reached falls with the rate. Costs are marginal, as a launch may
-    be shared. ``tried`` lists (rate, bound of the worst class, bound over all requests).
+    Bisects the grid, as what can be attained falls with the rate. Costs are marginal: a launch may be shared.
+    ``tried`` lists (rate, bound) of the worst class and of all requests.
     """
-    tried: dict[float, tuple[float, float]] = {}
-
-    def reach(rate: float) -> tuple[float, float]:
-        if rate not in tried:
-            requests = requests_at(tile(setup.rows, setup.count, seed), rate, setup.table, setup.slos)
-            fixed = setup.table.total.a
-            costs = {request.id: request.cost - fixed for request in requests}
-            both = (attainment_bound(requests, costs, per_class=split).attainment for split in (True, False))
-            tried[rate] = (next(both), next(both))
-        return tried[rate]
-
-    found = []
-    for which in (0, 1):
+    result: dict[str, Any] = {"seed": seed, "tried": {}}
+    for label, per_class in (("max_goodput", True), ("paper_goodput", False)):
+        tried: dict[float, float] = {}
         low, high = -1, len(rates)
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if reach(rates[middle])[which] >= TARGET else (low, middle)
-        found.append(rates[low] if low >= 0 else 0.0)
-    values = [[rate, *tried[rate]] for rate in sorted(tried)]
-    return {"max_goodput": found[0], "paper_goodput": found[1], "seed": seed, "tried": values}
+            rate = rates[middle]
+            requests = requests_at(tile(setup.rows, setup.count, seed), rate, setup.table, setup.slos)
+            costs = {request.id: request.cost - setup.table.total.a for request in requests}
+            tried[rate] = attainment_bound(requests, costs, per_class=per_class).attainment
+            low, high = (middle, high) if tried[rate] >= TARGET else (low, middle)
+        result[label] = rates[low] if low >= 0 else 0.0
+        result["tried"][label] = sorted(tried.items())
+    return result
 
 
 def _watched(

@@ -124,9 +124,9 @@ def measure(
     model: Any, granularity: str, budget: float | None, device: Device, options: argparse.Namespace
 ) -> dict[str, Any]:
     """All prefills of one plan: a granularity, and a budget in milliseconds or None."""
-    program = segment(model, granularity=granularity, max_blocking_ms=budget)
+    program = segment(model, granularity=granularity)
     ids = random_ids(model, options.tokens, seed=options.seed)
-    asked = forward_arguments(model)
+    asked = {**forward_arguments(model), "max_blocking_ms": budget}
     if device.asynchronous or budget is not None:
         program.calibrate()
     launches = len(program.start(input_ids=ids, **asked).schedule)

@@ -298,12 +298,16 @@ def test_compile_time_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_noise_is_not_called_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     verdict = benchmark("overhead", monkeypatch).verdict
 
-    def row(median: float, q1: float, q3: float) -> dict[str, Any]:
-        return {"ratio": {"median": median}, "control": {"q1": q1, "q3": q3}}
+    def row(median: float, *control: float) -> dict[str, Any]:
+        return {
+            "ratio": {"median": median},
+            "control": dict(zip(("q1", "median", "q3"), control, strict=True)),
+        }
 
-    assert verdict(row(1.049, 0.99, 1.01)) == "met"
-    assert verdict(row(1.051, 0.99, 1.01)) == "MISSED"
-    assert "noisy" in verdict(row(1.0, 0.9, 1.1))
+    assert verdict(row(1.049, 0.99, 1.0, 1.01)) == "met"
+    assert verdict(row(1.051, 1.001, 1.002, 1.01)) == "MISSED"
+    assert "noisy" in verdict(row(1.0, 0.9, 1.0, 1.1))
+    assert "noisy" in verdict(row(1.0, 1.03, 1.04, 1.05))
 
 
 @pytest.mark.slow

@@ -6,8 +6,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-# Test processes; each runs torch with one thread. 0 runs the tests in one process.
-WORKERS ?= 2
+# Test processes, each with one torch thread; 0 runs the tests in one process. Every process imports torch anew,
+# so more than one pays only when the tests take minutes.
+WORKERS ?= 0
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin

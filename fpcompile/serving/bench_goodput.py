@@ -133,7 +133,7 @@ def bound_goodput(setup: SweepSetup, rates: Sequence[float], seed: int = 1) -> d
             tried[rate] = attainment_bound(requests, costs, per_class=per_class).attainment
             low, high = (middle, high) if tried[rate] >= TARGET else (low, middle)
         result[label] = rates[low] if low >= 0 else 0.0
-        result["tried"][label] = sorted(tried.items())
+        result["tried"][label] = [[rate, tried[rate]] for rate in sorted(tried)]
     return result
 
 

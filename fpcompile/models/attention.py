@@ -198,6 +198,15 @@ class CacheProbe(DynamicCache):
         self.written[layer_idx] = (key_states, value_states)
         return key_states, value_states
 
+    def _state(self, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedModelError(
+            "the model cannot take the packed route",
+            reason="a layer carries a state from token to token (convolution, recurrence, linear attention)",
+        )
+
+    get_conv_state = update_conv_state = get_recurrent_state = update_recurrent_state = _state
+    get_linear_cache = set_linear_cache = _state
+
     def entry(self, k: Tensor, v: Tensor, layer: int) -> int | None:
         """The layer whose entry holds exactly these keys and values: ``layer`` itself, or an earlier one."""
         for index in (layer, *self.written):

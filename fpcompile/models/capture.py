@@ -195,9 +195,15 @@ def _explain(model: PreTrainedModel, error: Exception) -> UnsupportedModelError:
             line = f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}: {frame.line}"
             break
     reason = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
+    reason = f"{type(error).__name__}: {reason[:300]}"
+    if "Constraints violated" in reason:
+        reason, line = (
+            "the model's code makes the number of tokens a constant (it loops over positions)",
+            None,
+        )
     return UnsupportedModelError(
         f"{type(model).__name__} cannot be traced with symbolic lengths",
-        reason=f"{type(error).__name__}: {reason[:300]}",
+        reason=reason,
         source_line=line,
         remedy="pass a model whose forward does not branch on tensor values or lengths",
     )

@@ -131,6 +131,8 @@ class MooreHodgson(RankingPolicy):
             if backlog > self._patience * self._share.share:
                 self._hopeless.append((view, f"late, and {backlog:.3g} s of late work are ahead"))
         self._late[view.request.id] = view
+        if view is self._running:  # it takes longer than predicted
+            self._share.begin(now, late=True)
 
     def rejects(self) -> list[tuple[str, str]]:
         hopeless, self._hopeless = self._hopeless, []

@@ -40,6 +40,7 @@ class Edf(KeyedPolicy):
         return view.deadline
 
 
+_TENANTS = 4096
 _LATE_ORDERS = ("latest-deadline", "earliest-deadline", "shortest", "arrival")
 
 
@@ -113,6 +114,10 @@ class Wfq(KeyedPolicy):
         request = view.request
         start = max(self._virtual, self._finish.get(request.tenant, 0.0))
         self._tags[request.id] = start
+        if (
+            len(self._finish) > _TENANTS
+        ):  # what has finished in virtual time says no more than an absent entry
+            self._finish = {name: tag for name, tag in self._finish.items() if tag > self._virtual}
         self._finish[request.tenant] = start + request.cost / self._weights.get(request.tenant, 1.0)
 
     def launched(self, view: RequestView, now: float) -> None:

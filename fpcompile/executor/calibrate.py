@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
+import math
 import time
 from collections import defaultdict
 from typing import TYPE_CHECKING
@@ -101,7 +102,9 @@ def calibrate(program: Program, *, lengths: tuple[int, ...] = LENGTHS, seconds: 
         rounds = time.perf_counter()
         for repeat in range(3):
             ids = _random_ids(program, length)
-            run = program.start(ids, logits_to_keep=length if repeat else 1, use_cache=False)
+            run = program.start(
+                ids, logits_to_keep=length if repeat else 1, use_cache=False, max_blocking_ms=math.inf
+            )
             run.schedule = tuple(Launch(i, i + 1) for i in range(len(program.stages)))
             _measure(run, measured if repeat else None)
         spent = time.perf_counter() - rounds

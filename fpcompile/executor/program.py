@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import functools
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -96,11 +97,11 @@ class Program(abc.ABC):
     def tile_plan(self, shape: Shape, max_blocking_ms: float | None) -> tuple[Launch, ...]:
         """The launches of a run: one for each segment, or as a budget in milliseconds asks.
 
-        The argument overrides the program's own budget; None for both means no budget.
+        The argument overrides the program's own budget; None for both, or infinity, means no budget.
         """
         asked = check_budget(max_blocking_ms)
         budget = self.max_blocking_ms if asked is None else asked
-        if budget is None:
+        if budget is None or math.isinf(budget):
             return self.whole
         return by_budget(self.stages, shape, self.costs, budget / 1e3, self.kv_heads())
 
@@ -163,7 +164,7 @@ def check_budget(max_blocking_ms: float | None) -> float | None:
     if isinstance(given, bool) or not isinstance(given, (int, float)) or not given > 0:
         raise InvalidInputError(
             "max_blocking_ms has a wrong value",
-            expected="a positive number of milliseconds, or None for no budget",
+            expected="a positive number of milliseconds, or None",
             got=repr(given),
         )
     return float(given)

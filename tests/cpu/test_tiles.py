@@ -96,6 +96,16 @@ def test_without_a_budget_one_launch_is_one_segment() -> None:
     assert run.done
 
 
+def test_a_program_with_a_budget_of_its_own() -> None:
+    model = model_of("qwen3")
+    program = fpcompile.segment(model, max_blocking_ms=TINY)
+    ids = torch.arange(150)[None] % 90
+    run = program.start(ids)
+    assert any(launch.tiled for launch in run.schedule)
+    assert program.start(ids, max_blocking_ms=float("inf")).schedule == program.whole
+    finish(run)
+
+
 def test_a_wide_budget_is_one_launch() -> None:
     program = program_of("qwen3")
     run = program.start(torch.arange(40)[None], max_blocking_ms=1e9)

@@ -34,8 +34,8 @@ async def with_device_thread(program: fpcompile.Program) -> None:
         print(f"1. next tokens: urgent {urgent}; engine: {_told(engine)}")
 
 
-async def _answer(engine: fpcompile.Engine, ids: torch.Tensor, **terms: float) -> int:
-    output = await engine.submit(ids, logits_to_keep=1, **terms)
+async def _answer(engine: fpcompile.Engine, ids: torch.Tensor, ttft_slo: float | None = None) -> int:
+    output = await engine.submit(ids, logits_to_keep=1, ttft_slo=ttft_slo)
     return int(output.logits[0, -1].argmax())
 
 
@@ -63,7 +63,8 @@ async def without_thread(program: fpcompile.Program) -> None:
     await long
     driving.cancel()
     engine.close()
-    print(f"2. urgent after {urgent.metrics.ttft * 1e3:.0f} ms, long after {long.metrics.ttft * 1e3:.0f} ms")
+    first, second = (handle.metrics.ttft or 0.0 for handle in (urgent, long))
+    print(f"2. urgent after {first * 1e3:.0f} ms, long after {second * 1e3:.0f} ms")
 
 
 async def without_engine(program: fpcompile.Program) -> None:

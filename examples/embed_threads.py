@@ -74,7 +74,7 @@ def main() -> None:
         m = handle.metrics
         with torch.no_grad():
             equal = torch.equal(handle.result().logits, model(ids, logits_to_keep=1).logits)
-        times = f"{m.ttft * 1e3:8.1f} {'met' if m.slo_met else 'late':>5} {m.suspended * 1e3:9.1f}"
+        times = f"{(m.ttft or 0.0) * 1e3:8.1f} {'met' if m.slo_met else 'late':>5} {m.suspended * 1e3:9.1f}"
         print(f"{m.request_id:<12} {m.tokens:6d} {times}  {'yes' if equal else 'NO'}")
     print(
         f"{statistics.preemptions} preemptions; the device was free after "

@@ -22,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import fpcompile
+from fpcompile.cli.interleave import busy_note
 from fpcompile.cli.load import describe, load_model
 from fpcompile.executor.device import make_device
 
@@ -90,9 +91,8 @@ def processor() -> str:
 
 def warn_if_busy() -> None:
     """Say so when other work competes for the processor: ratios spread then, absolute times mean little."""
-    busy, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if busy > 0.5 * cores:
-        print(f"NOTE: load average {busy:.1f} on {cores} cores before the start: this machine is busy")
+    if note := busy_note():
+        print(note)
 
 
 def matmul_rate(rows: int, columns: int, inner: int, *, dtype: torch.dtype, device: torch.device) -> float:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
+import os
 import random
 import statistics
 import time
@@ -25,7 +26,7 @@ from typing import Final
 
 from fpcompile.errors import InvalidInputError
 
-__all__ = ["FEWEST", "Spread", "interleave", "percentile", "ratio"]
+__all__ = ["FEWEST", "Spread", "busy_note", "interleave", "percentile", "ratio"]
 
 FEWEST: Final = 3
 """Rounds that are measured whatever they cost: fewer have no median worth printing."""
@@ -58,6 +59,20 @@ class Spread:
 
     def __str__(self) -> str:
         return f"{self.median:.3f} [{self.q1:.3f}, {self.q3:.3f}]"
+
+
+def busy_note(load: float | None = None, cores: int | None = None) -> str | None:
+    """What to tell the reader of a time when other work competes for the processor; None when it does not.
+
+    ``load``: average number of running processes, by default that of the last minute.
+    """
+    load = os.getloadavg()[0] if load is None else load
+    cores = (os.cpu_count() or 1) if cores is None else cores
+    if load <= cores / 2:
+        return None
+    return (
+        f"NOTE: load average {load:.1f} on {cores} cores before the start: this machine is busy, times spread"
+    )
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from fpcompile.cli.demo import check_output, run_demo
 from fpcompile.cli.demo_values import DemoOptions, DemoResult, Outcome, PolicyRun
-from fpcompile.cli.interleave import Spread
+from fpcompile.cli.interleave import Spread, busy_note
 from fpcompile.engine.timeline import draw_timeline, write_chrome_trace
 
 __all__ = ["demo_json", "show_demo"]
@@ -30,6 +30,7 @@ def show_demo(options: DemoOptions) -> DemoResult:
     """Run the demonstration, print its tables and write ``timeline.json`` and ``timeline.png``."""
     check_output(options.output)
     console = Console()
+    busy = busy_note()
     with _progress(console) as stages:
         result = run_demo(options, stages)
         with stages("draw", 1) as advance:
@@ -37,6 +38,8 @@ def show_demo(options: DemoOptions) -> DemoResult:
             advance()
     heading = Text(f"\n{result.title}: {result.segments} segments", "bold")
     console.print(heading, _requests(result), _summary(result), _findings(result), sep="\n")
+    if busy:
+        console.print(busy, style="yellow", highlight=False)
     for path in paths:
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
     return result

@@ -20,7 +20,7 @@ from fpcompile.cli import app
 from fpcompile.cli.bits import compare_outputs
 from fpcompile.cli.demo import ARRIVALS, run_demo, urgent_slo
 from fpcompile.cli.demo_values import DemoOptions, DemoResult
-from fpcompile.cli.interleave import FEWEST, Spread, interleave, percentile, ratio
+from fpcompile.cli.interleave import FEWEST, Spread, busy_note, interleave, percentile, ratio
 from fpcompile.cli.report import demo_json, show_demo
 from fpcompile.errors import InvalidInputError
 from fpcompile.models.zoo import sample_ids, tiny_model
@@ -248,6 +248,11 @@ def test_percentiles_are_linear_between_neighbours() -> None:
     assert percentile([7.0], 99) == 7.0
     with pytest.raises(InvalidInputError, match="empty"):
         Spread.of([])
+
+
+def test_a_busy_machine_is_named() -> None:
+    assert busy_note(load=1.0, cores=2) is None
+    assert "load average 1.1 on 2 cores" in (busy_note(load=1.1, cores=2) or "")
 
 
 # ---- benchmarks

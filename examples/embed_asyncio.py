@@ -26,7 +26,7 @@ async def with_device_thread(program: fpcompile.Program) -> None:
         while long.metrics.started is None:
             await asyncio.sleep(0.001)
         impatient = asyncio.create_task(_answer(engine, prompt(2000)))
-        urgent = await _answer(engine, prompt(32), ttft_slo=0.3)
+        urgent = await _answer(engine, prompt(32), ttft_slo=2.0)
         impatient.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await impatient
@@ -57,7 +57,7 @@ async def without_thread(program: fpcompile.Program) -> None:
     long = engine.submit(prompt(2000), ttft_slo=30.0, logits_to_keep=1)
     while long.metrics.state == "waiting":
         await asyncio.sleep(0)
-    urgent = engine.submit(prompt(32), ttft_slo=0.3, logits_to_keep=1)
+    urgent = engine.submit(prompt(32), ttft_slo=2.0, logits_to_keep=1)
     await urgent
     assert not long.done(), "the urgent one has overtaken it"
     await long

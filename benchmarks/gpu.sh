@@ -12,6 +12,9 @@ set -uo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 python="${PYTHON:-python3}"
+case "$python" in # absolute, since the steps run in the repository's root; not resolved: it may be a venv's link
+*/*) python="$(cd "$(dirname "$python")" && pwd)/$(basename "$python")" || exit 2 ;;
+esac
 out="${1:-$root/benchmarks/results/gpu}"
 model="${MODEL:-qwen3-0.6b}"
 dtype="${DTYPE:-bfloat16}"

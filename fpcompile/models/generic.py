@@ -190,6 +190,9 @@ class _Trace:
 def prepare(model: nn.Module, opaque: Sequence[str]) -> nn.Module:
     """A shadow of ``model`` with its experts and the named submodules as leaves."""
     traced = shadow(model)
+    for path in opaque:  # first: their copies keep the model's own experts
+        if not any(path.startswith(f"{other}.") for other in opaque):
+            install(traced.get_submodule(path), _kind(path))
     for module in traced.modules():
         config = getattr(module, "config", None)
         if hasattr(type(module).forward, "__wrapped__") and hasattr(module, "_is_expert_parallel"):
@@ -200,8 +203,6 @@ def prepare(model: nn.Module, opaque: Sequence[str]) -> nn.Module:
         config = getattr(module, "config", None)
         if getattr(config, "_fpcompile_leaf_experts", False):
             config._experts_implementation_internal = _PACKED  # type: ignore[union-attr]
-    for path in opaque:
-        install(traced.get_submodule(path), _kind(path))
     return traced
 
 
@@ -290,6 +291,10 @@ def capture_generic(model: nn.Module, flat: Flat, tensors: tuple[Tensor, ...]) -
             continue
         if attempt.dynamic and _worth_a_leaf(model, attempt, trace):
             continue
+        drawing = _random_module(exported)
+        if drawing is not None:
+            _add_or_refuse(model, attempt, *drawing)
+            continue
         written = _written_inputs(exported, len(tensors))
         if written - attempt.cloned:
             attempt.cloned |= written
@@ -369,6 +374,48 @@ def _worth_a_leaf(model: nn.Module, attempt: _Attempt, trace: _Trace) -> bool:
         attempt.for_length.update(_add(model, attempt, path))
         return True
     return False
+
+
+def _random_module(exported: torch.export.ExportedProgram) -> tuple[str, str, str] | None:
+    """Submodule, node and line of an operator that draws random numbers, if there is one.
+
+    A seed that the model's own code sets before it is no part of a graph.
+    """
+    from fpcompile.passes.context import source
+
+    for node in exported.graph_module.graph.nodes:
+        tagged = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if tagged and not _draws_nothing(node):
+            return source(node).module, node.name, source(node).line
+    return None
+
+
+def _draws_nothing(node: fx.Node) -> bool:
+    """Whether an operator that may draw random numbers is called so that it does not: an idle dropout."""
+    known = {"train": False, "training": False, "dropout_p": 0.0}
+    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.name in known:
+            given = node.kwargs.get(argument.name, argument.default_value)
+            value = node.args[position] if position < len(node.args) else given
+            return bool(value == known[argument.name])
+    return False
+
+
+def _add_or_refuse(model: nn.Module, attempt: _Attempt, path: str, node: str, line: str) -> None:
+    """Make the submodule opaque, or the nearest one around it that can be."""
+    inner = path
+    while inner:
+        if inner not in attempt.refused and inner not in attempt.opaque and _acceptable(model, inner):
+            _add(model, attempt, inner)
+            return
+        inner = inner.rpartition(".")[0]
+    raise UnsupportedModelError(
+        f"{type(model).__name__} draws random numbers while it runs",
+        reason="a graph cannot repeat them, and no submodule around them can be opaque",
+        node=node,
+        module_path=path,
+        source_line=line or None,
+    )
 
 
 def _written_inputs(exported: torch.export.ExportedProgram, count: int) -> frozenset[int]:

@@ -94,9 +94,19 @@ def _bind(sizes: Sequence[Sequence[sympy.Expr | int]], tensors: Sequence[Tensor]
     values: dict[sympy.Symbol, int] = {}
     for shape, tensor in zip(sizes, tensors, strict=True):
         for size, real in zip(shape, tensor.shape, strict=True):
-            if isinstance(size, sympy.Symbol):
-                values.setdefault(size, int(real))
+            found = _shifted(size)
+            if found is not None:
+                values.setdefault(found[0], int(real) - found[1])
     return values
+
+
+def _shifted(size: sympy.Expr | int) -> tuple[sympy.Symbol, int] | None:
+    """A size of the form ``symbol + constant``, as that pair."""
+    symbols = list(getattr(size, "free_symbols", ()))
+    if len(symbols) != 1:
+        return None
+    rest = size - symbols[0]
+    return (symbols[0], int(rest)) if rest.is_Integer else None
 
 
 def _execute(
@@ -238,6 +248,8 @@ def _emit(module: nn.Module, kind: str, args: tuple[Any, ...], kwargs: dict[str,
     markers = [flat.tensors[0].new_empty((c, 0)) for c in flat.counts]
     tensors = [*flat.tensors, *markers]
     symbols = _symbols(tensors)
+    if any(set(a.slopes) - set(symbols) for a in (*counts, *(a for shape in shapes for a in shape))):
+        raise LeafRefusedError("its sizes depend on a length that none of its arguments has")
     signature = _Signature(
         module,
         flat.spec,
@@ -284,6 +296,7 @@ def _symbols(tensors: Sequence[Tensor]) -> dict[sympy.Symbol, Any]:
     for tensor in tensors:
         sizes: list[Any] = list(tensor.shape)
         for size in sizes:
-            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
-                found.setdefault(size.node.expr, size)
+            shifted = _shifted(_expr(size))
+            if shifted is not None:
+                found.setdefault(shifted[0], size - shifted[1] if shifted[1] else size)
     return found

@@ -28,7 +28,9 @@ from fpcompile.passes.cuts import DESIGN_TOKENS, layer_of
 aten = torch.ops.aten
 _SOFTMAX: frozenset[Any] = frozenset({aten.softmax.int, aten._softmax.default})
 _ATTENTION: frozenset[Any] = frozenset({aten.scaled_dot_product_attention.default})
-_PRODUCTS: frozenset[Any] = frozenset({aten.matmul.default, aten.bmm.default, aten.baddbmm.default})
+_PRODUCTS: frozenset[Any] = frozenset(
+    {aten.matmul.default, aten.mm.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default}
+)
 _CONVOLUTIONS: frozenset[Any] = frozenset(
     {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding}
 )
@@ -226,7 +228,26 @@ def _anchor(node: fx.Node, g: Generic) -> CutReason | None:
         return CutReason.EXPERTS if leaf.kind == "experts" else CutReason.AFTER_LEAF
     if node.target in _CONVOLUTIONS:
         return CutReason.CONVOLUTION
-    return CutReason.PROJECTION if is_projection(node) else None
+    return CutReason.PROJECTION if projects(node, g) else None
+
+
+def projects(node: fx.Node, g: Generic) -> bool:
+    """Whether a node is a matrix product with a weight, also a transposed or reshaped one."""
+    if is_projection(node):
+        return True
+    if node.target not in _PRODUCTS:
+        return False
+    for argument in node.all_input_nodes:
+        while argument.op == "call_function" and tensors_of(argument) and _reshapes(argument):
+            argument = argument.all_input_nodes[0]
+        if argument.op == "placeholder" and argument.name in g.capture.weights:
+            return bool(tensors_of(argument) and tensors_of(argument)[0].dim() >= 2)
+    return False
+
+
+def _reshapes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(r.alias_info is not None for r in schema.returns)
 
 
 def place_cuts(graph: fx.Graph, g: Generic, granularity: Granularity) -> None:

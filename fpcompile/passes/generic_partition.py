@@ -15,7 +15,6 @@ from fpcompile.models.generic import GenericCapture
 from fpcompile.passes import generic as passes
 from fpcompile.passes.aliases import storage_owners
 from fpcompile.passes.context import LEAF, body, describe, source, tensors_of
-from fpcompile.passes.costs import is_projection
 from fpcompile.passes.generic import Generic, size_of
 from fpcompile.passes.partition import Function, _copy, _weight
 
@@ -57,7 +56,7 @@ class GenericPartitioner:
             return "attention"
         if any(n.target in passes._CONVOLUTIONS for n in nodes):
             return "convolution"
-        return "projection" if any(is_projection(n) for n in nodes) else "pointwise"
+        return "projection" if any(passes.projects(n, self.g) for n in nodes) else "pointwise"
 
     def _value(self, node: fx.Node) -> Value:
         owner = tensors_of(self.by_name[self.owners[node.name]])[0]

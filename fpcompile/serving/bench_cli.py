@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,13 +112,8 @@ def goodput(
     plot_policies: Annotated[str, typer.Option(help="Policies in the pictures; else all.")] = "",
 ) -> None:
     """Attainment and goodput of scheduling policies on a trace."""
-    options: dict[str, Any] = {}
-    if max_queue_s is not None:
-        options["max_queue_s"] = max_queue_s
-    if kv_blocks is not None:
-        options["kv_blocks"] = kv_blocks
-    console = Console()
-    try:
+    limits = {"max_queue_s": max_queue_s, "kv_blocks": kv_blocks}
+    with _message_and_exit(), _progress("simulating") as progress:
         if not simulate:
             raise UsageError(
                 "measuring on a device is not part of this command yet",
@@ -124,50 +121,65 @@ def goodput(
                 got="--real",
                 remedy="write a costs file of your device and pass it with --costs",
             )
-        bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            console=Console(stderr=True), transient=True,
-        )  # fmt: skip
-        with bar:
-            task = bar.add_task("simulating")
-            report = run_bench_goodput(
-                trace,
-                parse_policies(policies),
-                costs=costs,
-                rates=parse_numbers(rates) if rates else None,
-                slo_scales=parse_numbers(slo_scale),
-                slo_rate=slo_rate,
-                slos=parse_slos(slo or []),
-                seeds=seeds,
-                num_prompts=num_prompts,
-                replicas=replicas,
-                router=router,
-                jobs=jobs,
-                options=options,
-                check_us=check_us,
-                sync_us=sync_us,
-                bound=bound,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
-                json_path=json_file,
-            )
+        report = run_bench_goodput(
+            trace,
+            parse_policies(policies),
+            costs=costs,
+            rates=parse_numbers(rates) if rates else None,
+            slo_scales=parse_numbers(slo_scale),
+            slo_rate=slo_rate,
+            slos=parse_slos(slo or []),
+            seeds=seeds,
+            num_prompts=num_prompts,
+            replicas=replicas,
+            router=router,
+            jobs=jobs,
+            options={name: value for name, value in limits.items() if value is not None},
+            check_us=check_us,
+            sync_us=sync_us,
+            bound=bound,
+            progress=progress,
+            json_path=json_file,
+        )
+    written = [json_file] if json_file is not None else []
+    if markdown is not None:
+        markdown.write_text(markdown_of(report), encoding="utf-8")
+        written.append(markdown)
+    if plots is not None:
+        written += save_plots(report, plots, plot_prefix, parse_policies(plot_policies))
+    _show(report, written)
+
+
+@contextmanager
+def _message_and_exit() -> Iterator[None]:
+    """Typed errors become a message and exit code 2, not a traceback."""
+    try:
+        yield
     except FpcompileError as error:
         Console(stderr=True).print(str(error), style="red", highlight=False, markup=False)
         raise typer.Exit(2) from None
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, and the function that moves it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _show(report: dict[str, Any], written: list[Path]) -> None:
+    console = Console()
     console.print(table_of(report))
     if "bound" in report:
+        bound = report["bound"]
         console.print(
-            f"no scheduler exceeds {report['bound']['max_goodput']:g} req/s "
-            f"(paper goodput {report['bound']['paper_goodput']:g}) on this grid, seed 1"
+            f"no scheduler exceeds {bound['max_goodput']:g} req/s "
+            f"(paper goodput {bound['paper_goodput']:g}) on this grid, seed {bound['seed']}"
         )
-    for path in (
-        save_plots(report, plots, plot_prefix, parse_policies(plot_policies)) if plots is not None else ()
-    ):
+    for path in written:
         console.print(f"wrote {path}")
-    if markdown is not None:
-        markdown.write_text(markdown_of(report), encoding="utf-8")
-        console.print(f"wrote {markdown}")
-    if json_file is not None:
-        console.print(f"wrote {json_file}")
 
 
 def replay(
@@ -179,11 +191,8 @@ def replay(
     """What another policy, or another load, would have done with a recorded log."""
     from fpcompile.serving.replay import replay_table
 
-    try:
+    with _message_and_exit():
         table, agrees = replay_table(log, policy, rate_scale, costs)
-    except FpcompileError as error:
-        Console(stderr=True).print(str(error), style="red", highlight=False, markup=False)
-        raise typer.Exit(2) from None
     Console().print(table)
     if not agrees:
         raise typer.Exit(1)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
-import math
 import time
 from collections import defaultdict
 from typing import TYPE_CHECKING
@@ -38,6 +37,10 @@ class Coefficients:
 
     def __add__(self, other: Coefficients) -> Coefficients:
         return Coefficients(self.a + other.a, self.b + other.b, self.d + other.d)
+
+    def scaled(self, factor: float) -> Coefficients:
+        """All three multiplied by ``factor``."""
+        return Coefficients(self.a * factor, self.b * factor, self.d * factor)
 
     def seconds(self, tokens: int, context: int) -> float:
         """Predicted seconds."""
@@ -90,7 +93,8 @@ class CostModel:
 def calibrate(program: Program, *, lengths: tuple[int, ...] = LENGTHS, seconds: float = 3.0) -> CostModel:
     """Measure ``program`` at increasing lengths for about ``seconds`` and fit its cost model.
 
-    Random token ids are used; the device should be otherwise idle.
+    Random token ids are used; the device should be otherwise idle. A stage that these runs did not execute
+    (of another variant of a generic program) is given the mean of those that they did.
     """
     measured: dict[Key, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     limit = program.max_tokens or max(lengths)
@@ -101,28 +105,21 @@ def calibrate(program: Program, *, lengths: tuple[int, ...] = LENGTHS, seconds: 
             break
         rounds = time.perf_counter()
         for repeat in range(3):
-            ids = _random_ids(program, length)
-            run = program.start(
-                ids, logits_to_keep=length if repeat else 1, use_cache=False, max_blocking_ms=math.inf
-            )
-            run.schedule = tuple(Launch(i, i + 1) for i in range(len(program.stages)))
+            run = program.sample(length, rows=length if repeat else 1)
+            run.schedule = tuple(Launch(i, i + 1) for i in range(len(run.program.stages)))
             _measure(run, measured if repeat else None)
         spent = time.perf_counter() - rounds
     fitted = {key: _fit(samples) for key, samples in measured.items()}
+    other = sum(fitted.values(), Coefficients(0.0, 0.0, 0.0)).scaled(1 / len(fitted))
     return CostModel(
         device=str(program.device),
-        coefficients=tuple(fitted[s.key] for s in program.stages),
+        coefficients=tuple(fitted.get(s.key, other) for s in program.stages),
         segments=tuple(s.segment for s in program.stages),
         by_rows=tuple(s.over == "rows" for s in program.stages),
         samples={
             k: tuple((n, float(np.median(t))) for n, t in sorted(v.items())) for k, v in measured.items()
         },
     )
-
-
-def _random_ids(program: Program, length: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(length)
-    return torch.randint(program.vocabulary, (1, length), generator=generator)
 
 
 def _measure(run: Run, into: dict[Key, dict[int, list[float]]] | None) -> None:

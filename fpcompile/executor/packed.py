@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
@@ -189,6 +190,11 @@ class PackedProgram(Program):
             [dict(layers) for _ in packed.layout.groups],
             self.tile_plan(call.shape, max_blocking_ms),
         )
+
+    def sample(self, length: int, *, rows: int) -> Run:
+        """A run over ``length`` random tokens with ``rows`` rows of logits, one launch for each segment."""
+        ids = self.random_ids(length)
+        return self.start(ids, logits_to_keep=rows, use_cache=False, max_blocking_ms=math.inf)
 
     def kv_heads(self) -> Sequence[int]:
         """Heads of each attention stage that can be tiled."""

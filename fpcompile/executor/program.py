@@ -137,6 +137,15 @@ class Program(abc.ABC):
         """Digest of up to 64 evenly spaced elements of every weight, with names, shapes and dtypes."""
         return digest_weights((path, w) for path, w in self.weights.items() if not w.is_mkldnn)
 
+    def sample(self, length: int, *, rows: int) -> Run:
+        """A run over ``length`` random tokens, with ``rows`` rows of logits where that can be chosen."""
+        return self.start(self.random_ids(length), max_blocking_ms=math.inf)
+
+    def random_ids(self, length: int) -> Tensor:
+        """Reproducible token ids ``[1, length]``."""
+        generator = torch.Generator().manual_seed(length)
+        return torch.randint(self.vocabulary, (1, length), generator=generator)
+
     def calibrate(self, **options: Any) -> CostModel:
         """Measure the segments on the device and keep the fitted cost model; see :func:`calibrate`."""
         self._costs = calibrate(self, **options)
@@ -177,6 +186,7 @@ def digest_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
         digest.update(f"{path}{tuple(weight.shape)}{weight.dtype}".encode())
         if weight.numel():
             flat = weight.reshape(-1)
-            at = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), device=flat.device).long()
+            count = min(64, flat.numel())
+            at = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
             digest.update(flat[at].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fpcompile
 from fpcompile.executor.calibrate import Coefficients, CostModel
+from fpcompile.executor.program import digest_weights
+from fpcompile.models.zoo import tiny_model
 
 numbers = st.floats(0, 1e-3)
 
@@ -35,3 +40,19 @@ def test_the_rest_is_the_sum_of_its_segments(
     for start in range(segments[-1] + 2):
         total = sum(model.segment(i, **size) for i in range(start, segments[-1] + 1))
         assert abs(model.remaining(**size, start=start) - total) <= 1e-9 + 1e-9 * total
+
+
+def test_fingerprints_of_weights_reach_the_last_element_of_large_ones() -> None:
+    weight = torch.zeros(1 << 24, 3)
+    before = digest_weights([("w", weight)])
+    weight[-1, -1] = 1.0
+    assert digest_weights([("w", weight)]) != before
+
+
+@pytest.mark.parametrize("arch", ["bloom", "mamba"])
+def test_programs_of_the_generic_route_are_calibrated_too(arch: str) -> None:
+    program = fpcompile.segment(tiny_model(arch))
+    assert str(program.route) == "generic"
+    costs = program.calibrate(lengths=(16, 32), seconds=0.5)
+    assert len(costs.coefficients) == len(program.stages)
+    assert program.predict(tokens=32) > 0

@@ -13,7 +13,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import sympy
 import torch
@@ -29,6 +29,9 @@ from fpcompile.ir import Granularity, Part, PartKind
 from fpcompile.models.generic import GenericCapture, capture_generic, pack
 from fpcompile.models.generic_tree import unflatten
 from fpcompile.passes.generic_partition import Compiled, compile_generic
+
+if TYPE_CHECKING:
+    from fpcompile.executor.checkpoint import Checkpoint
 
 
 @final
@@ -263,17 +266,27 @@ class GenericProgram(Program):
             run.step()
         return run.result()
 
+    def resume(self, checkpoint: Checkpoint) -> Run:
+        """A run that goes on where ``checkpoint`` was taken, by the variant that it was taken from.
+
+        Raises :class:`CheckpointError` when that variant is not compiled in this process.
+        """
+        return self._named(checkpoint.program).resume(checkpoint)
+
+    def _named(self, fingerprint: str) -> Variant:
+        for variant in self.variants:
+            if variant.fingerprint == fingerprint:
+                return variant
+        raise CheckpointError(
+            "the checkpoint belongs to another program, or to a variant that is not compiled here",
+            expected=f"one of {[v.fingerprint[:12] for v in self.variants]}",
+            got=fingerprint[:12],
+            remedy="start a run with arguments of the same kind and shape first: that compiles the variant",
+        )
+
     def restore_call(self, description: dict[str, Any], tensors: dict[str, Tensor]) -> GenericCall:
         """Read back a call of a checkpoint, of the variant that it names."""
-        for variant in self.variants:
-            if variant.fingerprint == description["variant"]:
-                return variant.restore_call(description, tensors)
-        raise CheckpointError(
-            "the checkpoint belongs to a variant that is not compiled",
-            expected=f"one of {[v.fingerprint[:12] for v in self.variants]}",
-            got=str(description["variant"])[:12],
-            remedy="start a run with arguments of the same kind first",
-        )
+        return self._named(description["variant"]).restore_call(description, tensors)
 
 
 def _bind(

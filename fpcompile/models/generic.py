@@ -317,7 +317,8 @@ def _export(
         try:
             for q in quiet:
                 q.setLevel(logging.CRITICAL)
-            return torch.export.export(wrapper, tensors, dynamic_shapes=shapes, strict=False)
+            unmarked = tuple(t.detach() for t in tensors)  # export leaves its marks on what it is given
+            return torch.export.export(wrapper, unmarked, dynamic_shapes=shapes, strict=False)
         finally:
             for q, level in zip(quiet, levels, strict=True):
                 q.setLevel(level)
@@ -458,7 +459,7 @@ def _finish(
     elif trace.specialised is not None:
         notes.append(f"a length became a constant in {trace.specialised or 'the model'}")
     return GenericCapture(
-        graph=exported.graph_module,
+        graph=_rebuilt(exported.graph_module),
         weights=weights_of(exported),
         leaves=collected,
         model=traced,
@@ -479,6 +480,15 @@ def _finish(
         length=_length(flat, shapes),
         growing=frozenset(i for i, name in _names(flat.spec).items() if name in _GROWING),
     )
+
+
+def _rebuilt(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph anew: export can leave nodes whose uses are not recorded."""
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        copied[node] = graph.node_copy(node, copied.__getitem__)
+    return fx.GraphModule(module, graph)
 
 
 def _length(flat: Flat, shapes: Sequence[Sequence[sympy.Expr]]) -> sympy.Symbol | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import (
     get_proxy_slot,
 )
 from torch.overrides import TorchFunctionMode
+from transformers import masking_utils
 
 _READS: dict[Any, Any] = {
     Tensor.__bool__: bool,
@@ -55,7 +56,15 @@ class Decision:
         return bool(_read(self.read, tensor) == self.value)
 
 
+def _open(size: torch.SymInt) -> bool:
+    """Whether a size depends on values that the trace does not know."""
+    env, expr = size.node.shape_env, size.node.expr
+    return any(str(s).startswith("u") and s not in env.replacements for s in expr.free_symbols)
+
+
 def _read(name: str, tensor: Tensor) -> Any:
+    if name == "shape":
+        return list(tensor.shape)
     return next(how for function, how in _READS.items() if function.__name__ == name)(tensor)
 
 
@@ -85,7 +94,24 @@ class Deciding(TorchFunctionMode):
         if func is torch.equal:
             with self:
                 return args[0].shape == args[1].shape and bool((args[0] == args[1]).all())
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, FakeTensor):
+                self._settle_sizes(value)
+        return result
+
+    def _settle_sizes(self, tensor: FakeTensor) -> None:
+        """Decide sizes that depend on values (of ``nonzero``, say) when the inputs alone determine them."""
+        sizes: list[Any] = list(tensor.shape)
+        if not any(isinstance(s, torch.SymInt) and _open(s) for s in sizes):
+            return
+        node = self._node(tensor)
+        needed = None if node is None else self._ancestors(node)
+        if node is None or needed is None:
+            return
+        for size, real in zip(sizes, self._decide(node, needed, "shape"), strict=True):
+            if isinstance(size, torch.SymInt) and _open(size):
+                torch._check(size == real)
 
     def _ancestors(self, node: fx.Node) -> list[fx.Node] | None:
         """Nodes that ``node`` is computed from, in order; None when weights or activations are among them."""
@@ -137,19 +163,32 @@ class Deciding(TorchFunctionMode):
         return value
 
 
+def _broadcast_mask(mask_function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A mask ``[B, H, Q, K]`` by broadcasting its indices: what vmap gives, which is not traced."""
+
+    def expand(batch: Tensor, heads: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+        indices = masking_utils._non_vmap_expansion_sdpa(batch, heads, queries, keys)
+        sizes = [index.shape[0] for index in (batch, heads, queries, keys)]
+        return mask_function(*indices).expand(sizes)
+
+    return expand
+
+
 @contextlib.contextmanager
 def as_eager() -> Iterator[None]:
     """While open (inside a trace), transformers does not see that it is traced. One trace at a time."""
     with _lock:
         flags = torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag
-        fake = import_utils.is_fake_tensor
+        fake, expansion = import_utils.is_fake_tensor, masking_utils._vmap_expansion_sdpa
         checks = Distribution._validate_args
         torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = False
         Distribution.set_default_validate_args(False)  # reads activations, and only to raise
         import_utils.is_fake_tensor = lambda x: False
+        masking_utils._vmap_expansion_sdpa = _broadcast_mask
         try:
             yield
         finally:
             torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag = flags
             import_utils.is_fake_tensor = fake
+            masking_utils._vmap_expansion_sdpa = expansion
             Distribution.set_default_validate_args(checks)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -143,8 +143,14 @@ class _Prober:
         self.symbols = sorted(free, key=str)
         self.hints = _hints([*(s for t in tensors for s in t.shape), *counts])
 
-    def probe(self, values: Mapping[sympy.Symbol, int], copies: bool = True) -> Outcome:
-        """Run on made-up tensors: small random numbers, zeros for integers, ones for booleans."""
+    def probe(self, values: Mapping[sympy.Symbol, int]) -> Outcome:
+        """Run on made-up tensors: small random numbers; ones for integers (ids, masks), else zeros."""
+        try:
+            return self._probe(values, torch.ones)
+        except Exception:
+            return self._probe(values, torch.zeros)
+
+    def _probe(self, values: Mapping[sympy.Symbol, int], integers: Callable[..., Tensor]) -> Outcome:
         generator = torch.Generator().manual_seed(0)
         made: list[Tensor] = []
         with unset_fake_temporarily(), disable_proxy_modes_tracing():
@@ -153,10 +159,10 @@ class _Prober:
                 if dtype.is_floating_point:
                     made.append((torch.randn(size, generator=generator) * 0.1).to(device, dtype))
                 else:
-                    make = torch.ones if dtype is torch.bool else torch.zeros
+                    make = torch.ones if dtype is torch.bool else integers
                     made.append(make(size, dtype=dtype, device=device))
             counts = [_value(c, values) for c in self.counts]
-            return _execute(self.module, self.spec, made, counts, frozenset(), copies)
+            return _execute(self.module, self.spec, made, counts, frozenset(), copies=True)
 
     def measure(self) -> tuple[Outcome, tuple[tuple[Affine, ...], ...], tuple[Affine, ...]]:
         """Probe at the hints and at larger sizes; the outcome, the fresh tensors' shapes, the counts."""

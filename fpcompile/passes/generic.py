@@ -135,8 +135,7 @@ def _name_symbols(graph: fx.Graph, g: Generic) -> None:
         if node.target is not aten.sym_size.int:
             continue
         if not isinstance(node.meta["val"], torch.SymInt):
-            node.replace_all_uses_with(node.meta["val"])
-            graph.erase_node(node)
+            _replace_by(node, int(node.meta["val"]))
             continue
         symbol = node.meta["val"].node.expr
         if not isinstance(symbol, sympy.Symbol) or not any(symbol in s for s in g.capture.guards.shapes):
@@ -148,6 +147,18 @@ def _name_symbols(graph: fx.Graph, g: Generic) -> None:
             g.lengths[made[symbol].name] = symbol
         node.replace_all_uses_with(made[symbol])
         graph.erase_node(node)
+
+
+def _replace_by(node: fx.Node, number: int) -> None:
+    """Write a number in place of a node."""
+
+    def swap(argument: fx.Node) -> Any:
+        return number if argument is node else argument
+
+    for user in list(node.users):
+        user.args = fx.map_arg(user.args, swap)
+        user.kwargs = fx.map_arg(user.kwargs, swap)
+    node.graph.erase_node(node)
 
 
 def _sink(graph: fx.Graph) -> None:

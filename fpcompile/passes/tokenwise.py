@@ -266,6 +266,13 @@ def _squeeze(p: Proof, node: fx.Node) -> AxisOrNone:
     return Axis(axis.dim - (at < axis.dim), axis.over)
 
 
+@rule(aten.squeeze.default)
+def _squeeze_all(p: Proof, node: fx.Node) -> AxisOrNone:
+    axis = p.axis(node.args[0])
+    gone = [d for d, size in enumerate(p.shape(node.args[0])) if size == 1]
+    return axis and Axis(axis.dim - sum(d < axis.dim for d in gone), axis.over)
+
+
 @rule(aten.transpose.int)
 def _transpose(p: Proof, node: fx.Node) -> AxisOrNone:
     axis = p.axis(node.args[0])
@@ -337,7 +344,7 @@ def _one_hot(p: Proof, node: fx.Node) -> AxisOrNone:
 
 @rule(aten.contiguous.default, aten.clone.default, aten.to.dtype, aten.to.device, aten.to.other,
       aten.type_as.default, aten._to_copy.default, aten.to.dtype_layout, aten.dropout.default,
-      aten.zeros_like.default, aten.ones_like.default,
+      aten.zeros_like.default, aten.ones_like.default, aten.lift_fresh_copy.default,
       aten.full_like.default, aten.empty_like.default)  # fmt: skip
 def _same(p: Proof, node: fx.Node) -> AxisOrNone:
     return p.axis(node.args[0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -89,17 +90,19 @@ class _Checker:
 
 
 def difference(own: list[Tensor], got: list[Tensor]) -> float:
-    """Largest difference of any pair relative to its largest element; infinite for another shape."""
-    worst = 0.0 if len(own) == len(got) else float("inf")
-    for a, b in zip(own, got, strict=False):
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return float("inf")
-        same_holes = torch.equal(a.isnan(), b.isnan()) and bool(a.isnan().all())
-        if a.numel() == 0 or torch.equal(a, b) or same_holes:
+    """Largest difference of any pair relative to its largest element; infinite for other shapes or NaNs."""
+    if len(own) != len(got):
+        return math.inf
+    worst = 0.0
+    for a, b in zip(own, got, strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a.isnan(), b.isnan()):
+            return math.inf
+        x, y = a[~a.isnan()].double(), b[~b.isnan()].double()
+        if torch.equal(x, y):
             continue
-        x, y = a.double(), b.double()
-        worst = max(worst, float((x - y).abs().max() / x.abs().max().clamp_min(1e-30)))
-    return worst if worst == worst else float("inf")
+        error = float((x - y).abs().max() / x.abs().max().clamp_min(1e-30))
+        worst = max(worst, error if math.isfinite(error) else math.inf)
+    return worst
 
 
 def _logits(out: Any) -> list[Tensor]:
@@ -223,7 +226,7 @@ def _generated(c: _Checker, model: Any, ids: Tensor, key: str, mine: Any, theirs
     try:
         with torch.no_grad():
             got = model.generate(given, past_key_values=copy.deepcopy(mine), **options)
-        c.row.errors["generate"] = 0.0 if torch.equal(expected, got) else float("inf")
+        c.row.errors["generate"] = 0.0 if torch.equal(expected, got) else math.inf
     except Exception as error:
         c.row.failures["generate"] = f"{type(error).__name__}: {error}"[:400]
 

@@ -26,8 +26,9 @@ from fpcompile.executor.run import Run
 from fpcompile.executor.schedule import Launch, Shape
 from fpcompile.executor.stages import Executable, build_stages
 from fpcompile.ir import Granularity, Part, PartKind
-from fpcompile.models.generic import GenericCapture, capture_generic, pack
+from fpcompile.models.generic import GenericCapture, pack
 from fpcompile.models.generic_tree import unflatten
+from fpcompile.passes.generic_capture import capture_generic
 from fpcompile.passes.generic_partition import Compiled, compile_generic
 
 if TYPE_CHECKING:

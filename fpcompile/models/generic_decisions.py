@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import sympy
 import torch
 import transformers.utils.import_utils as import_utils
 from torch import Tensor, fx, nn
@@ -111,7 +112,11 @@ class Deciding(TorchFunctionMode):
             return
         for size, real in zip(sizes, self._decide(node, needed, "shape"), strict=True):
             if isinstance(size, torch.SymInt) and _open(size):
-                torch._check(size == real)
+                expr = size.node.expr
+                if isinstance(expr, sympy.Symbol):
+                    size.node.shape_env._set_replacement(expr, sympy.Integer(real), "decided by the inputs")
+                else:
+                    torch._check(size == real)  # type: ignore[no-untyped-call]
 
     def _ancestors(self, node: fx.Node) -> list[fx.Node] | None:
         """Nodes that ``node`` is computed from, in order; None when weights or activations are among them."""
@@ -138,7 +143,9 @@ class Deciding(TorchFunctionMode):
             return None
         tracer: Any = self.tracer
         value = getattr(tracer.root, str(node.target), None)
-        if not isinstance(value, Tensor) or isinstance(value, (FakeTensor, nn.Parameter)):
+        if isinstance(value, FakeTensor):
+            value = value.constant
+        if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
             return None
         return value if value.numel() <= _MOST_NODES else None
 

@@ -1,0 +1,265 @@
+"""Capture by the generic route: any model as one graph from flat input tensors to flat output tensors.
+
+A model is traced (:mod:`fpcompile.models.generic_trace`) and the graph examined. A submodule in which the
+trace fails, which turns a length into a constant, or which draws random numbers, becomes an opaque leaf
+(:mod:`fpcompile.models.opaque`) and the trace is repeated; an input that the model writes into is copied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+
+from fpcompile.errors import UnsupportedModelError
+from fpcompile.models import leaves
+from fpcompile.models.capture import weights_of
+from fpcompile.models.generic import GROWING, GenericCapture, Guards, dynamic_dims, names_of, top_level
+from fpcompile.models.generic_trace import Trace, Wrapper, export, prepare
+from fpcompile.models.generic_tree import Flat
+from fpcompile.models.opaque import LeafRefusedError
+from fpcompile.passes.aliases import mutated_arguments, storage_owners
+from fpcompile.passes.context import source
+
+_ATTEMPTS = 24
+
+
+@dataclasses.dataclass(slots=True)
+class _Attempt:
+    """What the next trace is tried with."""
+
+    opaque: list[str]
+    refused: dict[str, str]
+    for_length: set[str]
+    dynamic: bool = True
+    cloned: frozenset[int] = frozenset()
+
+
+def capture_generic(model: nn.Module, flat: Flat, tensors: tuple[Tensor, ...]) -> GenericCapture:
+    """A variant for the call ``tensors`` (see :func:`pack`). The model is left as found.
+
+    Raises :class:`UnsupportedModelError` when neither symbolic nor constant lengths can be traced, with or
+    without opaque leaves.
+    """
+    attempt = _Attempt([], {}, set())
+    for _ in range(_ATTEMPTS):
+        traced = prepare(model, attempt.opaque)
+        wrapper = Wrapper(traced, flat, tensors, attempt.cloned).eval()
+        trace = wrapper.trace
+        try:
+            with leaves.collecting() as collected:
+                exported = export(wrapper, tensors, dynamic_dims(flat, tensors) if attempt.dynamic else None)
+        except Exception as error:
+            _after_failure(model, attempt, trace, error)
+            continue
+        if attempt.dynamic and _worth_a_leaf(model, attempt, trace):
+            continue
+        drawing = _random_module(exported)
+        if drawing is not None:
+            _add_or_refuse(model, attempt, *drawing)
+            continue
+        written = _written_inputs(exported, len(tensors))
+        if written - attempt.cloned:
+            attempt.cloned |= written
+            continue
+        return _finish(traced, exported, trace, flat, tuple(collected), attempt)
+    raise UnsupportedModelError(
+        f"{type(model).__name__} cannot be traced",
+        reason=f"still failing after {_ATTEMPTS} attempts; opaque: {attempt.opaque[-3:]}",
+    )
+
+
+def _after_failure(model: nn.Module, attempt: _Attempt, trace: Trace, error: Exception) -> None:
+    """Choose the next attempt: an opaque leaf, constant lengths, or give up."""
+    path = next((p for p in reversed(trace.stack) if p), "")
+    if isinstance(error, LeafRefusedError) and path in attempt.opaque:
+        family = [p for p in attempt.opaque if _class(model, p) is _class(model, path)]
+        attempt.opaque = [p for p in attempt.opaque if p not in family]
+        attempt.refused |= dict.fromkeys(family, str(error))
+        if path in attempt.for_length:
+            return  # the trace itself succeeds, with a constant length
+    while path and path not in attempt.opaque:
+        if path not in attempt.refused and _acceptable(model, path):
+            _add(model, attempt, path)
+            return
+        path = path.rpartition(".")[0]
+    if attempt.dynamic:
+        attempt.dynamic, attempt.opaque, attempt.refused = False, [], {}
+        attempt.for_length.clear()
+        return
+    raise explain(model, error) from error
+
+
+def _class(model: nn.Module, path: str) -> type[nn.Module]:
+    return type(model.get_submodule(path))
+
+
+def _add(model: nn.Module, attempt: _Attempt, path: str) -> list[str]:
+    """Make the submodule and its siblings of the same class opaque; their paths."""
+    kind = _class(model, path)
+    known = {*attempt.opaque, *attempt.refused}
+    family = [p for p, m in model.named_modules() if type(m) is kind and p not in known]
+    attempt.opaque += family
+    return family
+
+
+def _acceptable(model: nn.Module, path: str) -> bool:
+    """Whether a submodule may be opaque: not a stack of layers that holds half of the weights."""
+    module = model.get_submodule(path)
+    if isinstance(module, nn.ModuleList):
+        return False
+    stacked = any(isinstance(m, nn.ModuleList) and len(m) > 1 for m in module.modules())
+    share = sum(p.numel() for p in module.parameters()) / max(1, sum(p.numel() for p in model.parameters()))
+    return not (stacked and share > 0.3) and share < 0.6
+
+
+def _worth_a_leaf(model: nn.Module, attempt: _Attempt, trace: Trace) -> bool:
+    """Whether the trace turned a length into a constant inside a submodule that can be opaque instead."""
+    path = trace.specialised
+    if path and path not in attempt.refused and path not in attempt.opaque and _acceptable(model, path):
+        attempt.for_length.update(_add(model, attempt, path))
+        return True
+    return False
+
+
+def _random_module(exported: torch.export.ExportedProgram) -> tuple[str, str, str] | None:
+    """Submodule, node and line of an operator that draws random numbers, if there is one.
+
+    A seed that the model's own code sets before it is no part of a graph.
+    """
+    for node in exported.graph_module.graph.nodes:
+        tagged = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if tagged and not _draws_nothing(node):
+            return source(node).module, node.name, source(node).line
+    return None
+
+
+def _draws_nothing(node: fx.Node) -> bool:
+    """Whether an operator that may draw random numbers is called so that it does not: an idle dropout."""
+    known = {"train": False, "training": False, "dropout_p": 0.0}
+    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.name in known:
+            given = node.kwargs.get(argument.name, argument.default_value)
+            value = node.args[position] if position < len(node.args) else given
+            return bool(value == known[argument.name])
+    return False
+
+
+def _add_or_refuse(model: nn.Module, attempt: _Attempt, path: str, node: str, line: str) -> None:
+    """Make the submodule opaque, or the nearest one around it that can be."""
+    inner = path
+    while inner:
+        if inner not in attempt.refused and inner not in attempt.opaque and _acceptable(model, inner):
+            _add(model, attempt, inner)
+            return
+        inner = inner.rpartition(".")[0]
+    raise UnsupportedModelError(
+        f"{type(model).__name__} draws random numbers while it runs",
+        reason="a graph cannot repeat them, and no submodule around them can be opaque",
+        node=node,
+        module_path=path,
+        source_line=line or None,
+    )
+
+
+def _written_inputs(exported: torch.export.ExportedProgram, count: int) -> frozenset[int]:
+    """Flat inputs whose memory some node writes into."""
+    graph = exported.graph_module.graph
+    placeholders = [n.name for n in graph.nodes if n.op == "placeholder"][-count:] if count else []
+    owners = storage_owners(graph)
+    written = {
+        owners.get(w.name) for n in graph.nodes if n.op == "call_function" for w in mutated_arguments(n)
+    }
+    return frozenset(i for i, name in enumerate(placeholders) if name in written)
+
+
+def _finish(
+    traced: nn.Module,
+    exported: torch.export.ExportedProgram,
+    trace: Trace,
+    flat: Flat,
+    collected: tuple[leaves.Leaf, ...],
+    attempt: _Attempt,
+) -> GenericCapture:
+    graph = exported.graph_module.graph
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"][-len(trace.real) :]
+    env = trace.shape_env
+    shapes = tuple(tuple(_expression(s) for s in n.meta["val"].shape) for n in placeholders)
+    strides = tuple(tuple(_expression(s) for s in n.meta["val"].stride()) for n in placeholders)
+    symbols = sorted({f for shape in (*shapes, *strides) for s in shape for f in s.free_symbols}, key=str)
+    conditions = [g.expr.xreplace(env.replacements) for g in env.guards]
+    bounds = tuple(
+        (s, env.var_to_range[s].lower, env.var_to_range[s].upper) for s in symbols if s in env.var_to_range
+    )
+    assert trace.result is not None
+    notes = [f"opaque: {p}" for p in attempt.opaque]
+    if not attempt.dynamic:
+        notes.append("every length is a constant of this variant")
+    elif trace.specialised is not None:
+        notes.append(f"a length became a constant in {trace.specialised or 'the model'}")
+    return GenericCapture(
+        graph=_rebuilt(exported.graph_module),
+        weights=weights_of(exported),
+        leaves=collected,
+        model=traced,
+        guards=Guards(
+            flat.spec,
+            shapes,
+            strides,
+            tuple(t.dtype for t in trace.real),
+            tuple(c for c in conditions if c != sympy.true),
+            bounds,
+            trace.decisions,
+        ),
+        inputs=tuple(n.name for n in placeholders),
+        result=trace.result.spec,
+        counts=tuple(_expression(c) for c in trace.result.counts),
+        opaque=tuple(attempt.opaque),
+        notes=tuple(notes),
+        length=_length(flat, shapes),
+        growing=frozenset(i for i, name in names_of(flat.spec).items() if name in GROWING),
+    )
+
+
+def _rebuilt(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph anew: export can leave nodes whose uses are not recorded."""
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        copied[node] = graph.node_copy(node, copied.__getitem__)
+    return fx.GraphModule(module, graph)
+
+
+def _length(flat: Flat, shapes: Sequence[Sequence[sympy.Expr]]) -> sympy.Symbol | None:
+    """The symbol of the main length: dimension 1 of the first argument that has one."""
+    for i in sorted(top_level(flat)):
+        if len(shapes[i]) >= 2 and isinstance(shapes[i][1], sympy.Symbol):
+            return shapes[i][1]
+    return None
+
+
+def _expression(size: Any) -> sympy.Expr:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+def explain(model: nn.Module, error: Exception) -> UnsupportedModelError:
+    """The user's error for a failed trace: the model's line, and what was said there."""
+    if isinstance(error, UnsupportedModelError):
+        return error
+    line = None
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if "modeling_" in frame.filename:
+            line = f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}: {frame.line}"
+            break
+    reason = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
+    return UnsupportedModelError(
+        f"{type(model).__name__} cannot be traced",
+        reason=f"{type(error).__name__}: {reason[:300]}",
+        source_line=line,
+        remedy="see docs/adapters.md: replace the submodule, or report the model with its coverage row",
+    )

@@ -101,9 +101,10 @@ def _check_model(model: Any) -> None:
             "another torch.nn.Module with example_inputs",
             got=type(model).__name__,
         )
-    if model.training:
+    training = next((path for path, module in model.named_modules() if module.training), None)
+    if training is not None:
         raise InvalidInputError(
-            "the model is in training mode",
+            f"{f'the submodule {training}' if training else 'the model'} is in training mode",
             expected="a model in evaluation mode",
             remedy="call model.eval() first",
         )

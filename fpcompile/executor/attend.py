@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fpcompile.executor.inputs import Group, Layout
-from fpcompile.executor.kv import LayerKV
+from fpcompile.executor.kv import LayerKV, owned
 from fpcompile.executor.run import Run
 from fpcompile.executor.schedule import EXACT_ROWS, Launch
 from fpcompile.models.attention import AttentionCall, MaskKind
@@ -37,9 +37,7 @@ def write(run: Run, layout: Layout, call: AttentionCall, k: Tensor, v: Tensor) -
     for group, layers in zip(layout.groups, run.kv, strict=True):
         keys, values = unpack(k, group), unpack(v, group)
         past = layers.get(call.layer)
-        layers[call.layer] = (
-            past.append(keys, values) if past else LayerKV(keys.contiguous(), values.contiguous())
-        )
+        layers[call.layer] = past.append(keys, values) if past else LayerKV(owned(keys), owned(values))
 
 
 def mask_of(run: Run, call: AttentionCall, group: Group, kv: LayerKV, like: Tensor) -> Tensor | None:

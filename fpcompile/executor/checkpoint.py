@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fpcompile.errors import CheckpointError
+from fpcompile.errors import CheckpointError, UsageError
 from fpcompile.executor.kv import LayerKV
 from fpcompile.executor.schedule import Launch
 
@@ -105,14 +105,15 @@ class Checkpoint:
                 got=str(metadata.get("format")),
                 where=os.fspath(path),
             )
-        if _digest(metadata["description"], tensors) != metadata["sha256"]:
+        description, digest = metadata.get("description", ""), metadata.get("sha256")
+        if _digest(description, tensors) != digest:
             raise CheckpointError(
                 "the checkpoint was changed after it was written",
-                expected=f"sha256 {metadata['sha256']}",
+                expected=f"sha256 {digest}",
                 got="another digest",
                 where=os.fspath(path),
             )
-        return _rebuild(json.loads(metadata["description"]), tensors)
+        return _rebuild(json.loads(description), tensors)
 
 
 def _digest(description: str, tensors: dict[str, Tensor]) -> str:
@@ -168,10 +169,21 @@ def take(run: Run) -> Checkpoint:
     )
 
 
+def check_type(checkpoint: Any) -> None:
+    """Refuse what is no checkpoint, such as the path of one."""
+    if not isinstance(checkpoint, Checkpoint):
+        raise UsageError(
+            "resume() takes a Checkpoint",
+            got=type(checkpoint).__name__,
+            remedy="read a file with fpcompile.Checkpoint.load(path) first",
+        )
+
+
 def restore(program: Program, checkpoint: Checkpoint) -> Run:
     """A run of ``program`` that goes on at the checkpoint."""
     from fpcompile.executor.run import Run
 
+    check_type(checkpoint)
     for what, expected, got in (
         ("program", program.fingerprint, checkpoint.program),
         ("weights", program.weights_fingerprint, checkpoint.weights),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fpcompile.errors import CheckpointError, InvalidInputError, UsageError
 from fpcompile.executor.call import Call
+from fpcompile.executor.checkpoint import check_type
 from fpcompile.executor.program import Program
 from fpcompile.executor.run import Run
 from fpcompile.executor.schedule import Launch, Shape
@@ -272,6 +273,7 @@ class GenericProgram(Program):
 
         Raises :class:`CheckpointError` when that variant is not compiled in this process.
         """
+        check_type(checkpoint)
         return self._named(checkpoint.program).resume(checkpoint)
 
     def _named(self, fingerprint: str) -> Variant:

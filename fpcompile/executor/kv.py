@@ -7,6 +7,7 @@ checkpoint may hold the old one. Layers are numbered as in the model's own cache
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from fpcompile.errors import InvalidInputError
+from fpcompile.models.attention import AttentionCall
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -31,8 +33,20 @@ class LayerKV:
         )
 
 
-def read_cache(past: Any, batch: int) -> tuple[int, dict[int, LayerKV]]:
-    """Length and layers of a transformers cache that a run continues. The cache itself is not changed."""
+def owned(tensor: Tensor) -> Tensor:
+    """``tensor`` contiguous and alone in its memory: a view would keep a whole fused projection alive."""
+    alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def read_cache(
+    past: Any, batch: int, calls: Iterable[AttentionCall], dtype: torch.dtype
+) -> tuple[int, dict[int, LayerKV]]:
+    """Length and layers of a transformers cache that a run continues. The cache itself is not changed.
+
+    ``calls`` are the attention calls that will read it. A layer without its past would attend to the new
+    tokens alone, so every layer is checked. Raises :class:`InvalidInputError`.
+    """
     if past is None:
         return 0, {}
     if not isinstance(past, DynamicCache):
@@ -42,19 +56,49 @@ def read_cache(past: Any, batch: int) -> tuple[int, dict[int, LayerKV]]:
             got=type(past).__name__,
             remedy="continue from the cache that the program or model.generate returned",
         )
+    filled: dict[int, Any] = {
+        i: layer for i, layer in enumerate(past.layers) if getattr(layer, "is_initialized", False)
+    }
+    if not filled:
+        return 0, {}
     length = int(past.get_seq_length())
-    layers: dict[int, LayerKV] = {}
-    for index, entry in enumerate(past.layers):
-        layer: Any = entry
-        if not getattr(layer, "is_initialized", False):
-            continue
-        if layer.keys.shape[0] != batch:
-            raise InvalidInputError(
-                "past_key_values has another batch size", expected=str(batch), got=str(layer.keys.shape[0])
+    written = {call.layer: call for call in calls if call.writes}
+    if set(filled) != set(written):
+        raise _foreign(f"layers {sorted(written)}", f"layers {sorted(filled)}")
+    return length, {i: _read_layer(i, filled[i], call, batch, length, dtype) for i, call in written.items()}
+
+
+def _read_layer(
+    index: int, layer: Any, call: AttentionCall, batch: int, length: int, dtype: torch.dtype
+) -> LayerKV:
+    keys, values = layer.keys, layer.values
+    if keys.shape[0] != batch:
+        raise InvalidInputError(
+            "past_key_values has another batch size", expected=str(batch), got=str(int(keys.shape[0]))
+        )
+    held = int(keys.shape[2])
+    for name, tensor, width in (("keys", keys, call.dims[0]), ("values", values, call.dims[1])):
+        shape = [batch, call.kv_heads, held, width]
+        if list(tensor.shape) != shape or tensor.dtype != dtype:
+            raise _foreign(
+                f"{name} {shape} of {dtype} in layer {index}", f"{list(tensor.shape)} of {tensor.dtype}"
             )
-        seen = int(getattr(layer, "cumulative_length", layer.keys.shape[2]))
-        layers[index] = LayerKV(layer.keys, layer.values, seen - int(layer.keys.shape[2]))
-    return length, layers
+    seen = int(getattr(layer, "cumulative_length", held))
+    needed = min(length, call.mask.size - 1) if call.mask.size else length
+    if seen != length or held < needed:
+        raise _foreign(
+            f"{length} tokens in layer {index}, as in layer 0", f"{seen} seen and {held} of them kept"
+        )
+    return LayerKV(keys, values, seen - held)
+
+
+def _foreign(expected: str, got: str) -> InvalidInputError:
+    return InvalidInputError(
+        "past_key_values does not belong to this model",
+        expected=expected,
+        got=got,
+        remedy="continue from the cache that this program or its model returned",
+    )
 
 
 def write_cache(config: Any, layers: dict[int, LayerKV]) -> Cache:

@@ -165,7 +165,7 @@ class PackedProgram(Program):
                     got=f"{name}={type(value).__name__}",
                 )
         ids = checks.check_ids(input_ids, self.vocabulary, self.device)
-        past, layers = read_cache(past_key_values, int(ids.shape[0]))
+        past, layers = read_cache(past_key_values, int(ids.shape[0]), self.attention, self.dtype)
         mask = checks.check_mask(attention_mask, ids, past)
         checks.check_length(past + int(ids.shape[1]), self.max_tokens)
         packed = checks.pack(ids, mask, past=past, rows=checks.check_rows(logits_to_keep, int(ids.shape[1])))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import functools
 import hashlib
+import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -123,8 +124,10 @@ class Program(abc.ABC):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Digest of the segments: the same for programs that execute the same code in the same order."""
-        digest = hashlib.sha256()
+        """Digest of the segments and of the model's configuration: equal where the same code is executed in
+        the same order. Some numbers (a rotary factor, an expert's activation) are in the configuration only.
+        """
+        digest = hashlib.sha256(_settings(self.config).encode())
         for segment in self.segments:
             for p in segment.parts:
                 digest.update(
@@ -177,6 +180,16 @@ def check_budget(max_blocking_ms: float | None) -> float | None:
             got=repr(given),
         )
     return float(given)
+
+
+_ORIGIN = ("_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype")
+
+
+def _settings(config: Any) -> str:
+    """A transformers configuration as text, without what says where the model came from."""
+    values = config.to_dict() if hasattr(config, "to_dict") else {}
+    kept = {name: value for name, value in values.items() if name not in _ORIGIN}
+    return json.dumps(kept, sort_keys=True, default=str)
 
 
 def digest_weights(weights: Iterable[tuple[str, Tensor]]) -> str:

@@ -110,13 +110,17 @@ class Run:
         if self.done:
             raise UsageError("the run is done", remedy="take its result()")
         launch = self.schedule[self.at]
-        with torch.no_grad():
-            if launch.tiled:
-                self._tile(self.program.stages[launch.first], launch)
-            else:
-                for stage in self.program.stages[launch.first : launch.last]:
-                    self._whole(stage)
-        self.at += 1
+        try:
+            with torch.no_grad():
+                if launch.tiled:
+                    self._tile(self.program.stages[launch.first], launch)
+                else:
+                    for stage in self.program.stages[launch.first : launch.last]:
+                        self._whole(stage)
+            self.at += 1
+        except BaseException:  # an interrupt too: half a step is neither the cut before nor the one behind
+            self.release()
+            raise
 
     def _whole(self, stage: Stage) -> None:
         values, lengths = self.values, self.call.lengths
@@ -133,9 +137,8 @@ class Run:
         try:
             return step.function(self, arguments, lengths)
         except Exception as error:
-            failed = segment_error(self.program.segments[stage.segment], step.part, step.names, error)
-            self.release()
-            raise failed from error
+            segment = self.program.segments[stage.segment]
+            raise segment_error(segment, step.part, step.names, error) from error
 
     def _tile(self, stage: Stage, launch: Launch) -> None:
         """Execute one tile; its results go into ``partial``, and into ``values`` with the last one."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fpcompile.errors import UnsupportedModelError
+from fpcompile.models.shadow import shadow
 
 if TYPE_CHECKING:
     from fpcompile.executor.program import Program
@@ -30,8 +31,9 @@ def self_check(program: Program, model: PreTrainedModel) -> None:
     ids = [
         torch.randint(program.vocabulary, (1, n), generator=generator).to(program.device) for n in _LENGTHS
     ]
+    unmodified = shadow(model)  # its forward may write into buffers (dynamic rotary frequencies)
     with torch.no_grad():
-        own = [model(input_ids=i, use_cache=False).logits for i in ids]
+        own = [unmodified(input_ids=i, use_cache=False).logits for i in ids]
     alone = [program(i, use_cache=False).logits for i in ids]
     width = max(_LENGTHS)
     batch = torch.zeros(len(ids), width, dtype=torch.long, device=program.device)

@@ -146,8 +146,9 @@ class AttentionCall:
     """Everything static about one attention node.
 
     ``module`` is the shadow's own attention module (it carries head counts and sinks), ``function`` the
-    attention function of the unmodified model, ``layer`` the index of its key/value cache entry. ``writes``
-    is False for a layer that reads the entry of an earlier one and adds nothing to it.
+    attention function of the unmodified model, ``layer`` the index of its key/value cache entry, ``dims``
+    the widths of a key and of a value head. ``writes`` is False for a layer that reads the entry of an
+    earlier one and adds nothing to it.
     """
 
     module: nn.Module
@@ -158,6 +159,7 @@ class AttentionCall:
     kwargs: dict[str, Any]
     heads: int
     kv_heads: int
+    dims: tuple[int, int]
     writes: bool = True
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -276,6 +278,7 @@ class AttentionRecorder:
                 keep,
                 int(q.shape[1]),
                 int(k.shape[1]),
+                (int(k.shape[3]), int(v.shape[3])),
                 writes=entry == layer,
             )
         )

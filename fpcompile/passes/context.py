@@ -7,6 +7,7 @@ written by analysis passes (each field has one writer) and read by later ones.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -69,8 +70,14 @@ def expression(size: Any, names: dict[sympy.Symbol, sympy.Symbol]) -> sympy.Expr
     return sympy.Integer(int(size))
 
 
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+
+
 def source(node: fx.Node) -> Source:
-    """Module path and model source line of a node, from the metadata that torch.export leaves."""
+    """Module path and source line of a node, from the metadata that torch.export leaves.
+
+    Of the frames, the innermost outside torch's own layers is the model's.
+    """
     stack = node.meta.get("nn_module_stack") or {}
     paths = [entry[0] for entry in stack.values()]
     module = paths[-1] if paths else ""
@@ -79,7 +86,8 @@ def source(node: fx.Node) -> Source:
     frames = re.findall(
         r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', node.meta.get("stack_trace") or ""
     )
-    models = [f for f in frames if "modeling_" in f[0]] or frames
+    outside = [f for f in frames if not f[0].startswith(_TORCH)] or frames
+    models = [f for f in outside if "modeling_" in f[0]] or outside
     line = f"{models[-1][0].rsplit('/', 1)[-1]}:{models[-1][1]}: {models[-1][2].strip()}" if models else ""
     return Source(module, line)
 

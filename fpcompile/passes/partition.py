@@ -151,7 +151,8 @@ class Partitioner:
         call = self.ctx.capture.attention[int(node.args[3])]  # type: ignore[arg-type]
         q, k, v = (tensors_of(n)[0] for n in node.all_input_nodes)
         dims = f"{call.heads}x{q.shape[-1]},{call.kv_heads}x{k.shape[-1]},{v.shape[-1]}"
-        return f"attention[{call.implementation},{call.mask},{dims},{q.dtype}]"
+        plain = {n: v for n, v in sorted(call.kwargs.items()) if isinstance(v, (bool, int, float, str))}
+        return f"attention[{call.implementation},{call.mask},{dims},{q.dtype},{plain}]"
 
     def _leaf_key(self, node: fx.Node) -> str:
         leaf = self.ctx.capture.leaves[int(node.args[1])]  # type: ignore[arg-type]

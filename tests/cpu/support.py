@@ -169,7 +169,7 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-class ToyConfig(PretrainedConfig):
+class ToyConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """Configuration of :class:`Toy`; the fields that transformers' mask functions and caches read."""
 
     model_type = "fpcompile_toy"
@@ -178,7 +178,7 @@ class ToyConfig(PretrainedConfig):
         self.num_hidden_layers = layers
         self.hidden_size, self.vocab_size, self.max_position_embeddings = 32, 128, 512
         self.num_attention_heads = self.num_key_value_heads = 2
-        super().__init__(tie_word_embeddings=False, **kwargs)
+        super().__init__(**{"tie_word_embeddings": False, **kwargs})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -188,7 +188,7 @@ class Spot:
     x: Tensor
     ids: Tensor
     positions: Tensor
-    layer: nn.Module
+    layer: Any
 
 
 Mix = Callable[[Spot], Tensor]
@@ -205,7 +205,9 @@ class ToyLayer(nn.Module):
         self.conv = nn.Conv1d(32, 32, 3, padding=2)
         self.register_buffer("counts", torch.zeros(32))
 
-    def forward(self, x: Tensor, ids: Tensor, positions: Tensor, mask: Any, cache: Any, attend: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, ids: Tensor, positions: Tensor, mask: Any, cache: Any, attend: Any
+    ) -> Tensor:
         q, k, v = (part.unflatten(-1, (2, 16)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
@@ -214,7 +216,7 @@ class ToyLayer(nn.Module):
         return x + self.mix(Spot(x, ids, positions, self))
 
 
-class Toy(PreTrainedModel):
+class Toy(PreTrainedModel):  # type: ignore[no-untyped-call]
     """A decoder LM of the transformers kind, with room for any computation in its layers."""
 
     config_class = ToyConfig
@@ -260,7 +262,8 @@ def toy(mix: Mix, *, layers: int = 2) -> Toy:
         model = Toy(ToyConfig(layers, attn_implementation="sdpa"), mix)
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.1)
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def mlp(spot: Spot) -> Tensor:

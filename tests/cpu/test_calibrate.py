@@ -1,0 +1,164 @@
+"""Calibration: what is measured, what is fitted, and that measuring changes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fpcompile
+from fpcompile.executor import calibrate as calibration
+from fpcompile.executor.calibrate import Coefficients, CostModel
+from fpcompile.models.zoo import sample_ids, tiny_model
+from tests.cpu.support import differences, finish, model_of, outcome, program_of, reference
+
+LENGTHS = (8, 16, 32)
+
+
+@pytest.fixture(scope="module")
+def program() -> fpcompile.Program:
+    """A program of its own: calibrating is the one thing that changes a program."""
+    return fpcompile.segment(tiny_model("llama"), route="packed", verify=False)
+
+
+@pytest.fixture(scope="module")
+def costs(program: fpcompile.Program) -> CostModel:
+    return program.calibrate(lengths=LENGTHS, seconds=30.0)
+
+
+@pytest.mark.slow
+def test_every_segment_has_a_price(program: fpcompile.Program, costs: CostModel) -> None:
+    assert program.costs is costs
+    assert costs.device == "cpu"
+    for segment in program.segments:
+        seconds = [program.segment_seconds(segment.index, tokens=n) for n in (1, 32, 4096)]
+        assert all(math.isfinite(s) and s > 0 for s in seconds)
+        assert seconds == sorted(seconds)
+    assert all(min(c.a, c.b, c.d) >= 0 for c in costs.coefficients)
+
+
+@pytest.mark.slow
+def test_what_was_asked_is_what_was_measured(program: fpcompile.Program, costs: CostModel) -> None:
+    assert set(costs.samples) == {tuple(p.function for p in s.parts) for s in program.segments} or all(
+        samples for samples in costs.samples.values()
+    )
+    for samples in costs.samples.values():
+        assert [n for n, _ in samples] == list(LENGTHS)
+        assert all(seconds > 0 for _, seconds in samples)
+
+
+@pytest.mark.slow
+def test_identical_layers_have_one_price(program: fpcompile.Program, costs: CostModel) -> None:
+    """The measurements of functions that layers share are pooled."""
+    assert len(costs.samples) < len(program.segments)
+    prices = [
+        program.segment_seconds(s.index, tokens=100) for s in program.segments if s.name.endswith("o_proj")
+    ]
+    assert len(prices) == 2
+    assert prices[0] == prices[1]
+
+
+@pytest.mark.slow
+def test_a_prediction_is_the_sum_of_what_is_left(program: fpcompile.Program, costs: CostModel) -> None:
+    size = {"tokens": 100, "rows": 3, "context": 130}
+    every = [program.segment_seconds(s.index, **size) for s in program.segments]
+    for start in range(len(every) + 1):
+        assert program.predict(start=start, **size) == pytest.approx(sum(every[start:]), abs=1e-12)
+    assert program.predict(tokens=100) == program.predict(tokens=100, context=100, rows=1)
+    assert program.predict(tokens=1, context=4000) >= program.predict(tokens=1)
+
+
+@pytest.mark.slow
+def test_only_the_head_depends_on_the_rows(program: fpcompile.Program, costs: CostModel) -> None:
+    def price(index: int, tokens: int, rows: int) -> float:
+        return program.segment_seconds(index, tokens=tokens, rows=rows)
+
+    head = program.segments[-1]
+    assert head.name == "lm_head"
+    assert price(head.index, 8, 3) == price(head.index, 4000, 3)
+    for segment in program.segments[:-2]:  # the one before the head selects the rows
+        assert price(segment.index, 8, 3) == price(segment.index, 8, 300)
+
+
+@pytest.mark.slow
+def test_calibrating_changes_no_bit_and_no_model() -> None:
+    model = tiny_model("gpt_oss")
+    program = fpcompile.segment(model, route="packed", verify=False)
+    ids = sample_ids(20)
+    expected = reference(model, ids)
+    run = program.start(ids)
+    run.step()
+    state = torch.get_rng_state()
+    program.calibrate(lengths=(4, 8), seconds=5.0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert differences(finish(run), expected) == []
+    assert differences(outcome(program(ids)), expected) == []
+
+
+@pytest.mark.slow
+def test_a_model_with_few_positions_is_measured_within_them() -> None:
+    program = fpcompile.segment(
+        tiny_model("llama", overrides={"max_position_embeddings": 24}), route="packed", verify=False
+    )
+    costs = program.calibrate(lengths=(16, 64, 128), seconds=5.0)
+    assert {n for samples in costs.samples.values() for n, _ in samples} == {16, 24}
+
+
+def _clock(ticks: Iterator[float]) -> object:
+    class Clock:
+        @staticmethod
+        def perf_counter() -> float:
+            return next(ticks)
+
+    return Clock
+
+
+@pytest.mark.slow
+def test_a_known_cost_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that charges 1 ms + 10 us per token + 0.1 us per pair, the fit gives that back."""
+    program = fpcompile.segment(tiny_model("llama"), route="packed", verify=False)
+    now = 0.0
+
+    def perf_counter() -> float:
+        return now
+
+    class Time:
+        pass
+
+    Time.perf_counter = staticmethod(perf_counter)  # type: ignore[attr-defined]
+    step = fpcompile.Run.step
+
+    def charged(run: fpcompile.Run) -> None:
+        nonlocal now
+        size = run.rows if run.next_segment.name == "lm_head" else run.tokens
+        step(run)
+        now += 1e-3 + 1e-5 * size + 1e-7 * size * size
+
+    monkeypatch.setattr(calibration, "time", Time)
+    monkeypatch.setattr(fpcompile.Run, "step", charged)
+    costs = program.calibrate(lengths=(16, 64, 256), seconds=1e9)
+    for found in costs.coefficients:
+        assert (found.a, found.b, found.d) == pytest.approx((1e-3, 1e-5, 1e-7), rel=1e-3)
+    assert program.segment_seconds(0, tokens=1000) == pytest.approx(1e-3 + 1e-2 + 1e-1, rel=1e-3)
+
+
+def test_seconds_are_those_of_the_formula() -> None:
+    costs = Coefficients(a=1.0, b=0.5, d=0.25)
+    assert costs.seconds(tokens=4, context=4) == 1.0 + 0.5 * 4 + 0.25 * 16
+    assert costs.seconds(tokens=4, context=10) == 1.0 + 0.5 * 4 + 0.25 * 4 * 16
+    assert costs.seconds(tokens=1, context=1) == 1.75
+
+
+@pytest.mark.slow
+def test_prices_come_by_themselves_at_the_first_question() -> None:
+    program = fpcompile.segment(
+        tiny_model("llama", overrides={"max_position_embeddings": 16, "num_hidden_layers": 1}),
+        route="packed",
+        verify=False,
+    )
+    assert program.predict(tokens=8) > 0
+    assert program.costs is program.costs
+    assert model_of("llama") is model_of("llama")
+    assert program_of("llama") is not program

@@ -20,10 +20,10 @@ else
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 endif
 
-.PHONY: help demo install dev hooks lint fmt test coverage bench gpu clean
+.PHONY: help demo install dev hooks lint fmt test coverage line-coverage bench gpu clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 18
 
 demo: $(VENV)/.installed ## run the demonstration; options in ARGS
 	$(BIN)/fpcompile demo $(ARGS)
@@ -48,7 +48,10 @@ fmt: dev ## format, and mend what ruff can mend
 test: lint ## lint, then the tests that need no accelerator
 	$(PYTEST) $(TESTS) $(PYTEST_ARGS)
 
-coverage: dev ## tests with a line and branch report
+coverage: install ## every architecture compiled and compared with itself: docs/coverage.md
+	OMP_NUM_THREADS=1 $(BIN)/fpcompile coverage $(ARGS)
+
+line-coverage: dev ## tests with a line and branch report
 	$(BIN)/coverage run -m pytest $(TESTS) $(PYTEST_ARGS)
 	$(BIN)/coverage report
 

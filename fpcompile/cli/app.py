@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -110,7 +111,20 @@ def _mount_benchmarks() -> None:
         app.command("replay")(module.replay)
 
 
+def _mount_coverage() -> None:
+    """``fpcompile coverage``, which the serving layer brings."""
+    from fpcompile.serving.coverage import coverage
+
+    @functools.wraps(coverage)
+    def command(*args: Any, **kwargs: Any) -> None:
+        with quiet(), remedied():
+            coverage(*args, **kwargs)
+
+    app.command("coverage")(command)
+
+
 _mount_benchmarks()
+_mount_coverage()
 
 
 def main() -> None:

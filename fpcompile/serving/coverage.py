@@ -1,7 +1,7 @@
 """``fpcompile coverage``: which architectures segment, by which route, with what equality.
 
-:data:`app` is mounted by the command line. Without arguments every causal LM of transformers' mapping and
-every class of the tiny zoo is compiled at tiny size, compared with itself, and ``docs/coverage.md`` written.
+:func:`coverage` is mounted by the command line. Without arguments every causal LM of transformers'
+mapping and every class of the tiny zoo is compiled at tiny size, compared with itself, and ``docs/coverage.md`` written.
 """
 
 from __future__ import annotations
@@ -17,17 +17,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fpcompile.errors import UnknownNameError
-from fpcompile.models.zoo import ANY_NAMES, CAUSAL_ARCHS, UNBUILDABLE
 from fpcompile.serving.coverage_workers import SECONDS, run_rows
 
-__all__ = ["app", "coverage", "markdown_of"]
+__all__ = ["coverage", "markdown_of"]
 
-app = typer.Typer()
 _GOOD = ("bits", "close")
 _HEAD = ("architecture", "class", "route", "segments", "states", "equality", "compile s", "notes")
 
 
-@app.command("coverage")
 def coverage(
     archs: Annotated[list[str] | None, typer.Argument(help="model types or classes; default: all")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Architectures at a time, each in its own process.")] = 1,
@@ -38,11 +35,7 @@ def coverage(
     ] = None,
 ) -> None:
     """Compile architectures at tiny size, compare them with the unmodified model, write the table."""
-    known = [a for a in CAUSAL_ARCHS if a not in UNBUILDABLE]
-    names = list(archs) if archs else [*known, *ANY_NAMES]
-    for name in names:
-        if name not in CAUSAL_ARCHS and name not in ANY_NAMES:
-            raise UnknownNameError("architecture", name, known=[*known, *ANY_NAMES])
+    names = _names(archs or [])
     rows = [_announced(row, json_out) for row in _with_progress(names, jobs, timeout, json_out)]
     target = output or (None if archs else Path("docs/coverage.md"))
     if target is not None:
@@ -52,6 +45,17 @@ def coverage(
         typer.echo(_summary(rows))
     if any(row.get("status") not in _GOOD for row in rows):
         raise typer.Exit(1)
+
+
+def _names(wanted: Sequence[str]) -> list[str]:
+    """What to check: all that can be built, or what was asked for."""
+    from fpcompile.models.zoo import ANY_NAMES, CAUSAL_ARCHS, UNBUILDABLE
+
+    known = [*(a for a in CAUSAL_ARCHS if a not in UNBUILDABLE), *ANY_NAMES]
+    for name in wanted:
+        if name not in known:
+            raise UnknownNameError("architecture", name, known=known)
+    return list(wanted) or known
 
 
 def _with_progress(names: Sequence[str], jobs: int, timeout: float, quiet: bool) -> Any:

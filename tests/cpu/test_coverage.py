@@ -11,8 +11,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from fpcompile.cli import app
 from fpcompile.serving import coverage_checks, coverage_workers
-from fpcompile.serving.coverage import app, markdown_of
+from fpcompile.serving.coverage import markdown_of
 from fpcompile.serving.coverage_checks import Row, difference, row_of
 
 ROW: dict[str, Any] = {
@@ -92,7 +93,13 @@ def test_a_crash_costs_one_row(monkeypatch: pytest.MonkeyPatch, work: Any, statu
 
 @pytest.mark.slow
 def test_the_command_prints_rows_and_fails_when_one_does() -> None:
-    result = CliRunner().invoke(app, ["BertModel", "--json"])
+    result = CliRunner().invoke(app, ["coverage", "BertModel", "--json"])
     assert result.exit_code == 0, result.output
     (row,) = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert (row["name"], row["status"], row["route"]) == ("BertModel", "bits", "generic")
+
+
+def test_an_unknown_architecture_is_one_line() -> None:
+    result = CliRunner().invoke(app, ["coverage", "lama"])
+    assert result.exit_code == 2
+    assert "did you mean 'llama'" in result.output

@@ -213,7 +213,7 @@ def pack(ids: Tensor, mask: Tensor | None, *, past: int, rows: list[int]) -> Inp
         layout = Layout((Group(0, batch, columns, past),), columns)
         positions = torch.arange(past, past + columns, device=device).repeat(batch)
         keep = (torch.arange(batch, device=device)[:, None] * columns + picked).reshape(-1)
-        return Inputs(ids.reshape(1, -1), positions[None], keep, None, len(rows), layout, None)
+        return Inputs(ids.reshape(1, -1).clone(), positions[None], keep, None, len(rows), layout, None)
     lengths = mask.sum(dim=1).tolist()
     groups: list[Group] = []
     for length in lengths:

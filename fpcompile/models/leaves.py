@@ -111,18 +111,23 @@ def needs_rotary_leaf(module: nn.Module) -> bool:
 
 
 def install_rotary_leaf(module: nn.Module) -> None:
-    """Make ``module.forward`` emit a leaf. ``module`` belongs to a shadow: its state stays fresh."""
-    fresh = copy.deepcopy(module)
+    """Make ``module.forward`` emit a leaf. ``module`` belongs to a shadow: its state is its own.
+
+    Each call begins with a copy that forgot the longest call of the model's past: one position alone makes
+    transformers' dynamic frequencies start over.
+    """
+    kept = copy.deepcopy(module)
 
     def call(
         x: Tensor, position_ids: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, ...]:
-        out = copy.deepcopy(fresh)(x, position_ids, *args, **kwargs)
-        return tuple(out)
+        fresh = copy.deepcopy(kept)
+        fresh(x, position_ids.new_zeros(1, 1), *args, **kwargs)
+        return tuple(fresh(x, position_ids, *args, **kwargs))
 
     def forward(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         with disable_proxy_modes_tracing(), unset_fake_temporarily():
-            device = next(fresh.buffers()).device
+            device = next(kept.buffers()).device
             probe = call(torch.zeros(1, device=device), torch.arange(2, device=device)[None], args, kwargs)
         dtype, dims = x.dtype, [p.shape[-1] for p in probe]
 

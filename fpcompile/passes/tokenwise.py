@@ -84,6 +84,7 @@ class Proof:
         """Axis of a node, by its rule."""
         if not tensors_of(node):
             return None
+        self._lengths_are_sizes(node)
         found = RULES.get(node.target)
         if found is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
             found = _pointwise
@@ -96,7 +97,43 @@ class Proof:
             raise NotProvenError(f"operator {node.target} makes a value that runs over tokens by itself")
         if axis is not None and shape[axis.dim] != axis.over:
             raise NotProvenError(f"operator {node.target} does not keep one row for each token")
+        if axis is not None and any(size.free_symbols for d, size in enumerate(shape) if d != axis.dim):
+            raise NotProvenError(f"operator {node.target} makes rows whose width is the number of tokens")
         return axis
+
+    def _lengths_are_sizes(self, node: fx.Node) -> None:
+        """Refuse a node that computes with a number of tokens; sizes of its result are all that it may be."""
+        sizes = SIZES.get(node.target)
+        for position, argument in enumerate(node.args):
+            if position != sizes and _holds_length(argument):
+                raise NotProvenError(f"operator {node.target} computes with the number of tokens")
+        if any(_holds_length(argument) for argument in node.kwargs.values()):
+            raise NotProvenError(f"operator {node.target} computes with the number of tokens")
+
+
+# Operators that may be given lengths: position of the argument that holds the sizes of the result.
+SIZES: dict[Any, int] = {
+    aten.view.default: 1,
+    aten.reshape.default: 1,
+    aten._unsafe_view.default: 1,
+    aten.unflatten.int: 2,
+    aten.expand.default: 1,
+    aten.zeros.default: 0,
+    aten.ones.default: 0,
+    aten.full.default: 0,
+    aten.empty.memory_format: 0,
+    aten.new_zeros.default: 1,
+    aten.new_ones.default: 1,
+    aten.new_full.default: 1,
+    aten.new_empty.default: 1,
+}
+
+
+def _holds_length(argument: Any) -> bool:
+    """Whether an argument is an integer computed from the lengths, or a list with one."""
+    if isinstance(argument, (list, tuple)):
+        return any(_holds_length(a) for a in argument)
+    return isinstance(argument, fx.Node) and not tensors_of(argument)
 
 
 def _pointwise(p: Proof, node: fx.Node) -> AxisOrNone:
@@ -204,8 +241,11 @@ def _linear(p: Proof, node: fx.Node) -> AxisOrNone:
 @rule(aten.matmul.default, aten.mm.default, aten.bmm.default)
 def _matmul(p: Proof, node: fx.Node) -> AxisOrNone:
     left, right = p.axis(node.args[0]), p.axis(node.args[1])
+    ranks = [len(p.shape(a)) for a in node.args[:2]]
+    if min(ranks) < 2 and (left is not None or right is not None):
+        return _vector_product(left, right, ranks)
     rank = len(p.shape(node))
-    shift_left, shift_right = rank - len(p.shape(node.args[0])), rank - len(p.shape(node.args[1]))
+    shift_left, shift_right = rank - ranks[0], rank - ranks[1]
     if left is not None and right is not None:
         if left.dim + shift_left == right.dim + shift_right < rank - 2 and left.over == right.over:
             return Axis(left.dim + shift_left, left.over)  # one product for each token
@@ -217,6 +257,13 @@ def _matmul(p: Proof, node: fx.Node) -> AxisOrNone:
     if left is None and right is None:
         return None
     raise NotProvenError("a matrix product contracts the token axis")
+
+
+def _vector_product(left: AxisOrNone, right: AxisOrNone, ranks: list[int]) -> AxisOrNone:
+    """Of rows with a constant vector: the last dimension is contracted and goes."""
+    if left is not None and right is None and ranks[1] == 1 and left.dim < ranks[0] - 1:
+        return left
+    raise NotProvenError("a product with a vector contracts the token axis")
 
 
 @rule(aten.addmm.default)
@@ -343,7 +390,7 @@ def _one_hot(p: Proof, node: fx.Node) -> AxisOrNone:
 
 
 @rule(aten.contiguous.default, aten.clone.default, aten.to.dtype, aten.to.device, aten.to.other,
-      aten.type_as.default, aten._to_copy.default, aten.to.dtype_layout, aten.dropout.default,
+      aten.type_as.default, aten._to_copy.default, aten.to.dtype_layout,
       aten.zeros_like.default, aten.ones_like.default, aten.lift_fresh_copy.default,
       aten.full_like.default, aten.empty_like.default)  # fmt: skip
 def _same(p: Proof, node: fx.Node) -> AxisOrNone:

@@ -8,6 +8,7 @@ on a shadow of the model (:mod:`fpcompile.models.shadow`) with both lengths symb
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 import sys
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 
 from fpcompile.errors import UnsupportedModelError
 from fpcompile.models import attention, leaves
+from fpcompile.models.lengths import LengthWatch
 from fpcompile.models.shadow import shadow
 
 INPUTS = ("input_ids", "position_ids", "logits_to_keep")
@@ -54,23 +56,29 @@ class _Wrapper(nn.Module):
     """Gives the model the three inputs of the packed route and picks the logits."""
 
     def __init__(
-        self, model: PreTrainedModel, returned: list[type[Any]], cache: attention.CacheProbe
+        self,
+        model: PreTrainedModel,
+        returned: list[type[Any]],
+        cache: attention.CacheProbe,
+        watch: LengthWatch,
     ) -> None:
         super().__init__()
         self.model = model
+        self.watching = functools.partial(watch.watching, model)
         self.note = returned.append  # a bound method: export restores plain attributes after the trace
         self.cache: Callable[[], attention.CacheProbe] = lambda: cache
         self.picks_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: Tensor) -> Tensor:
         rows = {"logits_to_keep": logits_to_keep} if self.picks_rows else {}
-        out = self.model(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            past_key_values=self.cache(),
-            use_cache=False,
-            **rows,
-        )
+        with self.watching([input_ids.shape[1], logits_to_keep.shape[0]]):
+            out = self.model(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                past_key_values=self.cache(),
+                use_cache=False,
+                **rows,
+            )
         self.note(type(out))
         logits: Tensor = out.logits
         return logits if self.picks_rows else logits[:, logits_to_keep, :]
@@ -150,13 +158,14 @@ def capture(model: PreTrainedModel) -> Capture:
         attention.recording(attention_implementation(model)) as recorder,
         leaves.collecting() as collected,
     ):
-        wrapper = _Wrapper(traced, returned, recorder.cache).eval()
+        watch = LengthWatch()
+        wrapper = _Wrapper(traced, returned, recorder.cache, watch).eval()
         try:
             exported = torch.export.export(wrapper, example, dynamic_shapes=shapes, strict=False)
         except UnsupportedModelError:
             raise
         except Exception as error:
-            raise _explain(model, error) from error
+            raise _explain(model, error, watch) from error
     signature = exported.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         raise UnsupportedModelError(
@@ -185,9 +194,9 @@ def weights_of(exported: torch.export.ExportedProgram) -> dict[str, tuple[str, T
     return {p: (path.removeprefix("model."), tensors[path].detach()) for p, path in named.items()}
 
 
-def _explain(model: PreTrainedModel, error: Exception) -> UnsupportedModelError:
+def _explain(model: PreTrainedModel, error: Exception, watch: LengthWatch) -> UnsupportedModelError:
     """The user's error for a failed trace: the model's line, and what torch.export said."""
-    line = None
+    line, path = None, watch.stack[-1] if watch.stack else None
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if re.search(r"modeling_\w+\.py$", frame.filename) or "/models/" in frame.filename.replace(
             "fpcompile", ""
@@ -197,13 +206,12 @@ def _explain(model: PreTrainedModel, error: Exception) -> UnsupportedModelError:
     reason = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
     reason = f"{type(error).__name__}: {reason[:300]}"
     if "Constraints violated" in reason:
-        reason, line = (
-            "the model's code makes the number of tokens a constant (it loops over positions)",
-            None,
-        )
+        reason = "the model's code makes the number of tokens a constant (it loops over positions)"
+        line, path = None, watch.specialised
     return UnsupportedModelError(
         f"{type(model).__name__} cannot be traced with symbolic lengths",
         reason=reason,
+        module_path=path or "<model>",
         source_line=line,
         remedy="pass a model whose forward does not branch on tensor values or lengths",
     )

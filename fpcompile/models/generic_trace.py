@@ -7,21 +7,19 @@ that became a constant, can be blamed on one.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from fpcompile.models.attention import NAME as _PACKED
 from fpcompile.models.generic import length_dims, top_level
 from fpcompile.models.generic_decisions import Deciding, Decision, as_eager
 from fpcompile.models.generic_tree import Flat, flatten, unflatten
+from fpcompile.models.lengths import LengthWatch
 from fpcompile.models.opaque import install
 from fpcompile.models.shadow import shadow
 
@@ -38,17 +36,14 @@ class Wrapper(nn.Module):
         return self.trace.run(self.model, tensors)
 
 
-class Trace:
+class Trace(LengthWatch):
     """State of one trace, outside the wrapper's attributes, which export restores."""
 
     def __init__(self, flat: Flat, real: Sequence[Tensor], cloned: frozenset[int]) -> None:
+        super().__init__()
         self.flat, self.real, self.cloned = flat, real, cloned
-        self.stack: list[str] = []
-        self.specialised: str | None = None
         self.result: Flat | None = None
         self.decisions: tuple[Decision, ...] = ()
-        self.lengths: set[sympy.Symbol] = set()
-        self.shape_env: Any = None
 
     def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         count = len(self.flat.tensors)
@@ -56,53 +51,15 @@ class Trace:
         args, kwargs = unflatten(self.flat.spec, given, [t.shape[0] for t in tensors[count:]])
         self.shape_env = tensors[0].fake_mode.shape_env  # type: ignore[attr-defined]
         top = top_level(self.flat)
-        for i, dims in enumerate(length_dims(self.flat, self.real)):
-            sizes: list[Any] = [tensors[i].shape[d] for d in dims if i in top]
-            self.lengths |= {s.node.expr for s in sizes if isinstance(s, torch.SymInt)}
-        with self._watching(model), as_eager(), Deciding(tensors, self.real) as deciding:
+        dims = enumerate(length_dims(self.flat, self.real))
+        sizes = [tensors[i].shape[d] for i, where in dims if i in top for d in where]
+        with self.watching(model, sizes), as_eager(), Deciding(tensors, self.real) as deciding:
             try:
                 out = model(*args, **kwargs)
             finally:
                 self.decisions = tuple(deciding.decisions)
         self.result = flatten(out)
         return self.result.tensors
-
-    def _blame(self, path: str) -> None:
-        """Remember the first submodule in whose own code a length became a constant."""
-        gone = [s for s in self.lengths if self.shape_env.replacements.get(s, s).is_number]
-        if gone:
-            self.lengths.difference_update(gone)
-            self.specialised = self.specialised or path
-
-    @contextlib.contextmanager
-    def _watching(self, model: nn.Module) -> Iterator[None]:
-        handles: list[RemovableHandle] = []
-
-        def enter(path: str) -> Any:
-            def hook(module: nn.Module, args: Any) -> None:
-                self._blame(self.stack[-1] if self.stack else "")
-                self.stack.append(path)
-
-            return hook
-
-        def leave(path: str) -> Any:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                while self.stack and self.stack.pop() != path:
-                    pass
-                self._blame(path)
-
-            return hook
-
-        for path, module in model.named_modules():
-            handles += [
-                module.register_forward_pre_hook(enter(path)),
-                module.register_forward_hook(leave(path)),
-            ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def prepare(model: nn.Module, opaque: Sequence[str]) -> nn.Module:

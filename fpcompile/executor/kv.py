@@ -56,8 +56,11 @@ def read_cache(
             got=type(past).__name__,
             remedy="continue from the cache that the program or model.generate returned",
         )
+    entries: list[Any] = list(past.layers)
     filled: dict[int, Any] = {
-        i: layer for i, layer in enumerate(past.layers) if getattr(layer, "is_initialized", False)
+        i: layer
+        for i, layer in enumerate(entries)
+        if getattr(layer, "is_initialized", False) and layer.keys is not None  # None: it reads another's
     }
     if not filled:
         return 0, {}

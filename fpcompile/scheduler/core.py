@@ -19,7 +19,6 @@ Invariants (``validate``)
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
 from math import inf, isfinite
@@ -49,10 +48,6 @@ from fpcompile.scheduler.predictor import TtftPredictor
 from fpcompile.scheduler.states import State
 
 __all__ = ["Scheduler"]
-
-logger = logging.getLogger(__name__)
-
-_REMEMBERED = 4096  # ended requests whose story is kept, so that a late cancel is not an error
 
 
 class Scheduler:

@@ -4,8 +4,7 @@ Words
     *counted*       a request that could be in time alone. Others are served, and not counted.
     *attainment*    met / counted, of one class or of all. Rejected, late and unfinished requests are misses.
     *goodput*       the highest rate of a grid at which **every class** has at least 90 % attainment, there
-    and
-                    at every lower rate of the grid; 0 when not even the lowest will do.
+                    and at every lower rate of the grid; 0 when not even the lowest will do.
     *paper goodput* the same over all requests together, which rewards giving up on a class.
 """
 

@@ -3,8 +3,7 @@
 Words
     *row*     one request of a trace: arrival, lengths, class. Times start at 0.
     *tile*    a trace is made as long as wanted from blocks of consecutive rows, drawn with a seed: rows
-    inside
-              a block keep their order and gaps. Seed 0 repeats the trace as it is.
+              inside a block keep their order and gaps. Seed 0 repeats the trace as it is.
     *rate*    requests per second offered on average; gaps are divided by the same number everywhere.
 
 Classes of a trace without types are given by length: up to 1,024 tokens ``text``, else ``search``.
@@ -85,7 +84,9 @@ def requests_at(
 ) -> list[Request]:
     """Requests at ``rate`` per second on average; deadline = arrival + SLO of the class x ``slo_scale``.
 
-    ``length`` replaces the table's prediction of a whole prefill (seconds). Raises when a class has no SLO.
+    ``length`` replaces the table's prediction of a whole prefill (seconds). A row without a tenant has its
+    class for one, and the classes have priorities, the shortest SLO the highest: so that `wfq` and `priority`
+    mean something on traces that name neither. Raises when a class has no SLO.
     """
     if not rate > 0 or not isfinite(rate):
         raise InvalidInputError("rate", expected="requests per second > 0", got=repr(rate))
@@ -101,6 +102,7 @@ def requests_at(
         )
     natural = (len(rows) - 1) / (rows[-1].arrival - rows[0].arrival)
     stretch = natural / rate
+    by_slo = sorted({slos[row.klass] for row in rows}, reverse=True)
     requests = []
     for number, row in enumerate(rows):
         arrival = row.arrival * stretch
@@ -114,7 +116,8 @@ def requests_at(
                 row.tokens,
                 cost,
                 slo=slo,
-                tenant=row.tenant,
+                priority=by_slo.index(slos[row.klass]),
+                tenant=row.tenant or row.klass,
                 klass=row.klass,
                 kv_blocks=ceil((row.tokens + row.output_tokens) / KV_BLOCK),
                 decode_tokens=row.output_tokens,

@@ -175,8 +175,8 @@ def _show(report: dict[str, Any], written: list[Path]) -> None:
     if "bound" in report:
         bound = report["bound"]
         console.print(
-            f"no scheduler exceeds {bound['max_goodput']:g} req/s "
-            f"(paper goodput {bound['paper_goodput']:g}) on this grid, seed {bound['seed']}"
+            f"no scheduler exceeds {bound['max_goodput']:.2f} req/s "
+            f"(paper goodput {bound['paper_goodput']:.2f}) on this grid, mean of {len(bound['seeds'])} seeds"
         )
     for path in written:
         console.print(f"wrote {path}")

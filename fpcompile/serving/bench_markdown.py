@@ -53,10 +53,10 @@ def _goodputs(report: dict[str, Any]) -> str:
         rows.append(
             [
                 "*bound on any scheduler*",
-                f"{bound['max_goodput']:g}",
-                "",
-                f"{bound['paper_goodput']:g}",
-                "seed 1",
+                f"{bound['max_goodput']:.2f}",
+                f"{bound['max_goodput'] / base:.1f} ×" if base else "-",
+                f"{bound['paper_goodput']:.2f}",
+                f"{min(bound['max_goodput_by_seed']):g} to {max(bound['max_goodput_by_seed']):g}",
             ]
         )
     return _table(["policy", "goodput (req/s)", "vs `fcfs`", "paper goodput", "over the seeds"], rows)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 __all__ = ["reference_rate", "save_plots", "table_of"]
@@ -38,6 +39,8 @@ def table_of(report: dict[str, Any]) -> Table:
         f"{report['capacity']:.2f} req/s. Goodput in req/s; then at {rate:g} req/s: attainment of the "
         "worst class and of all, blocking time p99, pauses per run, µs per scheduler event",
         title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
     table.add_column("policy", no_wrap=True)
     heads = ("goodput", "paper", "worst %", "all %", "block ms", "pauses", "µs")
@@ -47,7 +50,7 @@ def table_of(report: dict[str, Any]) -> Table:
         point = _at(entry, rate)
         table.add_row(
             name,
-            f"{entry['max_goodput']:.2f} ±{entry['max_goodput_stderr']:.2f}",
+            f"{entry['max_goodput']:.2f}±{entry['max_goodput_stderr']:.2f}",
             f"{entry['paper_goodput']:.2f}",
             f"{100 * point['worst']:.1f}",
             f"{100 * point['overall']:.1f}",

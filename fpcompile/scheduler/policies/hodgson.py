@@ -14,8 +14,7 @@ At each event it looks at all waiting and paused requests with their exact remai
    falls towards the target and below. With one class this is the plain rule.
 5. What was set aside goes on when nothing accepted is left, the shortest first.
 6. Late requests share ``late_share`` of the device time, first come, first served, in turns of 20 to 40 ms,
-and
-   otherwise run only when the device would be idle; idle time that they got counts towards their share.
+   and otherwise run only when the device would be idle; idle time that they got counts towards their share.
 
 Cost: O(n log n) per event for n requests that are not late; late ones cost nothing per event.
 What would change this: costs that are revealed late, or many devices behind one queue.
@@ -46,8 +45,9 @@ class MooreHodgson(RankingPolicy):
     """Moore-Hodgson with class balance; see the module's text.
 
     ``late_share``: share of device time owed to late requests. ``balance``: how strongly classes are
-    balanced, 0 for not at all. ``foresight``: the part of the expected urgent load that is reserved, 0 for
-    none. ``memory``: requests of a class after which its attainment is mostly forgotten. ``pack``: most
+    balanced, 0 for not at all. ``foresight``: reserved time per expected urgent load, above 1 because bursts
+    are not expected; 0 for none. ``memory``: requests of a class after which its attainment is mostly
+    forgotten. These three were chosen on one trace and confirmed on another (docs/goodput.md). ``pack``: most
     tokens of a packed run, 0 for no packing (then no neighbour ever changes a request's bits).
     ``budget_us``: grain. ``patience``: seconds that a late request may expect to wait for its turn; beyond,
     it is rejected at once.
@@ -56,9 +56,9 @@ class MooreHodgson(RankingPolicy):
     def __init__(
         self,
         late_share: float = 0.05,
-        balance: float = 8.0,
-        foresight: float = 1.0,
-        memory: int = 200,
+        balance: float = 12.0,
+        foresight: float = 1.25,
+        memory: int = 500,
         pack: int = 0,
         budget_us: int = 2000,
         patience: float = inf,

@@ -128,6 +128,17 @@ def test_rates_scale_gaps_and_deadlines_follow_the_class() -> None:
     assert requests[5].kv_blocks == 1
 
 
+def test_rows_without_tenants_and_priorities_get_those_of_their_class() -> None:
+    rows = [
+        TraceRow(0.0, 9, klass="slow"),
+        TraceRow(1.0, 9, klass="quick"),
+        TraceRow(2.0, 9, 0, "quick", "t"),
+    ]
+    requests = requests_at(rows, 1.0, profile(), {"slow": 4.0, "quick": 0.5})
+    assert [request.tenant for request in requests] == ["slow", "quick", "t"]
+    assert [request.priority for request in requests] == [0, 1, 1], "the shorter promise is served first"
+
+
 @pytest.mark.parametrize(
     ("rate", "scale", "slos", "complaint"),
     [

@@ -15,41 +15,20 @@ from torch import fx
 
 from fpcompile.errors import InternalError
 from fpcompile.ir import CutReason, Granularity
-from fpcompile.passes.aliases import storage_owners, uncuttable
-from fpcompile.passes.context import ATTENTION, LEAF, Context, body, expression, source, symbols, tensors_of
+from fpcompile.passes.aliases import uncuttable
+from fpcompile.passes.context import ATTENTION, LEAF, Context, body, expression, source, symbols
 from fpcompile.passes.costs import is_projection, size_hint
+from fpcompile.passes.dataflow import live_bytes
 
 DESIGN_TOKENS = 2048
 
 
-def live_after(graph: fx.Graph) -> list[list[fx.Node]]:
-    """For each body node, the tensor values that later nodes read (no weights, no lengths)."""
-    nodes = body(graph)
-    inputs = [n for n in graph.nodes if n.op == "placeholder" and n.name in _RUN_INPUTS]
-    position = {n: i for i, n in enumerate(nodes)}
-    last = {
-        n: max((position.get(u, len(nodes)) for u in n.users), default=-1)
-        for n in (*inputs, *nodes)
-        if tensors_of(n)
-    }
-    first = {n: position.get(n, -1) for n in last}
-    return [[n for n in last if first[n] <= i < last[n]] for i in range(len(nodes))]
+def run_inputs(graph: fx.Graph) -> list[fx.Node]:
+    """The placeholders that hold a run's own tensors, not weights or lengths."""
+    return [n for n in graph.nodes if n.op == "placeholder" and n.name in _RUN_INPUTS]
 
 
 _RUN_INPUTS = ("input_ids", "position_ids", "logits_to_keep")
-
-
-def _live_bytes(graph: fx.Graph) -> list[float]:
-    names, owners = symbols(graph), storage_owners(graph)
-    by_name = {n.name: n for n in graph.nodes}
-    sizes: dict[str, float] = {}
-    for owner in set(owners.values()):
-        value = tensors_of(by_name[owner])[0]
-        count = 1.0
-        for size in value.shape:
-            count *= size_hint(expression(size, names), DESIGN_TOKENS)
-        sizes[owner] = count * value.element_size()
-    return [sum(sizes[o] for o in {owners[n.name] for n in live}) for live in live_after(graph)]
 
 
 def layer_of(node: fx.Node) -> str | None:
@@ -59,8 +38,10 @@ def layer_of(node: fx.Node) -> str | None:
 
 
 def _operator_cuts(graph: fx.Graph, ctx: Context, forbidden: dict[str, str]) -> dict[str, CutReason]:
-    nodes = body(graph)
-    sizes = _live_bytes(graph)
+    nodes, names = body(graph), symbols(graph)
+    sizes = live_bytes(
+        graph, run_inputs(graph), lambda size: size_hint(expression(size, names), DESIGN_TOKENS)
+    )
     anchors: list[tuple[int, CutReason]] = []
     for i, node in enumerate(nodes):
         if node.target is ATTENTION:

@@ -29,7 +29,8 @@ from fpcompile.passes.context import (
     tensors_of,
 )
 from fpcompile.passes.costs import Names, is_projection
-from fpcompile.passes.cuts import live_after
+from fpcompile.passes.cuts import run_inputs
+from fpcompile.passes.dataflow import live_after
 from fpcompile.passes.prepack import PACKED
 
 LENGTHS = ("tokens", "rows")
@@ -62,7 +63,8 @@ class Partitioner:
         self.names: Names = symbols(graph)
         self.owners = storage_owners(graph)
         self.by_name = {n.name: n for n in graph.nodes}
-        self.live = dict(zip((n.name for n in body(graph)), live_after(graph), strict=True))
+        live = live_after(graph, run_inputs(graph))
+        self.live = dict(zip((n.name for n in body(graph)), live, strict=True))
         self.functions: dict[str, Function] = {}
 
     def segments(self) -> tuple[Segment, ...]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 
 import sympy
-from torch import fx, nn
+from torch import fx
 
 from fpcompile.errors import InternalError
 from fpcompile.ir import Cost, CutReason, Granularity, LiveSet, Part, PartKind, Plan, Route, Segment, Value
 from fpcompile.models.generic import GenericCapture
 from fpcompile.passes import generic as passes
 from fpcompile.passes.aliases import storage_owners
+from fpcompile.passes.codegen import Function, Functions
 from fpcompile.passes.context import LEAF, body, describe, source, tensors_of
 from fpcompile.passes.generic import Generic, size_of
-from fpcompile.passes.partition import Function, _copy, _weight
+from fpcompile.passes.partition import weight
 
 
 class GenericPartitioner:
@@ -28,7 +28,7 @@ class GenericPartitioner:
         self.by_name = {n.name: n for n in graph.nodes}
         live = passes.live_after(graph, g.inputs)
         self.live = dict(zip((n.name for n in body(graph)), live, strict=True))
-        self.functions: dict[str, Function] = {}
+        self.functions = Functions(self._spec)
         self.picks: dict[int, tuple[int, ...]] = {}  # leaf -> which of its results are read
 
     def segments(self) -> tuple[Segment, ...]:
@@ -45,7 +45,7 @@ class GenericPartitioner:
     def _segment(self, index: int, nodes: list[fx.Node]) -> Segment:
         parts = tuple(self._part(group) for group in _split_at_leaves(nodes))
         live = LiveSet(tuple(self._value(n) for n in self.live[nodes[-1].name]))
-        main = max(parts, key=lambda p: _weight(p.cost.flops))
+        main = max(parts, key=lambda p: weight(p.cost.flops))
         reason = self.g.context.cuts[nodes[-1].name]
         return Segment(index, main.name, self._kind(main, nodes), parts, live, reason)
 
@@ -71,14 +71,15 @@ class GenericPartitioner:
         outputs = [n for n in nodes if n in later]
         costs = self.g.context.costs
         values, weights, lengths = self._external(nodes)
-        heaviest = max(nodes, key=lambda n: _weight(costs[n.name].flops))
+        heaviest = max(nodes, key=lambda n: weight(costs[n.name].flops))
         if head.target is LEAF:
             kind, call = PartKind.LEAF, int(head.args[1])  # type: ignore[arg-type]
             leaf = self.g.capture.leaves[call]
             self.picks[call] = tuple(int(n.args[1]) for n in outputs)  # type: ignore[arg-type]
             key = f"leaf[{leaf.kind},{','.join(self._spec(n) for n in head.all_input_nodes)}]"
         else:
-            kind, call, key = PartKind.GRAPH, -1, self._generate(nodes, values, weights, lengths, outputs)
+            kind, call = PartKind.GRAPH, -1
+            key = self.functions.generate(nodes, values, weights, lengths, outputs)
         return Part(
             name=source(heaviest).module or heaviest.name,
             kind=kind,
@@ -113,34 +114,6 @@ class GenericPartitioner:
             for argument in node.all_input_nodes:
                 visit(argument)
         return list(found[0]), list(found[1]), list(found[2])
-
-    def _generate(
-        self,
-        nodes: Sequence[fx.Node],
-        values: Sequence[fx.Node],
-        weights: Sequence[fx.Node],
-        lengths: Sequence[fx.Node],
-        outputs: Sequence[fx.Node],
-    ) -> str:
-        graph = fx.Graph()
-        env: dict[fx.Node, fx.Node] = {}
-        for prefix, group in (("x", values), ("w", weights)):
-            for i, node in enumerate(group):
-                env[node] = graph.placeholder(f"{prefix}{i}")
-        for node in lengths:
-            env[node] = graph.placeholder(node.name)
-        for node in nodes:
-            _copy(graph, node, env)
-        graph.output(tuple(env[n] for n in outputs))
-        for node, copied in env.items():
-            copied.meta = {"val": node.meta.get("val")}
-        text = graph.python_code("self").src
-        shapes = ";".join(self._spec(n) for n in (*values, *weights))
-        key = hashlib.sha256(f"{text}\n{shapes}".encode()).hexdigest()[:16]
-        if key not in self.functions:
-            module = fx.GraphModule(nn.Module(), graph)
-            self.functions[key] = Function(module.forward, tuple(env[n].name for n in nodes))
-        return key
 
     def _spec(self, node: fx.Node) -> str:
         found = tensors_of(node)
@@ -212,4 +185,4 @@ def compile_generic(
         segments=builder.segments(),
         notes=(*notes, *captured.notes),
     )
-    return Compiled(plan, builder.functions, names, g.lengths, builder.picks)
+    return Compiled(plan, builder.functions.found, names, g.lengths, builder.picks)

@@ -1,22 +1,16 @@
-"""Partition a graph into segments and parts, and generate one callable for each distinct part.
-
-Order is kept. A part is generated as a function of (values, weights, lengths) whose names do not depend on
-where in the model it stands, so the text of two identical layers is identical and they share one callable.
-Integers computed from the lengths are recomputed inside each part; only tensors cross cuts.
-"""
+"""Partition a graph into segments and parts; order is kept. See :mod:`fpcompile.passes.codegen`."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import sympy
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fpcompile.ir import Cost, CutReason, Granularity, LiveSet, Part, PartKind, Plan, Route, Segment, Value
 from fpcompile.passes.aliases import storage_owners
+from fpcompile.passes.codegen import Function, Functions
 from fpcompile.passes.context import (
     ATTENTION,
     LEAF,
@@ -37,17 +31,6 @@ LENGTHS = ("tokens", "rows")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Function:
-    """A generated callable ``(*values, *weights, *lengths) -> tuple of outputs``.
-
-    ``names`` are its local names for the part's nodes, in their order: they locate an error.
-    """
-
-    call: Callable[..., tuple[Tensor, ...]]
-    names: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class Partitioned:
     """A plan and the callables that its graph parts name."""
 
@@ -65,7 +48,7 @@ class Partitioner:
         self.by_name = {n.name: n for n in graph.nodes}
         live = live_after(graph, run_inputs(graph))
         self.live = dict(zip((n.name for n in body(graph)), live, strict=True))
-        self.functions: dict[str, Function] = {}
+        self.functions = Functions(lambda node: _spec(node, self.names))
 
     def segments(self) -> tuple[Segment, ...]:
         """All segments, in order."""
@@ -81,7 +64,7 @@ class Partitioner:
     def _segment(self, index: int, nodes: list[fx.Node], reason: CutReason) -> Segment:
         parts = tuple(self._part(group) for group in _split_at_calls(nodes))
         live = LiveSet(tuple(self._value(n) for n in self.live[nodes[-1].name]))
-        main = max(parts, key=lambda p: _weight(p.cost.flops))
+        main = max(parts, key=lambda p: weight(p.cost.flops))
         return Segment(index, main.name, self._kind(main, nodes), parts, live, reason)
 
     def _kind(self, main: Part, nodes: list[fx.Node]) -> str:
@@ -106,13 +89,14 @@ class Partitioner:
         ]
         cost = sum((self.ctx.costs[n.name] for n in nodes), Cost())
         values, weights, lengths = _external(nodes)
-        heaviest = max(nodes, key=lambda n: _weight(self.ctx.costs[n.name].flops))
+        heaviest = max(nodes, key=lambda n: weight(self.ctx.costs[n.name].flops))
         if head.target is ATTENTION:
             kind, call, key = PartKind.ATTENTION, int(head.args[3]), self._attention_key(head)  # type: ignore[arg-type]
         elif head.target is LEAF:
             kind, call, key = PartKind.LEAF, int(head.args[1]), self._leaf_key(head)  # type: ignore[arg-type]
         else:
-            kind, call, key = PartKind.GRAPH, -1, self._generate(nodes, values, weights, lengths, outputs)
+            kind, call = PartKind.GRAPH, -1
+            key = self.functions.generate(nodes, values, weights, lengths, outputs)
         over, axes = self._tiling(kind, call, values, outputs)
         return Part(
             name=source(heaviest).module or heaviest.name,
@@ -161,37 +145,8 @@ class Partitioner:
         shapes = [_spec(n, self.names) for n in node.all_input_nodes]
         return f"leaf[{leaf.kind},{','.join(shapes)}]"
 
-    def _generate(
-        self,
-        nodes: Sequence[fx.Node],
-        values: Sequence[fx.Node],
-        weights: Sequence[fx.Node],
-        lengths: Sequence[fx.Node],
-        outputs: Sequence[fx.Node],
-    ) -> str:
-        """Generate the part's function, or find the identical one; returns its key."""
-        graph = fx.Graph()
-        env: dict[fx.Node, fx.Node] = {}
-        for prefix, group in (("x", values), ("w", weights)):
-            for i, node in enumerate(group):
-                env[node] = graph.placeholder(f"{prefix}{i}")
-        for node in lengths:
-            env[node] = graph.placeholder(node.name)
-        for node in nodes:
-            _copy(graph, node, env)
-        graph.output(tuple(env[n] for n in outputs))
-        for node, copied in env.items():
-            copied.meta = {"val": node.meta.get("val")}
-        text = graph.python_code("self").src
-        shapes = ";".join(_spec(n, self.names) for n in (*values, *weights))
-        key = hashlib.sha256(f"{text}\n{shapes}".encode()).hexdigest()[:16]
-        if key not in self.functions:
-            names = tuple(env[n].name for n in nodes)
-            self.functions[key] = Function(fx.GraphModule(nn.Module(), graph).forward, names)
-        return key
 
-
-def _weight(expr: sympy.Expr) -> float:
+def weight(expr: sympy.Expr) -> float:
     return float(expr.subs(dict.fromkeys(expr.free_symbols, 2048)))
 
 
@@ -257,26 +212,6 @@ def _external(nodes: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node], l
     return list(values), list(weights), list(lengths)
 
 
-def _copy(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, fx.Node]) -> fx.Node:
-    """Copy ``node`` into a part's graph, with the integers it needs from outside."""
-    for argument in node.all_input_nodes:
-        if argument not in env:
-            _copy(graph, argument, env)
-    env[node] = graph.create_node(
-        node.op,
-        node.target,
-        fx.map_arg(node.args, lambda n: env[n]),
-        fx.map_arg(node.kwargs, lambda n: env[n]),
-        name=_operator_name(node),
-    )
-    return env[node]
-
-
-def _operator_name(node: fx.Node) -> str:
-    target: Any = node.target
-    return str(target._schema.name.split("::")[1] if hasattr(target, "_schema") else target.__name__)
-
-
 def partition(graph: fx.Graph, ctx: Context, *, granularity: Granularity) -> Partitioned:
     """Segments, parts and functions of a graph whose costs and cuts are known."""
     builder = Partitioner(graph, ctx)
@@ -290,4 +225,4 @@ def partition(graph: fx.Graph, ctx: Context, *, granularity: Granularity) -> Par
         segments=builder.segments(),
         notes=ctx.refused,
     )
-    return Partitioned(plan, builder.functions)
+    return Partitioned(plan, builder.functions.found)

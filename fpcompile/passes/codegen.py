@@ -1,0 +1,82 @@
+"""Generated code: one callable for each distinct part of a plan.
+
+A part becomes a function of (values, weights, lengths) whose names do not depend on where in the model it
+stands, so the text of two identical layers is identical and they share one callable. Integers computed from
+the lengths are computed again inside each part; only tensors cross cuts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Function:
+    """A generated callable ``(*values, *weights, *lengths) -> tuple of outputs``.
+
+    ``names`` are its local names for the part's nodes, in their order: they locate an error.
+    """
+
+    call: Callable[..., tuple[Tensor, ...]]
+    names: tuple[str, ...]
+
+
+class Functions:
+    """The distinct functions of a plan, by key. ``spec`` describes an argument: dtype and symbolic shape."""
+
+    def __init__(self, spec: Callable[[fx.Node], str]) -> None:
+        self.spec = spec
+        self.found: dict[str, Function] = {}
+
+    def generate(
+        self,
+        nodes: Sequence[fx.Node],
+        values: Sequence[fx.Node],
+        weights: Sequence[fx.Node],
+        lengths: Sequence[fx.Node],
+        outputs: Sequence[fx.Node],
+    ) -> str:
+        """Generate a part's function, or find the identical one; returns its key."""
+        graph = fx.Graph()
+        env: dict[fx.Node, fx.Node] = {}
+        for prefix, group in (("x", values), ("w", weights)):
+            for i, node in enumerate(group):
+                env[node] = graph.placeholder(f"{prefix}{i}")
+        for node in lengths:
+            env[node] = graph.placeholder(node.name)
+        for node in nodes:
+            _copy(graph, node, env)
+        graph.output(tuple(env[n] for n in outputs))
+        for node, copied in env.items():
+            copied.meta = {"val": node.meta.get("val")}
+        text = graph.python_code("self").src
+        shapes = ";".join(self.spec(n) for n in (*values, *weights))
+        key = hashlib.sha256(f"{text}\n{shapes}".encode()).hexdigest()[:16]
+        if key not in self.found:
+            names = tuple(env[n].name for n in nodes)
+            self.found[key] = Function(fx.GraphModule(nn.Module(), graph).forward, names)
+        return key
+
+
+def _copy(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, fx.Node]) -> None:
+    """Copy ``node`` into a part's graph, with the integers it needs from outside."""
+    for argument in node.all_input_nodes:
+        if argument not in env:
+            _copy(graph, argument, env)
+    env[node] = graph.create_node(
+        node.op,
+        node.target,
+        fx.map_arg(node.args, lambda n: env[n]),
+        fx.map_arg(node.kwargs, lambda n: env[n]),
+        name=_operator_name(node),
+    )
+
+
+def _operator_name(node: fx.Node) -> str:
+    target: Any = node.target
+    return str(target._schema.name.split("::")[1] if hasattr(target, "_schema") else target.__name__)

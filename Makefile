@@ -23,7 +23,7 @@ endif
 .PHONY: help demo install dev hooks lint fmt test coverage line-coverage bench gpu clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 22
 
 demo: $(VENV)/.installed ## run the demonstration; options in ARGS
 	$(BIN)/fpcompile demo $(ARGS)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
 from fpcompile.errors import InvalidInputError, UnknownNameError, UnsupportedModelError
-from fpcompile.executor.generic_route import compile_generic_program
+from fpcompile.executor.generic_route import compile_generic_program, exported_module, is_exported
 from fpcompile.executor.packed import PackedProgram
 from fpcompile.executor.program import Program
 from fpcompile.executor.verify import self_check
@@ -22,11 +23,12 @@ ROUTES = ("auto", "packed", "generic")
 
 
 def segment(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     *,
     granularity: str = "operator",
     route: str = "auto",
     example_inputs: Any = None,
+    dynamic_shapes: Any = None,
     max_blocking_ms: float | None = None,
     backend: str = "eager",
     weights: str = "shared",
@@ -42,7 +44,10 @@ def segment(
     ``route="auto"`` packs sequences where the model is proven to allow it (:mod:`fpcompile.models.capture`)
     and else takes any model as it is (:mod:`fpcompile.models.generic`); ``"packed"`` and ``"generic"`` ask
     for one. ``example_inputs`` are the arguments of one call (a mapping, a tuple or a tensor); models whose
-    inputs are not token ids need them, and with them the generic route is taken.
+    inputs are not token ids need them, and with them the generic route is taken. ``dynamic_shapes``, in
+    torch.export's conventions, says which of their sizes vary; without it the route keeps batch and lengths
+    symbolic where the model allows, and other sizes get a graph of their own when first met. An
+    ``ExportedProgram`` may be passed for the model, a LoRA model of PEFT as well.
     ``verify`` runs a self-check on the model's own weights: two short sequences, alone and packed, against
     the unmodified model. The model is left as found and shares its weights with the program.
 
@@ -50,6 +55,9 @@ def segment(
     an unknown granularity, route or backend, :class:`UnsupportedModelError` for a model that cannot be
     captured by the route.
     """
+    if isinstance(model, ExportedProgram):
+        model, own = exported_module(model)
+        example_inputs = own if example_inputs is None else example_inputs
     _check_model(model)
     if granularity not in list(Granularity):
         raise UnknownNameError("granularity", granularity, known=[str(g) for g in Granularity])
@@ -60,6 +68,12 @@ def segment(
     if route not in ROUTES:
         raise UnknownNameError("route", route, known=ROUTES)
     blocked: str | None = None
+    if dynamic_shapes is not None and example_inputs is None:
+        raise InvalidInputError(
+            "dynamic_shapes without example_inputs",
+            expected="example_inputs, whose sizes dynamic_shapes speaks of",
+            got="none",
+        )
     if route != "generic" and example_inputs is None:
         try:
             return _packed(model, granularity, max_blocking_ms, weights, verify)
@@ -75,22 +89,34 @@ def segment(
         example_inputs=example_inputs,
         blocked=blocked,
         verify=verify,
+        dynamic_shapes=dynamic_shapes,
     )
 
 
 def _packed(
     model: nn.Module, granularity: str, max_blocking_ms: float | None, weights: str, verify: bool
 ) -> PackedProgram:
-    if not isinstance(model, PreTrainedModel):
+    inner = _without_adapters(model)
+    if not isinstance(inner, PreTrainedModel):
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot take the packed route", reason="it is no transformers model"
         )
-    captured = capture(model)
+    captured = capture(inner)
     partitioned = compile_packed(captured, Granularity(granularity), packed_weights=weights == "packed")
     program = PackedProgram(partitioned, captured, max_blocking_ms=max_blocking_ms)
     if verify:
         self_check(program, model)
     return program
+
+
+def _without_adapters(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model whose adapters are layers of it (LoRA); else ``model``."""
+    active = getattr(model, "active_peft_config", None)
+    if active is None or active.is_prompt_learning:
+        return model
+    inner = model.get_base_model()  # type: ignore[operator]
+    assert isinstance(inner, nn.Module)
+    return inner
 
 
 def _check_model(model: Any) -> None:
@@ -102,7 +128,7 @@ def _check_model(model: Any) -> None:
             got=type(model).__name__,
         )
     training = next((path for path, module in model.named_modules() if module.training), None)
-    if training is not None:
+    if training is not None and not is_exported(model):
         raise InvalidInputError(
             f"{f'the submodule {training}' if training else 'the model'} is in training mode",
             expected="a model in evaluation mode",

@@ -21,7 +21,16 @@ from fpcompile.errors import FpcompileError, InternalError, UsageError
 __all__ = ["one_line", "quiet", "remedied"]
 
 _LONGEST = 240
-_CHATTY = ("transformers", "huggingface_hub", "torch", "torchvision", "torchaudio", "httpx", "filelock")
+_CHATTY = (
+    "transformers",
+    "huggingface_hub",
+    "torch",
+    "torchvision",
+    "torchaudio",
+    "torchao",
+    "httpx",
+    "filelock",
+)
 
 
 def one_line(error: FpcompileError) -> str:

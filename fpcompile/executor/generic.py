@@ -28,6 +28,7 @@ from fpcompile.executor.schedule import Launch, Shape
 from fpcompile.executor.stages import Executable, build_stages
 from fpcompile.ir import Granularity, Part, PartKind
 from fpcompile.models.generic import GenericCapture, pack
+from fpcompile.models.generic_shapes import promises
 from fpcompile.models.generic_tree import unflatten
 from fpcompile.passes.generic_capture import capture_generic
 from fpcompile.passes.generic_partition import Compiled, compile_generic
@@ -169,6 +170,7 @@ class GenericProgram(Program):
 
     ``variants`` grows as calls of new kinds are met; each is a :class:`Variant`. The plan that the program
     itself shows is that of its first variant.
+    ``dynamic_shapes`` by argument name are promises for that one; calls beyond them are variants too.
     """
 
     def __init__(
@@ -179,8 +181,10 @@ class GenericProgram(Program):
         granularity: Granularity = Granularity.OPERATOR,
         max_blocking_ms: float | None = None,
         notes: tuple[str, ...] = (),
+        dynamic_shapes: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
+        self.dynamic_shapes = dynamic_shapes or {}
         self.granularity = granularity
         self.notes = notes
         self.variants: list[Variant] = []
@@ -229,7 +233,10 @@ class GenericProgram(Program):
                 values = variant.captured.guards.bind(flat, tensors)
                 if values is not None:
                     return variant, tensors, values
-            captured = capture_generic(self.model, flat, tensors)
+            promised = promises(self.model, flat, self.dynamic_shapes)
+            if self.variants:
+                promised = {i: p.softened(tensors[i]) for i, p in promised.items()}
+            captured = capture_generic(self.model, flat, tensors, promised)
             values = captured.guards.bind(flat, tensors)
             if values is None:
                 raise UsageError("a variant does not hold for the call that it was compiled from")

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fpcompile.errors import InvalidInputError, UnsupportedModelError
 from fpcompile.executor.generic import GenericProgram
 from fpcompile.ir import Granularity
-from fpcompile.models.generic_tree import flatten
+from fpcompile.models.generic_shapes import by_name
+from fpcompile.models.generic_tree import flatten, unflatten
 
 _LENGTH = 37  # a size that no model dimension is likely to have
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -27,8 +28,11 @@ def compile_generic_program(
     example_inputs: Any,
     blocked: str | None,
     verify: bool,
+    dynamic_shapes: Any = None,
 ) -> GenericProgram:
     """A program of the generic route. ``blocked`` says why the packed route was not taken.
+
+    ``dynamic_shapes`` follows torch.export: by argument name, or a tuple in the arguments' order.
 
     Raises :class:`InvalidInputError` when the model needs ``example_inputs``, and
     :class:`UnsupportedModelError` when it cannot be traced or its numbers differ.
@@ -36,17 +40,37 @@ def compile_generic_program(
     example = as_call(example_inputs) if example_inputs is not None else default_example(model)
     notes = (f"the packed route was not taken: {blocked}",) if blocked else ()
     program = GenericProgram(
-        model, example, granularity=granularity, max_blocking_ms=max_blocking_ms, notes=notes
+        model,
+        example,
+        granularity=granularity,
+        max_blocking_ms=max_blocking_ms,
+        notes=notes,
+        dynamic_shapes=None if dynamic_shapes is None else by_name(model, dynamic_shapes),
     )
     if verify:
         self_check(program, model, example)
     return program
 
 
+def exported_module(program: torch.export.ExportedProgram) -> tuple[nn.Module, Example | None]:
+    """The module of an exported program, and the example that it was exported with, if it kept one."""
+    example = program.example_inputs
+    return program.module(), None if example is None else (tuple(example[0]), dict(example[1]))
+
+
+def is_exported(model: nn.Module) -> bool:
+    """Whether a module comes out of torch.export: it has no training mode, whatever its flag says."""
+    return isinstance(model, fx.GraphModule) and "eval" in vars(model)
+
+
 def as_call(example_inputs: Any) -> Example:
-    """``example_inputs`` as positional and keyword arguments: a mapping, a tuple, or one tensor."""
+    """``example_inputs`` as positional and keyword arguments: a mapping, a tuple, one tensor, or both kinds
+    of arguments as ``(tuple, dict)``.
+    """
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple) and [type(part) for part in example_inputs] == [tuple, dict]:
+        return example_inputs[0], example_inputs[1]
     if isinstance(example_inputs, (tuple, list)):
         return tuple(example_inputs), {}
     if isinstance(example_inputs, Tensor):
@@ -106,8 +130,6 @@ def self_check(program: GenericProgram, model: nn.Module, example: Example) -> N
 
 def _fresh(example: Example) -> Example:
     """The example out of new containers: a model may write into a cache that it is given."""
-    from fpcompile.models.generic_tree import unflatten
-
     flat = flatten(example)
     fresh: Example = unflatten(flat.spec, [t.clone() for t in flat.tensors], flat.counts)
     return fresh

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -195,7 +195,8 @@ def _settings(config: Any) -> str:
 def digest_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
     """Sampled digest of named tensors."""
     digest = hashlib.sha256()
-    for path, weight in sorted(weights, key=lambda item: item[0]):
+    plain = (part for path, weight in weights for part in _parts(path, weight))
+    for path, weight in sorted(plain, key=lambda item: item[0]):
         digest.update(f"{path}{tuple(weight.shape)}{weight.dtype}".encode())
         if weight.numel():
             flat = weight.reshape(-1)
@@ -203,3 +204,12 @@ def digest_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
             at = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
             digest.update(flat[at].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _parts(path: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A weight, or the plain tensors inside a quantised one (a tensor subclass)."""
+    if hasattr(weight, "__tensor_flatten__"):
+        for name in weight.__tensor_flatten__()[0]:
+            yield from _parts(f"{path}.{name}", getattr(weight, name))
+    else:
+        yield path, weight

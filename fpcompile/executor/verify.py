@@ -10,8 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from fpcompile.errors import UnsupportedModelError
 from fpcompile.models.shadow import shadow
@@ -23,7 +22,7 @@ _LENGTHS = (7, 12)
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 
 
-def self_check(program: Program, model: PreTrainedModel) -> None:
+def self_check(program: Program, model: nn.Module) -> None:
     """Raise :class:`UnsupportedModelError` when the program's numbers are not the model's."""
     if program.device.type == "meta":
         return

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
 
 import sympy
@@ -19,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from fpcompile.models import leaves
 from fpcompile.models.generic_decisions import Decision
+from fpcompile.models.generic_shapes import Promises
 from fpcompile.models.generic_tree import At, Flat, Node, Spec, flatten
 
 _AUTO = torch.export.Dim.AUTO
@@ -95,11 +97,18 @@ def pack(tree: Any, device: torch.device) -> tuple[Flat, tuple[Tensor, ...]]:
     return flat, (*tensors, *(torch.empty(int(c), 0, device=device) for c in flat.counts))
 
 
-def dynamic_dims(flat: Flat, tensors: Sequence[Tensor]) -> list[dict[int, Any] | None]:
-    """Which sizes to keep symbolic: the batch everywhere, the lengths of ids, masks, features and caches."""
+def dynamic_dims(
+    flat: Flat, tensors: Sequence[Tensor], promised: Promises = MappingProxyType({})
+) -> list[dict[int, Any] | None]:
+    """Which sizes to keep symbolic: what the caller promised, and where nothing is promised the batch
+    everywhere and the lengths of ids, masks, features and caches.
+    """
     lengths = length_dims(flat, tensors)
     shapes: list[dict[int, Any] | None] = []
     for i, tensor in enumerate(tensors):
+        if i in promised:
+            shapes.append(dict(promised[i].dims) or None)
+            continue
         dims = {0, *lengths[i]} if i < len(flat.tensors) and tensor.dim() else set(lengths[i])
         shapes.append({d: _AUTO for d in sorted(dims) if tensor.shape[d] > 1} or None)
     return shapes

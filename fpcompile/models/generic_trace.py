@@ -64,7 +64,9 @@ class Trace(LengthWatch):
 
 def prepare(model: nn.Module, opaque: Sequence[str]) -> nn.Module:
     """A shadow of ``model`` with its experts and the named submodules as leaves."""
-    traced = shadow(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # copying an exported module's tree specs
+        traced = shadow(model)
     for path in opaque:  # first: their copies keep the model's own experts
         if not any(path.startswith(f"{other}.") for other in opaque):
             install(traced.get_submodule(path), _kind(path))

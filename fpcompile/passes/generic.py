@@ -162,14 +162,17 @@ def _replace_by(node: fx.Node, number: int) -> None:
 
 
 def _sink(graph: fx.Graph) -> None:
-    """Move copies of inputs to just before their first use: no longer alive than needed."""
+    """Move copies of inputs and parts of quantised weights to their first use: not alive before."""
     order = {n: i for i, n in enumerate(graph.nodes)}
     for node in reversed(body(graph)):
         source_ = node.args[0] if node.args else None
-        if node.target is aten.clone.default and isinstance(source_, fx.Node) and source_.op == "placeholder":
+        if node.target in _SINKING and isinstance(source_, fx.Node) and source_.op == "placeholder":
             users = [u for u in node.users if u.op != "output"]
             if users:
                 min(users, key=order.__getitem__).prepend(node)
+
+
+_SINKING = (aten.clone.default, torch.ops.export.access_subclass_inner_tensor.default)
 
 
 def price(graph: fx.Graph, g: Generic) -> None:
@@ -243,20 +246,23 @@ def _anchor(node: fx.Node, g: Generic) -> CutReason | None:
 
 
 def projects(node: fx.Node, g: Generic) -> bool:
-    """Whether a node is a matrix product with a weight, also a transposed or reshaped one."""
+    """Whether a node is a matrix product with a weight, also a transposed, cast or quantised one."""
     if is_projection(node):
         return True
     if node.target not in _PRODUCTS:
         return False
     for argument in node.all_input_nodes:
-        while argument.op == "call_function" and tensors_of(argument) and _reshapes(argument):
+        while argument.op == "call_function" and tensors_of(argument) and _carries(argument):
             argument = argument.all_input_nodes[0]
         if argument.op == "placeholder" and argument.name in g.capture.weights:
             return bool(tensors_of(argument) and tensors_of(argument)[0].dim() >= 2)
     return False
 
 
-def _reshapes(node: fx.Node) -> bool:
+def _carries(node: fx.Node) -> bool:
+    """Whether a node only shows its argument in another shape or type, or picks a part of a quantised one."""
+    if node.target in (aten.to.dtype, torch.ops.export.access_subclass_inner_tensor.default):
+        return True
     schema = getattr(node.target, "_schema", None)
     return schema is not None and any(r.alias_info is not None for r in schema.returns)
 

@@ -8,18 +8,23 @@ trace fails, which turns a length into a constant, or which draws random numbers
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 import traceback
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 
-from fpcompile.errors import UnsupportedModelError
+from fpcompile.errors import InvalidInputError, UnsupportedModelError
 from fpcompile.models import leaves
 from fpcompile.models.capture import weights_of
 from fpcompile.models.generic import GROWING, GenericCapture, Guards, dynamic_dims, names_of, top_level
+from fpcompile.models.generic_shapes import Promises, readable
 from fpcompile.models.generic_trace import Trace, Wrapper, export, prepare
 from fpcompile.models.generic_tree import Flat
 from fpcompile.models.opaque import LeafRefusedError
@@ -40,8 +45,14 @@ class _Attempt:
     cloned: frozenset[int] = frozenset()
 
 
-def capture_generic(model: nn.Module, flat: Flat, tensors: tuple[Tensor, ...]) -> GenericCapture:
-    """A variant for the call ``tensors`` (see :func:`pack`). The model is left as found.
+def capture_generic(
+    model: nn.Module,
+    flat: Flat,
+    tensors: tuple[Tensor, ...],
+    promised: Promises = MappingProxyType({}),
+) -> GenericCapture:
+    """A variant for the call ``tensors`` (see :func:`fpcompile.models.generic.pack`); ``promised`` says which
+    sizes of some inputs must stay symbolic. The model is left as found.
 
     Raises :class:`UnsupportedModelError` when neither symbolic nor constant lengths can be traced, with or
     without opaque leaves.
@@ -53,8 +64,13 @@ def capture_generic(model: nn.Module, flat: Flat, tensors: tuple[Tensor, ...]) -
         trace = wrapper.trace
         try:
             with leaves.collecting() as collected:
-                exported = export(wrapper, tensors, dynamic_dims(flat, tensors) if attempt.dynamic else None)
+                dims = dynamic_dims(flat, tensors, promised) if attempt.dynamic else None
+                exported = export(wrapper, tensors, dims)
         except Exception as error:
+            if promised and _breaks_promise(error):
+                if _worth_a_leaf(model, attempt, trace):
+                    continue
+                raise _broken(model, error, trace, promised) from error
             _after_failure(model, attempt, trace, error)
             continue
         if attempt.dynamic and _worth_a_leaf(model, attempt, trace):
@@ -71,6 +87,30 @@ def capture_generic(model: nn.Module, flat: Flat, tensors: tuple[Tensor, ...]) -
     raise UnsupportedModelError(
         f"{type(model).__name__} cannot be traced",
         reason=f"still failing after {_ATTEMPTS} attempts; opaque: {attempt.opaque[-3:]}",
+    )
+
+
+def _breaks_promise(error: Exception) -> bool:
+    """Whether torch.export refuses: a size that must vary became a constant, or has a wrong example."""
+    return isinstance(error, ConstraintViolationError) or "Constraints violated" in str(error)
+
+
+def _broken(
+    model: nn.Module, error: Exception, trace: Trace, promised: Promises
+) -> UnsupportedModelError | InvalidInputError:
+    said = readable(str(error), promised)
+    if "not in range" in said:
+        return InvalidInputError(
+            "example_inputs do not fit dynamic_shapes",
+            expected="sizes within the bounds of their torch.export.Dim, and larger than 1",
+            got=said,
+        )
+    return UnsupportedModelError(
+        f"{type(model).__name__} cannot be traced with these dynamic_shapes",
+        reason=said,
+        module_path=trace.specialised or None,
+        remedy="leave that dimension out of dynamic_shapes, or mark it with torch.export.Dim.AUTO: then each "
+        "size that the model's code makes a constant gets a graph of its own",
     )
 
 
@@ -251,15 +291,31 @@ def explain(model: nn.Module, error: Exception) -> UnsupportedModelError:
     """The user's error for a failed trace: the model's line, and what was said there."""
     if isinstance(error, UnsupportedModelError):
         return error
-    line = None
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if "modeling_" in frame.filename:
-            line = f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}: {frame.line}"
-            break
+    if isinstance(error, AssertionError) and str(error).startswith("Guard failed: "):
+        return UnsupportedModelError(
+            "the exported program does not take inputs of this shape",
+            reason=f"torch.export fixed {readable(str(error).removeprefix('Guard failed: '), {})}",
+            remedy="export it with dynamic_shapes that leave this size free, or call it with what it takes",
+        )
     reason = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
+    reason = f"{type(error).__name__}: {reason[:300]}"
+    if isinstance(error, GuardOnDataDependentSymNode):
+        reason = f"a decision in the model's code depends on activations ({reason})"
     return UnsupportedModelError(
         f"{type(model).__name__} cannot be traced",
-        reason=f"{type(error).__name__}: {reason[:300]}",
-        source_line=line,
-        remedy="see docs/adapters.md: replace the submodule, or report the model with its coverage row",
+        reason=reason,
+        source_line=_line_of(model, error),
+        remedy="see docs/adapters.md: move the line into a submodule of its own, or report the model with "
+        "its coverage row",
     )
+
+
+def _line_of(model: nn.Module, error: Exception) -> str | None:
+    """The innermost line of the model's own source that an error went through."""
+    homes = {getattr(sys.modules.get(type(m).__module__), "__file__", None) for m in model.modules()}
+    torch_home = os.path.dirname(torch.__file__)
+    files = {f for f in homes if f and not f.startswith(torch_home)}
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename in files:
+            return f"{os.path.basename(frame.filename)}:{frame.lineno}: {frame.line}"
+    return None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from fpcompile.scheduler.job import Job
@@ -37,12 +38,14 @@ class Batching:
     deadline once the batch has run. ``every_member``: the deadline of every member counts (with the
     exact cost of the pack), not only the lead's (with the cost of one prompt as long as all
     together). A mate that would break a deadline ends the scan when ``stop_at_first``, else it is skipped.
+    At most ``scanned`` waiting requests are looked at, so that a decision costs the same in any backlog.
     """
 
     max_tokens: int = 2048
     margin: float = 0.1
     every_member: bool = True
     stop_at_first: bool = False
+    scanned: int = 128
 
     def mates(
         self, lead: Job, waiting: Iterable[Job], now: float, free_blocks: float, costs: PackCost
@@ -57,7 +60,7 @@ class Batching:
         total, room = request.tokens, free_blocks - request.kv_blocks
         lengths = [request.tokens]
         due = request.deadline - alpha
-        for job in waiting:
+        for job in islice(waiting, self.scanned):
             if total >= self.max_tokens:
                 break
             other = job.request

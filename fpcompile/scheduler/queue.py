@@ -1,8 +1,8 @@
 """The runs that are not on the device, in the policy's order.
 
 :class:`KeyedQueue` keeps a heap of (key, arrival, sequence) whose stale entries are dropped when they come to
-the top; a second heap holds the times at which keys expire. Every operation is O(log n) amortised, except
-``ordered``, which sorts and is used only to pack, or when memory is short.
+the top; a second heap holds the times at which keys expire. Every operation is O(log n) amortised;
+``ordered`` takes that for each run it gives, and the queue must not change meanwhile.
 :class:`RankedQueue` asks the policy to rank everything.
 """
 
@@ -112,9 +112,16 @@ class KeyedQueue(Queue):
 
     def ordered(self, now: float) -> Iterator[Job]:
         self._refresh(now)
-        for entry in sorted(self._heap, key=_order):
+        heap = self._heap
+        front = [(heap[0][:4], 0)] if heap else []
+        while front:  # the children of a heap's entry are not before it: k steps give the first k
+            _, at = heappop(front)
+            entry = heap[at]
             if entry[3] == entry[4].entry:
                 yield entry[4]
+            for child in (2 * at + 1, 2 * at + 2):
+                if child < len(heap):
+                    heappush(front, (heap[child][:4], child))
 
     def challenger(self, running: Job, now: float) -> Job | None:
         job = self.best(now)
@@ -125,10 +132,6 @@ class KeyedQueue(Queue):
 
     def wake(self, now: float) -> float:
         return inf
-
-
-def _order(entry: _Entry) -> tuple[Any, float, int]:
-    return entry[:3]
 
 
 class RankedQueue(Queue):

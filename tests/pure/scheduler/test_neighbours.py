@@ -69,6 +69,12 @@ def test_batching_respects_free_memory() -> None:
     ) == ["b"]
 
 
+def test_batching_looks_at_a_bounded_number_of_requests() -> None:
+    others = [short(f"big{i}", 2000) for i in range(127)]
+    assert mates(published_batching(), short("q", 100), [*others[:126], short("a", 10)]) == ["a"]
+    assert mates(published_batching(), short("q", 100), [*others, short("a", 10)]) == []
+
+
 def test_a_packed_run_carries_its_members_to_the_end() -> None:
     core = Scheduler("flowprefill", predictor=CostPredictor(MS))
     core.handle(Arrival(0.0, short("busy", 3000, due=4.0)))

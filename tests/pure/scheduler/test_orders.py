@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from math import inf
 
 import pytest
 
 from fpcompile.scheduler import Arrival, Completed, Launch, Pause, Request, Scheduler, Yielded, make_policy
 from fpcompile.scheduler.job import Job
+from fpcompile.scheduler.policies.orders import SlackEdf
 from fpcompile.scheduler.policy import KeyedPolicy
+from fpcompile.scheduler.queue import KeyedQueue
 
 
 def key(spec: str, now: float, *, due: float, left: float) -> object:
@@ -130,6 +133,23 @@ def test_the_other_orders() -> None:
     assert launches("srpt") == ["a", "c", "a", "b"]
     assert launches("priority") == ["a", "c", "a", "b"]
     assert launches("s-edf") == ["a", "c", "a", "b"]
+
+
+def test_the_queue_gives_its_order_lazily_and_skips_what_has_left_or_changed() -> None:
+    draw = random.Random(2)
+    queue = KeyedQueue(SlackEdf())
+    jobs = [Job(Request(f"r{i}", 0.0, draw.randint(1, 30), 10, draw.randint(1, 9)), i) for i in range(300)]
+    for job in jobs:
+        queue.add(job, 0.0)
+    for job in jobs[::3]:
+        queue.remove(job)
+    for job in jobs[::6]:
+        queue.add(job, 5.0)
+    live = [job for index, job in enumerate(jobs) if index % 3 or index % 6 == 0]
+    policy = SlackEdf()
+    expected = sorted(live, key=lambda job: (policy.key(job, 9.0), 0.0, job.sequence))
+    assert [job.id for job in queue.ordered(9.0)] == [job.id for job in expected]
+    assert next(queue.ordered(9.0)) is queue.best(9.0)
 
 
 def test_wfq_shares_between_tenants_and_keeps_no_credit() -> None:

@@ -1,7 +1,8 @@
 """``fpcompile coverage``: which architectures segment, by which route, with what equality.
 
 :func:`coverage` is mounted by the command line. Without arguments every causal LM of transformers'
-mapping and every class of the tiny zoo is compiled at tiny size, compared with itself, and ``docs/coverage.md`` written.
+mapping and every class of the tiny zoo is compiled at tiny size and compared with the unmodified model, and
+``docs/coverage.md`` is written.
 """
 
 from __future__ import annotations
@@ -29,14 +30,26 @@ def coverage(
     archs: Annotated[list[str] | None, typer.Argument(help="model types or classes; default: all")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Architectures at a time, each in its own process.")] = 1,
     json_out: Annotated[bool, typer.Option("--json", help="Print the rows as JSON lines.")] = False,
+    rows_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--rows", help="JSON lines to go on from and to add to; what is there is not run again."
+        ),
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for one architecture.")] = SECONDS,
     output: Annotated[
         Path | None, typer.Option(help="Markdown file; docs/coverage.md when all are checked.")
     ] = None,
 ) -> None:
     """Compile architectures at tiny size, compare them with the unmodified model, write the table."""
+    kept = _kept(rows_file)
     names = _names(archs or [])
-    rows = [_announced(row, json_out) for row in _with_progress(names, jobs, timeout, json_out)]
+    todo = names if archs else [n for n in names if n not in kept]
+    made: list[dict[str, Any]] = []
+    for row in _with_progress(todo, jobs, timeout, json_out):
+        made.append(row)
+        _announce(row, json_out, rows_file)
+    rows = list({**kept, **{str(r["name"]): r for r in made}}.values())
     target = output or (None if archs else Path("docs/coverage.md"))
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -67,10 +80,21 @@ def _with_progress(names: Sequence[str], jobs: int, timeout: float, quiet: bool)
             yield row
 
 
-def _announced(row: dict[str, Any], json_out: bool) -> dict[str, Any]:
+def _kept(path: Path | None) -> dict[str, dict[str, Any]]:
+    """Rows of an earlier run by name; the last one of a name counts."""
+    if path is None or not path.exists():
+        return {}
+    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    return {str(row["name"]): row for row in rows}
+
+
+def _announce(row: dict[str, Any], json_out: bool, path: Path | None) -> None:
+    line = json.dumps(row, sort_keys=True)
     if json_out:
-        typer.echo(json.dumps(row, sort_keys=True))
-    return row
+        typer.echo(line)
+    if path is not None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> str:

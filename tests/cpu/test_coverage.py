@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from fpcompile.cli import app
+from fpcompile.serving import coverage as coverage_module
 from fpcompile.serving import coverage_checks, coverage_workers
 from fpcompile.serving.coverage import markdown_of
 from fpcompile.serving.coverage_checks import Row, difference, row_of
@@ -103,3 +105,21 @@ def test_an_unknown_architecture_is_one_line() -> None:
     result = CliRunner().invoke(app, ["coverage", "lama"])
     assert result.exit_code == 2
     assert "did you mean 'llama'" in result.output
+
+
+def test_a_run_goes_on_from_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def run(names: list[str], **options: Any) -> Any:
+        asked.append(names)
+        return ({**ROW, "name": name} for name in names)
+
+    monkeypatch.setattr(coverage_module, "run_rows", run)
+    monkeypatch.setattr(coverage_module, "_names", lambda wanted: list(wanted) or ["llama", "mamba"])
+    rows, page = tmp_path / "rows.jsonl", tmp_path / "coverage.md"
+    options = ["--rows", str(rows), "--output", str(page)]
+    for names in (["llama"], [], []):
+        result = CliRunner().invoke(app, ["coverage", *names, *options])
+        assert result.exit_code == 0, result.output
+    assert asked == [["llama"], ["mamba"], []]
+    assert "2 architectures: 2 bits" in page.read_text(encoding="utf-8")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import operator
-from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -20,10 +19,11 @@ from fpcompile.errors import InternalError, UnsupportedModelError
 from fpcompile.ir import TOKENS, ZERO, Cost, CutReason, Granularity
 from fpcompile.models.generic import GenericCapture
 from fpcompile.passes import normalise as packed
-from fpcompile.passes.aliases import storage_owners, uncuttable
+from fpcompile.passes.aliases import uncuttable
 from fpcompile.passes.context import LEAF, Context, body, source, tensors_of
 from fpcompile.passes.costs import is_projection, node_cost, size_hint
 from fpcompile.passes.cuts import DESIGN_TOKENS, layer_of
+from fpcompile.passes.dataflow import live_bytes
 
 aten = torch.ops.aten
 _SOFTMAX: frozenset[Any] = frozenset({aten.softmax.int, aten._softmax.default})
@@ -191,34 +191,6 @@ def _known(expr: sympy.Expr) -> sympy.Expr:
 _PLAN_SYMBOLS = (TOKENS,)
 
 
-def live_after(graph: fx.Graph, inputs: Sequence[fx.Node]) -> list[list[fx.Node]]:
-    """For each body node, the tensor values that later nodes or the result read."""
-    nodes = body(graph)
-    position = {n: i for i, n in enumerate(nodes)}
-    last: dict[fx.Node, int] = {}
-    for n in reversed([*inputs, *nodes]):
-        last[n] = max((_reads(u, position, last, len(nodes)) for u in n.users), default=-1)
-    held: dict[fx.Node, None] = {n: None for n in inputs if last[n] >= 0}
-    ends: dict[int, list[fx.Node]] = {}
-    for n, end in last.items():
-        ends.setdefault(end, []).append(n)
-    result: list[list[fx.Node]] = []
-    for i, node in enumerate(nodes):
-        if tensors_of(node) and not isinstance(node.meta["val"], (tuple, list)) and last[node] > i:
-            held[node] = None
-        for n in ends.get(i, []):
-            held.pop(n, None)
-        result.append(list(held))
-    return result
-
-
-def _reads(user: fx.Node, position: dict[fx.Node, int], last: dict[fx.Node, int], end: int) -> int:
-    """Until when a use needs its argument: sizes and numbers are computed again where they are used."""
-    if user not in position:
-        return end
-    return position[user] if tensors_of(user) else max(position[user], last[user])
-
-
 def _weights_values(node: fx.Node) -> bool:
     """Whether a product applies a softmax's weights: attention written out in the model."""
     seen: set[fx.Node] = set()
@@ -288,7 +260,7 @@ def place_cuts(graph: fx.Graph, g: Generic, granularity: Granularity) -> None:
 def _operator_cuts(
     nodes: list[fx.Node], graph: fx.Graph, g: Generic, forbidden: dict[str, str]
 ) -> dict[str, CutReason]:
-    sizes = _live_bytes(graph, g)
+    sizes = live_bytes(graph, g.inputs, lambda size: size_hint(_known(size_of(size, g)), DESIGN_TOKENS))
     anchors = [(i, r) for i, n in enumerate(nodes) if (r := _anchor(n, g)) is not None]
     cuts: dict[str, CutReason] = {}
     for (at, reason), (end, following) in itertools.pairwise(anchors):
@@ -312,19 +284,6 @@ def _layer_cuts(nodes: list[fx.Node], forbidden: dict[str, str]) -> dict[str, Cu
             if 0 <= boundary < len(nodes) - 1 and nodes[boundary].name not in forbidden:
                 cuts[nodes[boundary].name] = CutReason.LAYER
     return cuts
-
-
-def _live_bytes(graph: fx.Graph, g: Generic) -> list[float]:
-    owners = storage_owners(graph)
-    by_name = {n.name: n for n in graph.nodes}
-    sizes: dict[str, float] = {}
-    for owner in set(owners.values()):
-        value = tensors_of(by_name[owner])[0]
-        count = float(value.element_size())
-        for size in value.shape:
-            count *= size_hint(_known(size_of(size, g)), DESIGN_TOKENS)
-        sizes[owner] = count
-    return [sum(sizes[o] for o in {owners[n.name] for n in live}) for live in live_after(graph, g.inputs)]
 
 
 def size_of(size: Any, g: Generic) -> sympy.Expr:

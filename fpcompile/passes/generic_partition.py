@@ -15,6 +15,7 @@ from fpcompile.passes import generic as passes
 from fpcompile.passes.aliases import storage_owners
 from fpcompile.passes.codegen import Function, Functions
 from fpcompile.passes.context import LEAF, body, describe, source, tensors_of
+from fpcompile.passes.dataflow import live_after
 from fpcompile.passes.generic import Generic, size_of
 from fpcompile.passes.partition import weight
 
@@ -26,7 +27,7 @@ class GenericPartitioner:
         self.graph, self.g = graph, g
         self.owners = storage_owners(graph)
         self.by_name = {n.name: n for n in graph.nodes}
-        live = passes.live_after(graph, g.inputs)
+        live = live_after(graph, g.inputs)
         self.live = dict(zip((n.name for n in body(graph)), live, strict=True))
         self.functions = Functions(self._spec)
         self.picks: dict[int, tuple[int, ...]] = {}  # leaf -> which of its results are read

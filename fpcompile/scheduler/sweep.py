@@ -19,7 +19,7 @@ from fpcompile.scheduler.routers import simulate_replicas
 from fpcompile.scheduler.simulator import Outcome, SimulationResult
 from fpcompile.scheduler.workload import TraceRow, requests_at, tile
 
-__all__ = ["Cell", "CellKey", "SweepSetup", "capacity", "run_cell", "sweep"]
+__all__ = ["Cell", "CellKey", "SweepSetup", "capacity", "run_cell", "summary", "sweep"]
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,11 @@ def run_cell(setup: SweepSetup, key: CellKey) -> Cell:
     results = simulate_replicas(
         key.policy, requests, setup.table, replicas=setup.replicas, router=setup.router, **setup.options
     )
-    return _summary(key, results, setup.table)
+    return summary(key, results, setup.table)
 
 
-def _summary(key: CellKey, results: Sequence[SimulationResult], table: CostTable) -> Cell:
+def summary(key: CellKey, results: Sequence[SimulationResult], table: CostTable) -> Cell:
+    """What the results of all devices of one cell show together."""
     outcomes = [outcome for result in results for outcome in result.outcomes]
     blocking = [seconds for result in results for seconds in result.blocking]
     met = attainment(outcomes)

@@ -16,11 +16,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fpcompile.errors import FpcompileError, UsageError
+from fpcompile.serving.bench_compare import comparison_markdown
 from fpcompile.serving.bench_goodput import DEFAULT_POLICIES, run_bench_goodput
 from fpcompile.serving.bench_markdown import markdown_of
 from fpcompile.serving.bench_report import save_plots, table_of
 
 __all__ = ["app", "parse_numbers", "parse_slos", "replay"]
+
+MEASURED_POLICIES = ("s-edf", "fpcompile")
+"""What ``--real`` measures by default; the engine executes no others that pack or slice."""
 
 app = typer.Typer(help="Benchmarks.", no_args_is_help=True)
 
@@ -77,8 +81,8 @@ def parse_slos(pairs: list[str]) -> dict[str, float]:
 def goodput(
     trace: Annotated[Path | None, typer.Option(help="Trace file; without one, synthetic traffic.")] = None,
     policies: Annotated[
-        str, typer.Option(help="Policies, separated by ',' (or ';', needed for chunked:512,edf).")
-    ] = ";".join(DEFAULT_POLICIES),
+        str | None, typer.Option(help="Policies, separated by ',' (or ';', needed for chunked:512,edf).")
+    ] = None,
     simulate: Annotated[
         bool, typer.Option("--simulate/--real", help="Simulate on costs, or measure.")
     ] = True,
@@ -93,8 +97,13 @@ def goodput(
     slo: Annotated[
         list[str] | None, typer.Option(help="CLASS=SECONDS, may be repeated; else FlowPrefill's table.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 5,
-    num_prompts: Annotated[int, typer.Option(min=2, help="Requests per run; the trace is tiled.")] = 3000,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Number of seeds; else 5, or 1 with --real.")
+    ] = None,
+    num_prompts: Annotated[
+        int | None,
+        typer.Option(min=2, help="Requests per run, the trace is tiled; else 3000, or by --minutes."),
+    ] = None,
     replicas: Annotated[int, typer.Option(min=1, help="Devices behind a router.")] = 1,
     router: Annotated[str, typer.Option(help="round-robin or least-work.")] = "least-work",
     max_queue_s: Annotated[float | None, typer.Option(help="Reject what has waited so long.")] = None,
@@ -110,31 +119,63 @@ def goodput(
     plots: Annotated[Path | None, typer.Option(help="Write pictures into this folder.")] = None,
     plot_prefix: Annotated[str, typer.Option(help="First part of the pictures' names.")] = "goodput",
     plot_policies: Annotated[str, typer.Option(help="Policies in the pictures; else all.")] = "",
+    model: Annotated[
+        str | None, typer.Option(help="With --real: a model's folder; else a Qwen3 of 30M.")
+    ] = None,
+    length_scale: Annotated[
+        float, typer.Option(help="With --real: prompts are this times as long as the trace's.")
+    ] = 1 / 16,
+    minutes: Annotated[float, typer.Option(help="With --real: ends within about this.")] = 8.0,
 ) -> None:
     """Attainment and goodput of scheduling policies on a trace."""
     limits = {"max_queue_s": max_queue_s, "kv_blocks": kv_blocks}
-    with _message_and_exit(), _progress("simulating") as progress:
-        if not simulate:
-            raise UsageError(
-                "measuring on a device is not part of this command yet",
-                expected="--simulate",
-                got="--real",
-                remedy="write a costs file of your device and pass it with --costs",
+    given = {name: value for name, value in limits.items() if value is not None}
+    if not simulate:
+        simulated_only = {
+            "--costs": costs, "--slo": slo, "--check-us": check_us, "--sync-us": sync_us,
+            "--bound": bound, "--slo-rate": slo_rate, "--plots": plots,
+            "--slo-scale": slo_scale != "1", "--replicas": replicas > 1, "--jobs": jobs > 1,
+        }  # fmt: skip
+        with _message_and_exit(), _progress("measuring") as progress:
+            if unfit := [name for name, value in simulated_only.items() if value]:
+                raise UsageError("an option of simulations only", expected="--simulate", got=unfit[0])
+            report = _measure(
+                trace,
+                parse_policies(policies) if policies else list(MEASURED_POLICIES),
+                model=model,
+                rates=parse_numbers(rates) if rates else None,
+                length_scale=length_scale,
+                minutes=minutes,
+                num_prompts=num_prompts,
+                seeds=seeds or 1,
+                options=given,
+                progress=progress,
+                json_path=json_file,
             )
+        text = comparison_markdown(report)
+        written = [json_file] if json_file is not None else []
+        if markdown is not None:
+            markdown.write_text(text, encoding="utf-8")
+            written.append(markdown)
+        Console().print(text, markup=False, highlight=False, soft_wrap=True)
+        for path in written:
+            Console().print(f"wrote {path}")
+        return
+    with _message_and_exit(), _progress("simulating") as progress:
         report = run_bench_goodput(
             trace,
-            parse_policies(policies),
+            parse_policies(policies) if policies else list(DEFAULT_POLICIES),
             costs=costs,
             rates=parse_numbers(rates) if rates else None,
             slo_scales=parse_numbers(slo_scale),
             slo_rate=slo_rate,
             slos=parse_slos(slo or []),
-            seeds=seeds,
-            num_prompts=num_prompts,
+            seeds=seeds or 5,
+            num_prompts=num_prompts or 3000,
             replicas=replicas,
             router=router,
             jobs=jobs,
-            options={name: value for name, value in limits.items() if value is not None},
+            options=given,
             check_us=check_us,
             sync_us=sync_us,
             bound=bound,
@@ -148,6 +189,13 @@ def goodput(
     if plots is not None:
         written += save_plots(report, plots, plot_prefix, parse_policies(plot_policies))
     _show(report, written)
+
+
+def _measure(trace: Path | None, policies: list[str], **options: Any) -> dict[str, Any]:
+    """The measurement; imported late, because it needs torch."""
+    from fpcompile.serving.bench_real import run_bench_real
+
+    return run_bench_real(trace, policies, **options)
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def test_the_command_writes_table_pictures_and_json(trace: Path, tmp_path: Path)
         ["--slo", "text=0"],
         ["--costs", "missing.json"],
         ["--router", "random", "--num-prompts", "10", "--rates", "1", "--policies", "fcfs"],
-        ["--real"],
+        ["--real", "--bound"],
     ],
 )
 def test_bad_arguments_end_with_a_message_and_code_2(trace: Path, arguments: list[str]) -> None:

@@ -1,0 +1,106 @@
+"""The load generator of a measurement: sends requests on time to an engine in another process.
+
+:class:`RealDevice` starts the process of :mod:`bench_worker` on one core and stays on another itself. Its
+arrivals are the planned ones, whether or not the sending was late, so that the generator's own delay counts
+as the system's (open loop). Use it as a context manager: the process ends with it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from multiprocessing import get_context
+from types import TracebackType
+from typing import Any, Self
+
+from fpcompile.errors import UsageError
+from fpcompile.scheduler.costs import CostTable
+from fpcompile.scheduler.events import Request
+from fpcompile.serving.bench_worker import Plan, Record, serve
+
+__all__ = ["RealDevice"]
+
+_LEAD_S = 0.05  # from the start of a measurement to its first arrival
+
+
+class RealDevice:
+    """An engine in a process of its own; ``path``: a model's folder, None for the built-in one."""
+
+    def __init__(self, path: str | None, classes: Sequence[str]) -> None:
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        self._mine: int | None = cores[-1] if len(cores) > 1 else None
+        core = cores[0] if len(cores) > 1 else None
+        self._before = set(cores)
+        context = get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        arguments = (theirs, path, list(classes), core)
+        self._process = context.Process(target=serve, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+        self.classes = list(classes)
+        self.pinned = core is not None
+
+    def __enter__(self) -> Self:
+        if self._mine is not None:
+            os.sched_setaffinity(0, {self._mine})
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pipe.close()
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.terminate()
+        if self._mine is not None:
+            os.sched_setaffinity(0, self._before)
+
+    def _ask(self, *message: Any) -> Any:
+        """Send a message and wait for its answer; raises :class:`UsageError` with what the child says."""
+        self._pipe.send(message)
+        try:
+            error, answer = self._pipe.recv()
+        except EOFError:
+            raise UsageError("the engine's process has ended", got=f"message {message[0]!r}") from None
+        if error is not None:
+            raise UsageError("the engine refused", got=error)
+        return answer
+
+    def describe(self) -> dict[str, Any]:
+        """Name, parameters and type of the model."""
+        answer: dict[str, Any] = self._ask("describe")
+        return answer
+
+    def prepare(self, plan: Plan, lengths: Sequence[int]) -> tuple[CostTable, dict[int, float]]:
+        """Compile the program of a plan: its cost table, and the predicted seconds of each length."""
+        answer: tuple[CostTable, dict[int, float]] = self._ask("prepare", plan, list(lengths))
+        return answer
+
+    def alone(self, plan: Plan, lengths: Sequence[int], repeats: int = 7) -> dict[int, float]:
+        """Isolated TTFT: median seconds of prompts of these lengths that find the engine idle."""
+        answer: dict[int, float] = self._ask("alone", plan, list(lengths), repeats)
+        return answer
+
+    def serve(
+        self, plan: Plan, policy: str, requests: Sequence[Request], options: dict[str, Any]
+    ) -> tuple[list[Record], list[float], float]:
+        """Serve ``requests`` (arrivals from 0): records, blocking times, and the most a sending was late."""
+        self._ask("engine", plan, policy, options)
+        start = time.monotonic() + _LEAD_S
+        worst = 0.0
+        send = self._pipe.send
+        for request in requests:
+            at = start + request.arrival
+            self._sleep_until(at)
+            worst = max(worst, time.monotonic() - at)
+            slo = request.deadline - request.arrival
+            send(("submit", request.id, request.klass, request.tokens, at, slo, request.priority))
+        records, blocking = self._ask("collect")
+        return records, blocking, worst
+
+    @staticmethod
+    def _sleep_until(at: float) -> None:
+        left = at - time.monotonic()
+        if left > 0:
+            time.sleep(left)

@@ -1,0 +1,252 @@
+"""``bench goodput --real``: serve a trace with a real model through Engine, and simulate the same requests.
+
+The trace's prompts are made shorter (``length_scale``), for a small model on one core. The promises keep the
+paper's proportions: SLO of a class = (FlowPrefill's SLO / the `llama3-8b-a800` profile's time for the class's
+mean prompt) x the measured isolated TTFT of the class's mean scaled prompt.
+
+The simulator gets the same requests at the same times, the engine's own predictions for the decisions, and
+for the device the isolated TTFTs that were measured first (medians over a grid of lengths, linear between).
+Nothing is fitted to what the loaded runs show. The report has the measurement, the simulation and their
+comparison (:mod:`bench_compare`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fpcompile.errors import InvalidInputError, UsageError
+from fpcompile.scheduler import SLO_TABLE, CostTable, Request, make_policy, profile
+from fpcompile.scheduler.simulator import Outcome, SimulationResult, Simulator
+from fpcompile.scheduler.sweep import Cell, CellKey, SweepSetup, summary
+from fpcompile.scheduler.synthetic import synthetic_trace
+from fpcompile.scheduler.traces import read_trace
+from fpcompile.scheduler.workload import TraceRow, requests_at, tile
+from fpcompile.serving.bench_compare import compare
+from fpcompile.serving.bench_device import RealDevice
+from fpcompile.serving.bench_goodput import make_report
+from fpcompile.serving.bench_worker import Plan, plan_of
+
+__all__ = ["LOADS", "Measured", "affordable", "paper_slos", "run_bench_real", "scaled"]
+
+LOADS = (0.5, 0.7, 0.9, 1.0, 1.1, 1.2, 1.3)
+"""Default rates, in units of the capacity."""
+
+_GRID = 14
+_SHARE = 0.9  # of the time that is left, for the requests themselves; the rest is for backlogs to end
+_FEWEST = 20
+_UNMEASURED = ("decision_us", "peak_paused_bytes", "peak_waiting", "evictions")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One program: its table, the engine's predictions, and isolated TTFTs by length."""
+
+    plan: Plan
+    table: CostTable
+    predicted: Mapping[int, float]
+    alone: Mapping[int, float]
+
+    def seconds(self, tokens: float) -> float:
+        """Isolated TTFT, linear between the measured lengths."""
+        lengths = sorted(self.alone)
+        at = min(max(bisect_left(lengths, tokens), 1), len(lengths) - 1)
+        low, high = lengths[at - 1], lengths[at]
+        share = (tokens - low) / (high - low)
+        return self.alone[low] + share * (self.alone[high] - self.alone[low])
+
+    def slowdown(self, request: Request) -> float:
+        """Measured over tabulated seconds of this request's prompt."""
+        return self.seconds(request.tokens) / self.table.seconds(request.tokens)
+
+
+def scaled(rows: Sequence[TraceRow], factor: float) -> list[TraceRow]:
+    """The rows with prompts of ``factor`` times the length, at least one token."""
+    if not 0 < factor <= 1:
+        raise InvalidInputError("length scale", expected="in (0, 1]", got=repr(factor))
+    return [replace(row, tokens=max(1, round(row.tokens * factor))) for row in rows]
+
+
+def paper_slos(
+    rows: Sequence[TraceRow], factor: float, seconds: Callable[[float], float]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """(SLO, multiple of the isolated TTFT) of each class of the unscaled ``rows``; see the module's text."""
+    published = profile()
+    slos, multiples = {}, {}
+    for klass in sorted({row.klass for row in rows}):
+        if klass not in SLO_TABLE:
+            raise UsageError(
+                f"class {klass!r} has no published SLO", expected=", ".join(SLO_TABLE), got=klass
+            )
+        mean = fmean(row.tokens for row in rows if row.klass == klass)
+        multiples[klass] = SLO_TABLE[klass][0] / published.seconds(round(mean))
+        slos[klass] = multiples[klass] * seconds(max(1.0, mean * factor))
+    return slos, multiples
+
+
+def run_bench_real(
+    trace: str | Path | None,
+    policies: Sequence[str],
+    *,
+    model: str | None = None,
+    rates: Sequence[float] | None = None,
+    length_scale: float = 1 / 16,
+    minutes: float = 8.0,
+    num_prompts: int | None = None,
+    seeds: int = 1,
+    options: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    json_path: str | Path | None = None,
+) -> dict[str, Any]:
+    """Measure and simulate every policy at every rate; ends within about ``minutes``.
+
+    ``num_prompts`` per run follows from ``minutes`` when it is None. ``rates`` default to :data:`LOADS` of
+    the capacity. ``model`` is a model's folder, None for the built-in one. Raises typed errors for what the
+    engine cannot execute, before anything is measured.
+    """
+    begun = time.monotonic()
+    rows = read_trace(trace) if trace is not None else synthetic_trace(345, seed=1)
+    short = scaled(rows, length_scale)
+    plans = {name: _plan(name) for name in policies}
+    if not policies or seeds < 1:
+        raise InvalidInputError("nothing to measure", expected="at least one policy and one seed")
+    classes = sorted({row.klass for row in rows})
+    with RealDevice(model, classes) as device:
+        about = device.describe()
+        known = {plan: _measure(device, plan, short) for plan in dict.fromkeys(plans.values())}
+        quickest = min(known.values(), key=lambda one: _mean(one, short))
+        slos, multiples = paper_slos(rows, length_scale, quickest.seconds)
+        capacity = 1 / _mean(quickest, short)
+        grid = sorted(rates) if rates else [float(f"{load * capacity:.3g}") for load in LOADS]
+        count = num_prompts or affordable(minutes * 60 - (time.monotonic() - begun), grid, len(plans), seeds)
+        keys = [CellKey(name, rate, seed) for name in plans for rate in grid for seed in range(1, seeds + 1)]
+        setup = SweepSetup(tuple(short), quickest.table, slos, count, options=dict(options or {}))
+        pairs = []
+        for number, key in enumerate(keys, 1):
+            pairs.append(_both(device, known[plans[key.policy]], setup, key))
+            if progress is not None:
+                progress(number, len(keys))
+    places = (setup, grid, grid[0], trace, capacity)
+    real = make_report([pair[0] for pair in pairs], *places)
+    for entry in real["policies"].values():
+        for point in entry["points"]:
+            for name in _UNMEASURED:
+                del point[name]
+    report = {
+        **about,
+        "machine": _machine(device.pinned),
+        "length_scale": length_scale,
+        "slo_multiples": multiples,
+        "isolated": {_plan_name(plan): _isolated(one) for plan, one in known.items()},
+        "latest_sending_s": max(pair[4] for pair in pairs),
+        "unserved": sum(pair[0].rejected for pair in pairs),
+        "minutes": (time.monotonic() - begun) / 60,
+        **real,
+        "simulated": make_report([pair[1] for pair in pairs], *places),
+    }
+    report["comparison"] = compare(report, [(pair[0].key, pair[2], pair[3]) for pair in pairs])
+    if json_path is not None:
+        Path(json_path).write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def _plan(policy: str) -> Plan:
+    made = make_policy(policy)
+    if made.batching is not None:
+        raise UsageError(
+            f"policy {policy!r} cannot be measured: it packs requests, the engine runs one at a time",
+            expected="a policy that does not pack",
+            got=policy,
+            remedy="use --simulate",
+        )
+    return plan_of(made.grain, policy)
+
+
+def _plan_name(plan: Plan) -> str:
+    return plan[0] if plan[1] is None else f"{plan[0]}, {plan[1]:g} ms"
+
+
+def _measure(device: RealDevice, plan: Plan, rows: Sequence[TraceRow]) -> Measured:
+    lengths = sorted({row.tokens for row in rows})
+    table, predicted = device.prepare(plan, lengths)
+    low, high = max(lengths[0], 4), max(lengths[-1], 8)
+    grid = sorted({round(low * (high / low) ** (i / (_GRID - 1))) for i in range(_GRID)})
+    return Measured(plan, table, predicted, device.alone(plan, grid))
+
+
+def _mean(one: Measured, rows: Sequence[TraceRow]) -> float:
+    return fmean(one.seconds(row.tokens) for row in rows)
+
+
+def affordable(seconds: float, rates: Sequence[float], policies: int, seeds: int) -> int:
+    """Requests per run so that all runs end within ``seconds``; raises :class:`UsageError` for too few."""
+    count = int(_SHARE * seconds / (policies * seeds * sum(1 / rate for rate in rates)))
+    if count < _FEWEST:
+        raise UsageError(
+            "too little time to measure",
+            expected=f"time for {_FEWEST} requests at each rate",
+            got=f"{count}",
+            remedy="use more --minutes, fewer --policies, --rates or --seeds, or a smaller --length-scale",
+        )
+    return count
+
+
+def _both(
+    device: RealDevice, one: Measured, setup: SweepSetup, key: CellKey
+) -> tuple[Cell, Cell, list[Outcome], list[Outcome], float]:
+    """One cell measured and simulated: both summaries, both lists of outcomes, the latest sending."""
+    rows = tile(setup.rows, setup.count, key.seed)
+    requests = requests_at(
+        rows, key.rate, one.table, setup.slos, length=lambda row: one.predicted[row.tokens]
+    )
+    options = dict(setup.options)
+    records, blocking, late = device.serve(one.plan, key.policy, requests, options)
+    served = {record.id: record for record in records}
+    outcomes = []
+    for request in requests:
+        record = served[request.id]
+        outcomes.append(Outcome(request, record.ttft, None, record.preemptions, record.error))
+    simulator = Simulator(key.policy, one.table, slowdown=one.slowdown, **options)
+    simulation = simulator.run(requests)
+    real, predicted = (_judged(found, one) for found in (outcomes, simulation.outcomes))
+    measured = SimulationResult(outcomes=real, blocking=blocking)
+    simulation.outcomes = predicted
+    return (
+        summary(key, [measured], one.table),
+        summary(key, [simulation], one.table),
+        real,
+        predicted,
+        late,
+    )
+
+
+def _judged(outcomes: Sequence[Outcome], one: Measured) -> list[Outcome]:
+    """Whether a request could be in time alone is judged by what was measured, not by predictions."""
+    return [
+        replace(outcome, request=replace(outcome.request, cost=one.seconds(outcome.request.tokens)))
+        for outcome in outcomes
+    ]
+
+
+def _isolated(one: Measured) -> list[dict[str, float]]:
+    return [
+        {"tokens": n, "measured_s": seconds, "tabulated_s": one.table.seconds(n)}
+        for n, seconds in sorted(one.alone.items())
+    ]
+
+
+def _machine(pinned: bool) -> dict[str, Any]:
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "processors": os.cpu_count(),
+        "load_average": list(os.getloadavg()),
+        "cores": "engine and load generator on one core each" if pinned else "not pinned",
+    }

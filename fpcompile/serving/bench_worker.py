@@ -1,0 +1,208 @@
+"""The measured device: an engine in a process of its own, which is told by pipe what to serve.
+
+The load generator is another process (:mod:`bench_device`) on another core, so that making load costs the
+engine nothing but the reading of a pipe. Both read the same monotonic clock of the machine: an arrival is
+the moment at which the generator meant to send.
+
+Words
+    *plan*   granularity and budget of the program that executes a policy's grain (:func:`plan_of`).
+
+Protocol: tuples ``(kind, ...)``. ``prepare`` compiles and calibrates the program of a plan and is answered by
+its costs; ``engine`` starts an engine under a policy; ``submit`` is not answered; ``collect`` waits until all
+requests have ended and is answered by their records and the engine's blocking times, and ends the engine.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from fpcompile.api import segment
+from fpcompile.engine.engine import Engine
+from fpcompile.engine.handle import Handle
+from fpcompile.errors import FpcompileError, UsageError
+from fpcompile.executor.program import Program
+from fpcompile.scheduler.costs import CostTable
+from fpcompile.scheduler.policy import Grain
+
+__all__ = ["Plan", "Record", "build_model", "plan_of", "serve"]
+
+Plan = tuple[str, float | None]
+"""(granularity, budget in milliseconds or None)."""
+
+_GRANULARITY = {"model": "model", "layers": "layer", "half-layer": "layer", "operator": "operator"}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What became of one request; ``ttft`` in seconds, None when it was not served (``error``: why)."""
+
+    id: str
+    ttft: float | None
+    preemptions: int
+    error: str = ""
+
+
+def plan_of(grain: Grain, policy: str) -> Plan:
+    """The program that stops where ``grain`` says; raises :class:`UsageError` for chunks of tokens."""
+    if grain.unit == "tile":
+        return ("operator", grain.size / 1e3)
+    if grain.unit not in _GRANULARITY:
+        raise UsageError(
+            f"policy {policy!r} cannot be measured: the engine runs whole prompts",
+            expected=f"a grain of {', '.join(_GRANULARITY)} or tile",
+            got=f"a grain of {grain.unit}",
+            remedy="use --simulate",
+        )
+    return (_GRANULARITY[grain.unit], None)
+
+
+def build_model(path: str | None) -> Any:
+    """The model at ``path`` in bf16; by default a Qwen3 of 30 million parameters with random weights.
+
+    4 layers of width 640, 10 heads of 64 in 2 groups, inner width 2048, 16,384 tokens: few operators, so
+    that the work of a prompt of a hundred tokens is arithmetic and not launches.
+    """
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    if path is not None:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).train(False)
+    config = Qwen3Config(
+        num_hidden_layers=4, hidden_size=640, intermediate_size=2048, num_attention_heads=10,
+        num_key_value_heads=2, head_dim=64, vocab_size=16384, max_position_embeddings=32768,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    return model.train(False)
+
+
+def serve(pipe: Any, path: str | None, classes: list[str], core: int | None) -> None:
+    """The child process: answer the messages of ``pipe`` until it is closed."""
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    torch.set_num_threads(1)
+    worker = _Worker(path, classes)
+    while True:
+        try:
+            message = pipe.recv()
+        except EOFError:
+            return
+        if message[0] == "submit":
+            worker.submit(*message[1:])
+            continue
+        try:
+            pipe.send((None, getattr(worker, message[0])(*message[1:])))
+        except FpcompileError as error:
+            pipe.send((str(error), None))
+
+
+class _Worker:
+    """One model, its programs by plan, and at most one engine."""
+
+    def __init__(self, path: str | None, classes: list[str]) -> None:
+        self.model = build_model(path)
+        self.parameters = sum(weight.numel() for weight in self.model.parameters())
+        self._classes = classes
+        self._programs: dict[Plan, Program] = {}
+        self._engine: Engine | None = None
+        self._records: dict[str, Record] = {}
+        self._ids = torch.zeros(1, 0, dtype=torch.long)
+
+    def describe(self) -> dict[str, Any]:
+        """The model, for the report."""
+        name = type(self.model).__name__
+        return {"model": name, "parameters": self.parameters, "dtype": str(self.model.dtype)}
+
+    def prepare(self, plan: Plan, lengths: list[int]) -> tuple[CostTable, dict[int, float]]:
+        """Compile and calibrate; the table of the segments, and the predicted seconds of each length."""
+        granularity, budget = plan
+        program = self._programs.get(plan)
+        if program is None:
+            program = segment(
+                self.model, granularity=granularity, max_blocking_ms=budget, weights="packed", verify=False
+            )
+            program.calibrate()
+            self._programs[plan] = program
+        self._ids = program.random_ids(max(lengths))
+        costs = program.costs
+        rows = []
+        for part in program.segments:
+            stages = [i for i, owner in enumerate(costs.segments) if owner == part.index]
+            a = b = c = 0.0
+            for i in stages:
+                one = costs.coefficients[i]
+                if costs.by_rows[i]:
+                    a += one.seconds(1, 1)
+                else:
+                    a, b, c = a + one.a, b + one.b, c + one.d
+            rows.append((f"{part.index}.{part.name}", (a, b, c)))
+        table = CostTable.from_segments(
+            rows, name=f"measured {granularity}", source="calibrated on this machine"
+        )
+        return table, {n: program.predict(tokens=n) for n in lengths}
+
+    def engine(self, plan: Plan, policy: str, options: dict[str, Any]) -> None:
+        """A fresh engine; each class is served under its own name, as the policies see classes."""
+        gc.collect()
+        program = self._programs[plan]
+        self._records = {}
+        self._engine = Engine(
+            dict.fromkeys(self._classes, program),
+            policy=policy,
+            max_queue=None,
+            record_timeline=False,
+            **options,
+        )
+
+    def submit(self, name: str, klass: str, tokens: int, arrival: float, slo: float, priority: int) -> None:
+        """One request; ``tenant`` is its class."""
+        assert self._engine is not None
+        try:
+            handle = self._engine.submit(
+                self._ids[:, :tokens],
+                program=klass,
+                arrival=arrival,
+                ttft_slo=slo,
+                tenant=klass,
+                priority=priority,
+                request_id=name,
+                logits_to_keep=1,
+            )
+        except FpcompileError as error:
+            self._records[name] = Record(name, None, 0, str(error))
+            return
+        handle.add_done_callback(self._ended)
+
+    def _ended(self, handle: Handle) -> None:
+        """Keep what was seen, and neither the handle nor the output."""
+        seen = handle.metrics
+        why = "" if seen.state == "completed" else seen.state
+        self._records[seen.request_id] = Record(seen.request_id, seen.ttft, seen.preemptions, why)
+
+    def collect(self) -> tuple[list[Record], list[float]]:
+        """Wait for the end of everything: records, and blocking times."""
+        assert self._engine is not None
+        self._engine.close()
+        blocking = list(self._engine.statistics().blocking)
+        self._engine = None
+        return list(self._records.values()), blocking
+
+    def alone(self, plan: Plan, lengths: list[int], repeats: int) -> dict[int, float]:
+        """Median TTFT of prompts that find the engine idle, in rounds over all lengths; one to warm up."""
+        times: dict[int, list[float]] = {tokens: [] for tokens in lengths}
+        with Engine(self._programs[plan], policy="fcfs", record_timeline=False) as engine:
+            for number in range(repeats + 1):
+                for tokens in lengths:
+                    handle = engine.submit(self._ids[:, :tokens], ttft_slo=1e6, logits_to_keep=1)
+                    handle.result()
+                    ttft = handle.metrics.ttft
+                    assert ttft is not None
+                    if number:
+                        times[tokens].append(ttft)
+        return {tokens: median(seen) for tokens, seen in times.items()}

@@ -1,0 +1,115 @@
+"""The measurement on a real engine: its plans and promises, one small run in its own process, bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+from typer.testing import CliRunner
+
+from fpcompile.errors import InvalidInputError, UsageError
+from fpcompile.models.zoo import tiny_model
+from fpcompile.scheduler import CostTable, Grain, Request, make_policy, profile
+from fpcompile.scheduler.synthetic import synthetic_trace
+from fpcompile.serving.bench_cli import app
+from fpcompile.serving.bench_real import Measured, affordable, paper_slos, scaled
+from fpcompile.serving.bench_worker import plan_of
+
+
+def test_a_policys_grain_is_executed_by_a_program_that_stops_there() -> None:
+    plans = {
+        spec: plan_of(make_policy(spec).grain, spec) for spec in ("fcfs", "s-edf", "layered:4", "fpcompile")
+    }
+    assert plans == {
+        "fcfs": ("model", None),
+        "s-edf": ("operator", None),
+        "layered:4": ("layer", None),
+        "fpcompile": ("operator", 2.0),
+    }
+    with pytest.raises(UsageError, match="whole prompts"):
+        plan_of(Grain("tokens", 512), "chunked:512")
+
+
+def test_promises_keep_the_papers_multiples_of_the_isolated_ttft() -> None:
+    rows = synthetic_trace(50, seed=1)
+    slos, multiples = paper_slos(rows, 0.1, lambda tokens: 1e-3 * tokens)
+    mean = fmean(row.tokens for row in rows if row.klass == "text")
+    assert multiples["text"] == pytest.approx(0.25 / profile().seconds(round(mean)))
+    assert slos["text"] == pytest.approx(multiples["text"] * 1e-4 * mean)
+    assert [row.tokens for row in scaled(rows, 0.5)] == [max(1, round(0.5 * row.tokens)) for row in rows]
+    with pytest.raises(InvalidInputError):
+        scaled(rows, 0.0)
+
+
+def test_isolated_times_are_linear_between_what_was_measured_and_slow_the_table_down() -> None:
+    table = CostTable.from_segments([("all", (0.0, 1e-3, 0.0))])
+    one = Measured(("model", None), table, {}, {10: 0.02, 20: 0.04, 40: 0.05})
+    assert one.seconds(15) == pytest.approx(0.03)
+    assert one.seconds(30) == pytest.approx(0.045)
+    assert one.seconds(60) == pytest.approx(0.06), "and beyond"
+    assert one.slowdown(Request("r", 0.0, 1.0, 20, 0.02)) == pytest.approx(2.0)
+
+
+@pytest.mark.slow
+def test_a_measurement_accounts_for_every_request_and_stands_beside_its_simulation(tmp_path: Path) -> None:
+    model, trace = tmp_path / "model", tmp_path / "small.csv"
+    tiny_model("qwen3").save_pretrained(model)
+    rows = synthetic_trace(40, seed=4)
+    lines = [f"{row.arrival:.6f},{row.tokens},{row.output_tokens},{row.klass}" for row in rows]
+    trace.write_text("\n".join(["arrival_s,input_tokens,output_tokens,type", *lines]) + "\n")
+    arguments = [
+        "goodput",
+        "--real",
+        "--trace",
+        str(trace),
+        "--model",
+        str(model),
+        "--policies",
+        "fcfs,s-edf",
+    ]
+    arguments += ["--rates", "20,40", "--num-prompts", "30", "--length-scale", "0.01"]
+    arguments += ["--json", str(tmp_path / "r.json"), "--markdown", str(tmp_path / "r.md")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["unserved"] == 0
+    assert report["num_prompts"] == 30
+    assert set(report["policies"]) == set(report["simulated"]["policies"]) == {"fcfs", "s-edf"}
+    compared = report["comparison"]["rows"]
+    assert [(row["policy"], row["rate"], row["requests"]) for row in compared] == [
+        (policy, rate, 30) for policy in ("fcfs", "s-edf") for rate in (20.0, 40.0)
+    ]
+    for row in compared:
+        assert 0 <= row["overall"] <= 1
+        assert row["mean_ttft"] > 0
+        assert set(row["by_class"]) == set(row["by_class_simulated"])
+    assert set(report["isolated"]) == {"model", "operator"}
+    assert all(entry["measured_s"] > 0 for entry in report["isolated"]["operator"])
+    page = (tmp_path / "r.md").read_text()
+    assert page.count("| `s-edf` |") == 3
+    assert "Within the limits" in page
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--policies", "flowprefill"], "packs requests"),
+        (["--policies", "vllm:2048"], "whole prompts"),
+        (["--bound"], "--bound"),
+        (["--costs", "x.json"], "--costs"),
+        (["--length-scale", "2"], "length scale"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_starts(options: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["goodput", "--real", *options])
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_the_time_that_is_left_sets_the_number_of_requests() -> None:
+    assert abs(affordable(400.0, [10.0, 20.0], policies=2, seeds=1) - 1200) <= 1, "0.9 * 400 / (2 * 0.15)"
+    with pytest.raises(UsageError, match="too little time") as told:
+        affordable(1.0, [10.0], policies=1, seeds=1)
+    assert "--minutes" in str(told.value)

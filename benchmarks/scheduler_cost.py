@@ -1,4 +1,4 @@
-"""Cost of one scheduling decision, with a given number of requests waiting; speed of the simulator.
+"""Cost of one scheduling decision, of a cut where nobody stops, and speed of the simulator.
 
     python benchmarks/scheduler_cost.py [--policies s-edf,fpcompile] [--waiting 100,10000] [--check]
 
@@ -7,6 +7,7 @@ length; each ``handle`` call is timed by itself. Limits: 20 us with 100 waiting 
 keyed policies. `fpcompile` looks at every request that is not late: 200 us with 100 waiting, no limit beyond.
 The simulator serves 3,000 requests at 0.8 of the capacity (prefill only, at most 100 waiting): at least
 10,000 requests per second of wall time for keyed policies, the best of three.
+A cut where nobody stops costs what the engine adds to a bare loop over empty segments (needs torch).
 ``--check`` exits with 1 when a median exceeds its limit, or the simulator is slower. Other work on the
 machine shows in these times: the load average is printed with them.
 """
@@ -21,6 +22,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from fpcompile.scheduler import (
     SLO_TABLE,
@@ -114,6 +116,60 @@ def simulator_speed(policy: str, count: int = 3000) -> dict[str, float | int | s
     return {"policy": policy, "requests_per_second": best, "peak_waiting": peak}
 
 
+class Nothing:
+    """A program and its run in one: ``count`` segments that do nothing, for the engine."""
+
+    rows, tokens, live_bytes, kv_bytes, name, index = 1, 1, 0, 0, "nothing", 0
+
+    def __init__(self, count: int) -> None:
+        import torch
+
+        self.device, self.segments, self.left = torch.device("cpu"), (self,), count
+        self.cursor, self.next_segment = 0, self
+
+    @property
+    def done(self) -> bool:
+        return not self.left
+
+    def step(self) -> None:
+        self.left -= 1
+
+    def start(self, input_ids: Any, **kwargs: Any) -> Any:
+        return self
+
+    def predict(self, **sizes: Any) -> float:
+        return 1.0
+
+    def segment_seconds(self, index: int, **sizes: Any) -> float:
+        return 1.0
+
+    def result(self) -> None:
+        return None
+
+    suspend = release = result
+
+
+def stop_point_us(count: int = 200_000) -> float:
+    """Microseconds that the engine adds at a cut where nobody stops; the least of five."""
+    from fpcompile.engine.engine import Engine
+
+    least = float("inf")
+    for _ in range(5):
+        bare = Nothing(count)
+        begin = time.perf_counter()
+        while not bare.done:
+            bare.step()
+        middle = time.perf_counter()
+        with Engine(Nothing(count), device_thread=False, record_timeline=False) as engine:
+            engine.submit([1])
+            began = time.perf_counter()
+            while engine.turn(None):
+                pass
+            engined = time.perf_counter() - began
+        least = min(least, (engined - (middle - begin)) / count)
+    return 1e6 * least
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -145,10 +201,12 @@ def main() -> int:
         failed |= keyed and float(row["requests_per_second"]) < SIMULATED_PER_SECOND
         figures = f"{row['requests_per_second']:21.0f} {row['peak_waiting']:13d}"
         print(f"{row['policy']:16} {figures}  {SIMULATED_PER_SECOND if keyed else '-'}")
+    check = stop_point_us()
+    print(f"\na cut where nobody stops: {check:.2f} us")
     load = os.getloadavg()
     print(f"\nload average {load[0]:.2f} on {os.cpu_count()} processors")
     if options.json:
-        report = {"decisions": rows, "simulator": speeds, "load_average": list(load)}
+        report = {"decisions": rows, "simulator": speeds, "stop_point_us": check, "load_average": list(load)}
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     return int(options.check and failed)
 

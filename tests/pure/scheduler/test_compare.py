@@ -59,6 +59,7 @@ def test_agreement_is_judged_at_low_loads_and_at_the_crossing() -> None:
 
 
 def test_goodputs_that_never_cross_are_not_called_equal() -> None:
-    found = compare(report_of([1.0, 1.0], [1.0, 0.5]), [(CellKey("p", 1.0, 1), *([outcomes([0.5])] * 2))])
+    same = outcomes([0.5])
+    found = compare(report_of([1.0, 1.0], [1.0, 0.5]), [(CellKey("p", 1.0, 1), same, same)])
     assert found["goodput"]["p"]["ratio"] is None
     assert not found["within"]["goodput"]

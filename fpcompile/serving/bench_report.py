@@ -7,6 +7,7 @@ Pictures: ``goodput.png`` (attainment of the worst class, and of all requests, a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ from rich.table import Table
 
 __all__ = ["reference_rate", "save_plots", "table_of"]
 
-_MARKERS = "osv^D<>P*Xhd"
+_COLOURS = (
+    "#2b6cb0", "#d9622b", "#2f855a", "#c53030", "#805ad5", "#8c564b", "#d53f8c", "#718096", "#b7791f",
+    "#0987a0",
+)  # fmt: skip
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 
 
 def reference_rate(report: dict[str, Any]) -> float:
@@ -92,41 +97,55 @@ def save_plots(
 def _plot(
     report: dict[str, Any], panels: Sequence[tuple[str, tuple[str, ...]]], path: Path, axis: str
 ) -> Path:
+    """Two panels in a row; the band around a line is its standard error over the seeds."""
     import matplotlib.pyplot as plt
 
-    colours = plt.get_cmap("tab10" if len(report["policies"]) <= 10 else "tab20")
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(5.2 * len(panels), 4.4), sharey=True, squeeze=False, layout="constrained"
-    )
-    for plot, (title, keys) in zip(axes[0], panels, strict=True):
+    rows = ceil(len(panels) / 2)
+    columns = min(len(panels), 2)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(5.0 * columns, 3.6 * rows + 0.9), sharex=True, sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    axes = list(grid.flat)
+    for plot, (title, keys) in zip(axes, panels, strict=False):
         for index, (name, entry) in enumerate(report["policies"].items()):
-            points = _along(entry, axis, report["slo_rate"])
-            values = [100 * _dig(point, keys) for point in points]
-            plot.plot(
-                [point[axis] for point in points],
-                values,
-                label=name,
-                color="black" if name == "fpcompile" else colours(index % 20),
-                linewidth=2.4 if name == "fpcompile" else 1.2,
-                zorder=3 if name == "fpcompile" else 2,
-                marker=_MARKERS[index % len(_MARKERS)],
-                markevery=max(1, len(points) // 12),
-                markersize=4,
-            )
+            _line(plot, name, index, _along(entry, axis, report["slo_rate"]), keys, axis)
         plot.axhline(100 * report["target"], color="0.5", linestyle=":", linewidth=1)
-        plot.set_title(title)
+        plot.set_title(title, fontsize=11)
         if axis == "rate":
             plot.axvline(report["capacity"], color="0.7", linestyle="--", linewidth=1)
-            plot.set_xlabel("offered rate (requests/s); dashed: capacity")
-        else:
-            plot.set_xlabel(f"SLO scale, at {report['slo_rate']:g} requests/s")
         plot.set_ylim(0, 101)
         plot.grid(alpha=0.25)
-    axes[0][0].set_ylabel("attainment (%)")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    figure.savefig(path, dpi=110)
+    for plot in axes[len(panels) :]:
+        plot.set_visible(False)
+    for row in grid:
+        row[0].set_ylabel("attainment (%)")
+    for plot in grid[-1]:
+        rate = "offered rate (requests/s); dashed: capacity"
+        plot.set_xlabel(rate if axis == "rate" else f"SLO scale, at {report['slo_rate']:g} requests/s")
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=min(4, 2 * columns), frameon=False, fontsize=9)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
+
+
+def _line(
+    plot: Any, name: str, index: int, points: list[dict[str, Any]], keys: tuple[str, ...], axis: str
+) -> None:
+    """One policy; lines that coincide are told apart by their dashes."""
+    at = [point[axis] for point in points]
+    values = [100 * _dig(point, keys) for point in points]
+    errors = [100 * _dig(point, (f"{keys[0]}_stderr", *keys[1:])) for point in points]
+    ours = name == "fpcompile"
+    colour = "black" if ours else _COLOURS[index % len(_COLOURS)]
+    plot.plot(
+        at, values, label=name, color=colour, linewidth=2.6 if ours else 1.5, zorder=3 if ours else 2,
+        linestyle="-" if ours else _DASHES[index % len(_DASHES)],
+    )  # fmt: skip
+    low = [value - error for value, error in zip(values, errors, strict=True)]
+    high = [value + error for value, error in zip(values, errors, strict=True)]
+    plot.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def _along(entry: dict[str, Any], axis: str, slo_rate: float) -> list[dict[str, Any]]:

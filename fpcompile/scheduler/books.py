@@ -11,6 +11,7 @@ from collections import deque
 from math import inf
 
 from fpcompile.errors import InvalidInputError
+from fpcompile.scheduler.batching import slo_batching
 from fpcompile.scheduler.errors import UnknownRequestError
 from fpcompile.scheduler.events import Command, Pause, Reject
 from fpcompile.scheduler.guard import Suspensions
@@ -34,6 +35,7 @@ class Books:
 
     def __init__(self, policy: Policy, options: SchedulerOptions, predictor: TtftPredictor | None) -> None:
         self.policy, self.options, self.predictor = policy, options, predictor
+        self.batching = policy.batching or (slo_batching(options.pack) if options.pack else None)
         self.memory = Blocks(options.kv_blocks)
         self.jobs: dict[str, Job] = {}
         self.ended: dict[str, Job] = {}

@@ -73,14 +73,14 @@ class Scheduler:
         self.policy = make_policy(policy)
         self.options = make_options(options, changes)
         self.predictor = predictor
-        if self.policy.batching is not None and predictor is None:
+        self._books = books = Books(self.policy, self.options, predictor)
+        if books.batching is not None and predictor is None:
             raise InvalidInputError(
                 f"policy {self.policy.name!r} packs requests",
                 expected="a predictor",
                 got="None",
                 remedy="pass predictor=CostPredictor(...)",
             )
-        self._books = books = Books(self.policy, self.options, predictor)
         self._decider = Decider(books)
         self.memory, self.queue = books.memory, books.queue
         self.jobs, self.ended, self.refusals = books.jobs, books.ended, books.refusals

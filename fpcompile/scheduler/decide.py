@@ -98,7 +98,7 @@ class Decider:
         return self.books.memory.victims(challenger, worse) is not None
 
     def _launch(self, job: Job, now: float) -> None:
-        if self.books.policy.batching is not None and not job.started:
+        if self.books.batching is not None and not job.started:
             self._pack(job, now)
         self.books.queue.remove(job)
         self._board(job, now)
@@ -116,7 +116,7 @@ class Decider:
         self.books.policy.launched(job, now)
 
     def _pack(self, job: Job, now: float) -> None:
-        batching, predictor = self.books.policy.batching, self.books.predictor
+        batching, predictor = self.books.batching, self.books.predictor
         assert batching is not None
         assert predictor is not None
         mates, cost = batching.mates(

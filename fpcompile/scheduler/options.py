@@ -25,6 +25,8 @@ class SchedulerOptions:
     ``suspension_cap_s``: a run paused for longer goes first, and is not paused again. inf: off.
     ``hysteresis_s``: a run with less than this left is paused only when the challenger would otherwise miss.
     ``max_segments``: launch quota, passed through; None: run until paused or done.
+    ``pack``: most tokens of a run that packs several new requests, if every member's deadline allows it; 0:
+    no packing. Policies that pack by a rule of their own keep it, those that compose steps share anyway.
     """
 
     max_queue_s: float = inf
@@ -33,6 +35,7 @@ class SchedulerOptions:
     suspension_cap_s: float = inf
     hysteresis_s: float = 0.0
     max_segments: int | None = None
+    pack: int = 0
 
     def __post_init__(self) -> None:
         def need(name: str, ok: bool, expected: str) -> None:
@@ -46,6 +49,7 @@ class SchedulerOptions:
         need("trail_cap", self.trail_cap >= 0, "a fraction >= 0")
         need("suspension_cap_s", self.suspension_cap_s > 0, "seconds > 0")
         need("hysteresis_s", 0 <= self.hysteresis_s < inf, "finite seconds >= 0")
+        need("pack", self.pack >= 0, "tokens >= 0")
         need("max_segments", self.max_segments is None or self.max_segments > 0, "segments > 0, or None")
 
 

@@ -88,7 +88,10 @@ def goodput(
     ] = True,
     costs: Annotated[Path | None, typer.Option(help="Costs file; else the profile llama3-8b-a800.")] = None,
     rates: Annotated[
-        str | None, typer.Option(help="Requests/s: 1,2,4 or START:STOP:STEP; else by capacity.")
+        str | None,
+        typer.Option(
+            "--rates", "--request-rate", help="Requests/s: 1,2,4 or START:STOP:STEP; else by capacity."
+        ),
     ] = None,
     slo_scale: Annotated[str, typer.Option(help="SLO scales, measured at --slo-rate.")] = "1",
     slo_rate: Annotated[
@@ -235,12 +238,19 @@ def replay(
     policy: Annotated[str | None, typer.Option(help="Another policy; else check the recorded one.")] = None,
     rate_scale: Annotated[float, typer.Option(help="Gaps between arrivals are divided by this.")] = 1.0,
     costs: Annotated[Path | None, typer.Option(help="Costs file; else the profile llama3-8b-a800.")] = None,
+    max_queue_s: Annotated[float | None, typer.Option(help="Another limit of waiting.")] = None,
+    kv_blocks: Annotated[int | None, typer.Option(help="Another cache size, in blocks.")] = None,
 ) -> None:
-    """What another policy, or another load, would have done with a recorded log."""
+    """What another policy, budget or load would have done with a recorded log.
+
+    The blocking budget is the policy's: --policy fpcompile:budget_us=500.
+    """
     from fpcompile.serving.replay import replay_table
 
     with _message_and_exit():
-        table, agrees = replay_table(log, policy, rate_scale, costs)
+        changes = {"max_queue_s": max_queue_s, "kv_blocks": kv_blocks}
+        given = {name: value for name, value in changes.items() if value is not None}
+        table, agrees = replay_table(log, policy, rate_scale, costs, **given)
     Console().print(table)
     if not agrees:
         raise typer.Exit(1)

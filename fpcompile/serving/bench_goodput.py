@@ -6,7 +6,8 @@ Words are those of :mod:`fpcompile.scheduler.goodput`. The report is plain JSON:
                          "points": [{"rate": 1.0, "slo_scale": 1.0, "attainment": {CLASS: ...}, ...}]}},
      "trace": ..., "costs": ..., "slos": ..., "capacity": ..., "rates": [...], ...}
 
-``max_goodput`` is the mean over the seeds, in requests per second of the grid. Simulated runs use the bundled
+``max_goodput`` is the mean over the seeds, in requests per second of the grid; ``request_goodput`` of a point
+are the requests per second that were in time (the key of `vllm bench serve`). Simulated runs use the bundled
 profile and the SLO table of FlowPrefill's benchmark unless others are given; both are named in the report.
 """
 
@@ -223,6 +224,7 @@ def _point(cells: Sequence[Cell]) -> dict[str, Any]:
         "worst": fmean(cell.worst for cell in cells),
         "worst_stderr": _stderr([cell.worst for cell in cells]),
         "overall": fmean(cell.overall for cell in cells),
+        "request_goodput": cells[0].key.rate * fmean(cell.overall for cell in cells),
         "overall_stderr": _stderr([cell.overall for cell in cells]),
         "ttft_p50": each_class("ttft_p50"),
         "ttft_p99": each_class("ttft_p99"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from fpcompile.scheduler import CostPredictor, SchedulerOptions, load_costs, profile
 from fpcompile.scheduler.events import Request
 from fpcompile.scheduler.goodput import attainment, percentile
+from fpcompile.scheduler.options import make_options
 from fpcompile.scheduler.record import differences, measured_costs, outcomes_of, read_log, requests_of
 from fpcompile.scheduler.simulator import Outcome, Simulator
 
@@ -16,10 +18,15 @@ __all__ = ["replay_table"]
 
 
 def replay_table(
-    path: str | Path, policy: str | None = None, rate_scale: float = 1.0, costs: str | Path | None = None
+    path: str | Path,
+    policy: str | None = None,
+    rate_scale: float = 1.0,
+    costs: str | Path | None = None,
+    **changes: Any,
 ) -> tuple[Table, bool]:
     """What was recorded, and the recorded policy and ``policy`` simulated; whether the decisions agree.
 
+    ``changes``: scheduler options that the simulations have in place of the recorded ones.
     Each request costs what it was measured to cost; a request that never completed costs what was predicted.
     """
     log = read_log(path)
@@ -36,7 +43,7 @@ def replay_table(
         shown.add_column(head, justify="left" if head in ("policy", "class") else "right")
     _rows(shown, f"recorded: {log.policy}", outcomes_of(log))
     for name in dict.fromkeys((log.policy, policy or log.policy)):
-        options = SchedulerOptions(**log.options)
+        options = make_options(SchedulerOptions(**log.options), changes)
         result = Simulator(name, table, options=options, slowdown=slowdown).run(requests)
         _rows(shown, f"simulated: {name}", result.outcomes)
     agreed = "identical" if not found else f"{len(found)} differ, the first: {found[0]}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from fpcompile.errors import InvalidInputError
 from fpcompile.scheduler import (
     Arrival,
     Cancelled,
     Completed,
+    CostPredictor,
     Evict,
     Launch,
     Memory,
@@ -18,7 +20,7 @@ from fpcompile.scheduler import (
     State,
     Yielded,
 )
-from tests.pure.scheduler.driver import finished, job, run_all
+from tests.pure.scheduler.driver import LINEAR, finished, job, run_all
 
 
 def launch(name: str) -> Launch:
@@ -52,6 +54,29 @@ def test_the_suspension_cap_brings_a_paused_run_back_and_keeps_it() -> None:
     assert "2.5 launch long" in log
     assert "3.5 done long" in log, "not paused again"
     assert finished(log)[1] == "long"
+
+
+def test_any_order_can_pack_when_every_deadline_allows_it() -> None:
+    requests = [
+        job("first", 0.0, 9.0, 1.0),
+        job("a", 0.5, 6.0, 0.5),
+        job("hasty", 0.5, 2.0, 0.4),
+        job("b", 0.6, 7.0, 0.2),
+        job("big", 0.6, 8.0, 4.0),
+    ]
+    assert "0.5 launch hasty+a+b" not in run_all("edf", requests)
+    packed = run_all("edf", requests, predictor=CostPredictor(LINEAR), pack=150)
+    assert [line for line in packed if "launch" in line] == [
+        "0 launch first",
+        "0.5 launch hasty+a",
+        "1.4 launch b",
+        "1.6 launch big",
+        "5.6 launch first",
+    ], "b comes when the pack is under way, and fits with nobody: big is too long, first has started"
+    with pytest.raises(InvalidInputError, match="packs requests"):
+        Scheduler("edf", pack=100)
+    with pytest.raises(InvalidInputError, match="pack"):
+        Scheduler("edf", pack=-1)
 
 
 def kv(name: str, at: float, due: float, cost: float, blocks: int) -> Arrival:

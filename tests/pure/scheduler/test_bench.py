@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fpcompile.errors import FpcompileError, UsageError
+from fpcompile.errors import FpcompileError, InvalidInputError, UsageError
 from fpcompile.scheduler import CostPredictor, Scheduler, UnknownPolicyError, profile
 from fpcompile.scheduler.record import Recorder
 from fpcompile.scheduler.simulator import Simulator
@@ -129,6 +129,15 @@ def test_replay_compares_policies_on_a_recorded_log(tmp_path: Path) -> None:
     with Recorder(path, core) as recorder:
         log = lambda event, commands: recorder.record([event], commands)  # noqa: E731
         Simulator("fcfs", profile(), core=core, log=log).run(requests)
+    limited, agrees = replay_table(path, "fcfs", rate_scale=3.0, max_queue_s=0.1)
+    assert agrees
+    classes = len({request.klass for request in requests})
+    assert limited.row_count == 2 * classes
+    rejected = [int(str(cell)) for cell in limited.columns[5].cells]
+    assert sum(rejected[:classes]) == 0, "as recorded"
+    assert sum(rejected[classes:]) > 0
+    with pytest.raises(InvalidInputError, match="unknown scheduler option"):
+        replay_table(path, "fcfs", queue=1)
     table, agrees = replay_table(path, "s-edf", rate_scale=1.5)
     assert agrees
     assert list(table.columns[0].cells).count("recorded: fcfs") == len(

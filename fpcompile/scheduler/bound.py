@@ -47,8 +47,12 @@ def attainment_bound(
     *,
     per_class: bool = True,
     max_rounds: int = 60,
+    enough: float = 0.0,
 ) -> Bound:
-    """Solve the program; ``costs`` gives marginal seconds by request id (default: each ``cost``)."""
+    """Solve the program; ``costs`` gives marginal seconds by request id (default: each ``cost``).
+
+    Below ``enough`` the value is not made any tighter: for the question whether so much can be attained.
+    """
     jobs = [request for request in requests if request.arrival + request.cost <= request.deadline]
     if not jobs:
         raise InvalidInputError("no request could be in time even alone", got=f"{len(requests)} requests")
@@ -63,6 +67,8 @@ def attainment_bound(
     for number in range(1, max_rounds + 1):
         if not program.cut(solution):
             return Bound(value, program.count, number, True)
+        if value < enough:
+            return Bound(value, program.count, number, False)
         value, solution = program.solve()
     return Bound(value, program.count, max_rounds, False)
 

@@ -132,7 +132,8 @@ def bound_goodput(setup: SweepSetup, rates: Sequence[float], seeds: Sequence[int
                 middle = (low + high) // 2
                 requests = requests_at(rows, rates[middle], setup.table, setup.slos)
                 costs = {request.id: request.cost - setup.table.total.a for request in requests}
-                value = attainment_bound(requests, costs, per_class=per_class).attainment
+                bound = attainment_bound(requests, costs, per_class=per_class, enough=TARGET)
+                value = bound.attainment
                 tried.append([seed, rates[middle], value])
                 low, high = (middle, high) if value >= TARGET else (low, middle)
             each.append(rates[low] if low >= 0 else 0.0)

@@ -216,5 +216,11 @@ def test_the_bound_is_above_every_policy_and_tight_when_all_is_possible() -> Non
     assert attainment_bound(overloaded).attainment == pytest.approx(0.2)
     halves = [job(f"r{i}", 0.0, 1.0, 0.5, klass="ab"[i % 2]) for i in range(10)]
     assert attainment_bound(halves).attainment == pytest.approx(0.2)
+    draw = random.Random(1)
+    crowd = [job(f"r{i}", draw.random(), 1.0 + draw.random(), 0.3) for i in range(60)]
+    loose, tight = attainment_bound(crowd, enough=0.9), attainment_bound(crowd)
+    assert tight.converged
+    assert tight.attainment <= loose.attainment < 0.9
+    assert loose.rounds < tight.rounds
     with pytest.raises(InvalidInputError):
         attainment_bound([job("late", 0.0, 0.1, 1.0)])

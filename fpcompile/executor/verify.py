@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from fpcompile.errors import UnsupportedModelError
 from fpcompile.models.shadow import shadow
@@ -32,7 +33,13 @@ def self_check(program: Program, model: nn.Module) -> None:
     ]
     unmodified = shadow(model)  # its forward may write into buffers (dynamic rotary frequencies)
     with torch.no_grad():
+        cache = getattr(unmodified(input_ids=ids[0], use_cache=True), "past_key_values", None)
         own = [unmodified(input_ids=i, use_cache=False).logits for i in ids]
+    if cache is not None and type(cache) is not DynamicCache:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot take the packed route",
+            reason=f"its cache is a {type(cache).__name__}, that of a packed program a DynamicCache",
+        )
     alone = [program(i, use_cache=False).logits for i in ids]
     width = max(_LENGTHS)
     batch = torch.zeros(len(ids), width, dtype=torch.long, device=program.device)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import fpcompile
-from fpcompile.errors import UnsupportedModelError
 from fpcompile.models.generic_tree import flatten
 from fpcompile.models.zoo import sample_ids, tiny_any, tiny_model
 from fpcompile.serving.coverage_checks import preempted
@@ -17,15 +16,20 @@ from fpcompile.serving.coverage_checks import preempted
 pytestmark = pytest.mark.slow
 
 ARCHS = {
-    "bloom": "ALiBi",
     "roberta": "positions counted from ids",
+    "bart": "learned positions, encoder-decoder class",
+    "bloom": "ALiBi",
     "deepseek_v3": "a compressed cache",
     "lfm2": "convolution states",
     "mamba": "an opaque mixer",
-    "qwen3_next": "linear attention",
+    "minimax": "linear attention by blocks",
     "big_bird": "a decision on ids",
+    "xlnet": "relative positions, memories",
+    "recurrent_gemma": "states inside the module",
     "dbrx": "experts that branch on values",
+    "llama4_text": "chunks",
 }
+PADDED = ("roberta", "bloom", "deepseek_v3", "lfm2")
 CLASSES = ("T5ForConditionalGeneration", "ViTModel", "Wav2Vec2Model", "CLIPModel", "DebertaV2Model")
 _CACHES = ("past_key_values", "cache_params")
 
@@ -35,15 +39,22 @@ def test_causal_models_give_their_own_bits(arch: str) -> None:
     model: Any = tiny_model(arch)
     program: Any = fpcompile.segment(model, route="generic")
     with torch.no_grad():
-        for length in (1, 17, 40):
+        for length in (17, 40):
             ids = sample_ids(length, seed=length)
-            assert torch.equal(model(input_ids=ids).logits, program(input_ids=ids).logits)
-        ids = sample_ids(40, batch=2)
+            assert torch.equal(model(input_ids=ids).logits, preempted(program, input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("arch", PADDED)
+def test_padded_batches_give_their_own_bits(arch: str) -> None:
+    model: Any = tiny_model(arch)
+    program: Any = fpcompile.segment(model, route="generic", verify=False)
+    ids = sample_ids(40, batch=2)
+    for hidden in (slice(0, 9), slice(31, 40)):
         mask = torch.ones_like(ids)
-        mask[0, :9] = 0
-        own = model(input_ids=ids, attention_mask=mask).logits
-    assert torch.equal(own, program(input_ids=ids, attention_mask=mask).logits)
-    assert torch.equal(own, preempted(program, input_ids=ids, attention_mask=mask).logits)
+        mask[0, hidden] = 0
+        with torch.no_grad():
+            own = model(input_ids=ids, attention_mask=mask).logits
+        assert torch.equal(own, program(input_ids=ids, attention_mask=mask).logits)
 
 
 @pytest.mark.parametrize("arch", ["deepseek_v3", "lfm2", "mamba", "cohere2"])
@@ -78,9 +89,20 @@ def test_other_classes_give_their_own_bits(name: str) -> None:
             assert torch.equal(a, b)
 
 
-def test_a_model_that_rewrites_its_weights_says_so() -> None:
-    with pytest.raises(UnsupportedModelError, match="writes into its inputs or weights"):
-        fpcompile.segment(tiny_model("rwkv"))
+def test_a_program_continues_to_the_tokens_of_generate() -> None:
+    for arch, route in (("cohere2", "packed"), ("deepseek_v3", "generic")):
+        model: Any = tiny_model(arch)
+        program: Any = fpcompile.segment(model)
+        assert program.route == route
+        ids = sample_ids(24, seed=3)
+        options: dict[str, Any] = {"do_sample": False, "use_cache": True}
+        with torch.no_grad():
+            whole = model.generate(ids, max_new_tokens=16, **options)
+            cache = program(input_ids=ids, use_cache=True).past_key_values
+            first = program(input_ids=ids, logits_to_keep=1).logits[:, -1:].argmax(-1)
+            given = torch.cat([ids, first], dim=1)
+            got = model.generate(given, past_key_values=cache, max_new_tokens=15, **options)
+        assert torch.equal(got, whole), arch
 
 
 def test_explain_says_what_blocked_the_packed_route() -> None:

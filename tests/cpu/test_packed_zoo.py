@@ -17,10 +17,9 @@ PACKED = (
     "bert",
     "opt",
     "cohere2",
-    "llama4_text",
     "stablelm",
     "phimoe",
-    "gemma3n_text",
+    "gemma4_text",
     "ernie4_5_moe",
 )
 
@@ -62,7 +61,7 @@ def test_the_packed_route_is_refused_for_the_true_reason(arch: str) -> None:
 
 
 def test_shared_layers_add_nothing_to_the_cache() -> None:
-    captured = capture(tiny_model("gemma3n_text"))
+    captured = capture(tiny_model("gemma4_text"))
     calls = captured.attention
     assert [c.writes for c in calls] == [True] * 4 + [False] * 2
     assert {c.layer for c in calls if not c.writes} <= {c.layer for c in calls if c.writes}

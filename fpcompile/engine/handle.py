@@ -191,5 +191,5 @@ class Handle:
 def _call(callback: Callable[[], object]) -> None:
     try:
         callback()
-    except Exception:
+    except (Exception, SystemExit):  # as for hooks: the thread that calls is the engine's
         logger.exception("a callback of a handle raised")

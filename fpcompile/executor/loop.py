@@ -157,7 +157,11 @@ def _launcher(
 
 
 class Guarded:
-    """A hook that is logged and switched off when it raises: observers never harm what they observe."""
+    """A hook that is logged and switched off when it raises: observers never harm what they observe.
+
+    SystemExit counts as raising: in the device's thread it would end the engine, not the program. Only
+    KeyboardInterrupt goes through, which the user sends and not the hook.
+    """
 
     __slots__ = ("hook",)
 
@@ -169,6 +173,6 @@ class Guarded:
             return
         try:
             self.hook(run, segment, start, end)
-        except Exception:
+        except (Exception, SystemExit):
             logger.exception("hook %r raised and is switched off", self.hook)
             self.hook = None

@@ -306,3 +306,16 @@ def test_a_broken_loop_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) ->
             handle.result(0)
     with pytest.raises(EngineClosedError, match="AttributeError: defect"):
         engine.submit([3])
+
+
+def test_a_callback_that_leaves_does_not_end_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+    engine = inline(FakeProgram(1, clock=Clock()))
+
+    def leave(handle: Any) -> None:
+        raise SystemExit(1)
+
+    engine.submit([1]).add_done_callback(leave)
+    after = engine.submit([2])
+    drive(engine)
+    assert after.result(0) == 2
+    assert [record.message for record in caplog.records] == ["a callback of a handle raised"]

@@ -96,18 +96,31 @@ def test_without_hooks_the_loop_calls_step_itself() -> None:
     assert advance(run, _never, clock=clock) is Outcome.DONE
 
 
-def test_a_failing_hook_is_logged_and_switched_off(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("error", [KeyError("observer"), SystemExit(1)])
+def test_a_failing_hook_is_logged_and_switched_off(
+    error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
     calls = []
 
     def hook(run: FakeRun, segment: object, start: float, end: float) -> None:
         calls.append(run)
-        raise KeyError("observer")
+        raise error
 
     run = FakeProgram(3).start([1])
     with caplog.at_level(logging.ERROR):
         assert advance(run, _never, on_segment=Guarded(hook)) is Outcome.DONE
     assert len(calls) == 1
     assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+
+def test_an_interrupt_by_the_user_goes_through_hooks() -> None:
+    def hook(run: FakeRun, segment: object, start: float, end: float) -> None:
+        raise KeyboardInterrupt
+
+    guarded = Guarded(hook)
+    with pytest.raises(KeyboardInterrupt):
+        advance(FakeProgram(1).start([1]), _never, on_segment=guarded)
+    assert guarded.hook is hook
 
 
 def test_run_ahead_is_by_predicted_cost() -> None:

@@ -71,6 +71,7 @@ class _Signature:
     mutated: frozenset[int]
     shapes: tuple[tuple[Affine, ...], ...]
     sizes: tuple[tuple[sympy.Expr | int, ...], ...]
+    orders: tuple[tuple[int, ...], ...]
     copies: bool
 
     def run(self, tensors: Sequence[Tensor], lengths: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -87,7 +88,22 @@ class _Signature:
             if list(tensor.shape) != expected:
                 raise RuntimeError(f"an opaque leaf returned {list(tensor.shape)}, {expected} expected")
         owned = {t.untyped_storage().data_ptr() for t in tensors}
-        return tuple(t.clone() if t.untyped_storage().data_ptr() in owned else t.contiguous() for t in fresh)
+        copied = (t.clone() if t.untyped_storage().data_ptr() in owned else t for t in fresh)
+        return tuple(_laid_out(t, order) for t, order in zip(copied, self.orders, strict=True))
+
+
+def _order(strides: Sequence[int]) -> tuple[int, ...]:
+    """Dimensions from the outermost in memory to the innermost: later kernels round accordingly."""
+    return tuple(sorted(range(len(strides)), key=lambda d: (-int(strides[d]), d)))
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    return [order.index(d) for d in range(len(order))]
+
+
+def _laid_out(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """``tensor`` dense in memory, its dimensions in ``order``."""
+    return tensor.permute(list(order)).contiguous().permute(_inverse(order))
 
 
 def _bind(sizes: Sequence[Sequence[sympy.Expr | int]], tensors: Sequence[Tensor]) -> dict[sympy.Symbol, int]:
@@ -141,7 +157,9 @@ class _Prober:
         sizes = [s for shape in (*self.sizes, self.counts) for s in shape]
         free = {f for s in sizes for f in getattr(s, "free_symbols", ())}
         self.symbols = sorted(free, key=str)
-        self.hints = _hints([*(s for t in tensors for s in t.shape), *counts])
+        self.hints = _hints([*(s for t in tensors for s in (*t.shape, *t.stride())), *counts])
+        strides = [[_value(_expr(s), self.hints) for s in t.stride()] for t in tensors]
+        self.orders = tuple(_order(s) for s in strides)
 
     def probe(self, values: Mapping[sympy.Symbol, int]) -> Outcome:
         """Run on made-up tensors: small random numbers; ones for integers (ids, masks), else zeros."""
@@ -154,13 +172,14 @@ class _Prober:
         generator = torch.Generator().manual_seed(0)
         made: list[Tensor] = []
         with unset_fake_temporarily(), disable_proxy_modes_tracing():
-            for (dtype, device), shape in zip(self.kinds, self.sizes, strict=True):
+            for (dtype, device), shape, order in zip(self.kinds, self.sizes, self.orders, strict=True):
                 size = [_value(s, values) for s in shape]
                 if dtype.is_floating_point:
-                    made.append((torch.randn(size, generator=generator) * 0.1).to(device, dtype))
+                    tensor = (torch.randn(size, generator=generator) * 0.1).to(device, dtype)
                 else:
                     make = torch.ones if dtype is torch.bool else integers
-                    made.append(make(size, dtype=dtype, device=device))
+                    tensor = make(size, dtype=dtype, device=device)
+                made.append(_laid_out(tensor, order))
             counts = [_value(c, values) for c in self.counts]
             return _execute(self.module, self.spec, made, counts, frozenset(), copies=True)
 
@@ -256,6 +275,7 @@ def _emit(module: nn.Module, kind: str, args: tuple[Any, ...], kwargs: dict[str,
     symbols = _symbols(tensors)
     if any(set(a.slopes) - set(symbols) for a in (*counts, *(a for shape in shapes for a in shape))):
         raise LeafRefusedError("its sizes depend on a length that none of its arguments has")
+    orders = tuple(_order(outcome.flat.tensors[i].stride()) for i in outcome.fresh)
     signature = _Signature(
         module,
         flat.spec,
@@ -263,14 +283,15 @@ def _emit(module: nn.Module, kind: str, args: tuple[Any, ...], kwargs: dict[str,
         outcome.mutated,
         shapes,
         (*prober.sizes, *((c, 0) for c in prober.counts)),
+        orders=orders,
         copies=_keeps_state(module),
     )
 
     def fake(given: Sequence[Tensor]) -> list[Tensor]:
         known = _symbols(given)
         return [
-            given[0].new_empty([a.at(known) for a in shape], dtype=dtype)
-            for shape, dtype in zip(shapes, dtypes, strict=True)
+            given[0].new_empty([shape[d].at(known) for d in order], dtype=dtype).permute(_inverse(order))
+            for shape, dtype, order in zip(shapes, dtypes, orders, strict=True)
         ]
 
     weights = list(module.parameters())

@@ -108,6 +108,30 @@ def test_a_loop_over_positions_is_an_opaque_leaf_with_its_state() -> None:
     assert len(program.variants) == 1
 
 
+def test_a_leaf_gives_its_result_in_its_own_layout() -> None:
+    class Across(Loop):
+        """Its result lies in memory as its argument does: positions innermost."""
+
+        def forward(self, x: Tensor, state: Any = None) -> Any:
+            out, state = super().forward(x)
+            return torch.empty_like(x).copy_(out), state
+
+    class Transposed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Across()
+
+        def forward(self, x: Tensor) -> Any:
+            out, _ = self.inner(x.transpose(1, 2).contiguous().transpose(1, 2))
+            return out
+
+    model = Transposed()
+    program = compiled(nn.Sequential(nn.Linear(WIDTH, WIDTH), model), hidden(5))
+    assert program.variants[0].captured.opaque
+    with torch.no_grad():
+        assert program(hidden(9)).stride() == model(hidden(9)).stride() == (9 * WIDTH, 1, 9)
+
+
 def test_a_leaf_continues_a_state_and_leaves_the_callers_alone() -> None:
     model = Block(Loop())
     program = compiled(model, hidden(5))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fpcompile import errors
+
 if TYPE_CHECKING:
     from fpcompile.api import segment
     from fpcompile.engine.engine import Engine
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from fpcompile.executor.run import Run
 
 __version__ = "0.1.0"
-__all__ = ["Checkpoint", "Engine", "Program", "Run", "segment"]
+__all__ = ["Checkpoint", "Engine", "Program", "Run", "errors", "segment"]
 _HOMES = {
     "Checkpoint": "fpcompile.executor.checkpoint",
     "Engine": "fpcompile.engine.engine",

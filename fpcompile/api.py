@@ -14,6 +14,7 @@ from fpcompile.executor.packed import PackedProgram
 from fpcompile.executor.program import Program
 from fpcompile.executor.verify import self_check
 from fpcompile.ir import Granularity
+from fpcompile.models.ambient import tracing
 from fpcompile.models.capture import capture
 from fpcompile.passes.pipeline import compile_packed
 
@@ -38,8 +39,9 @@ def segment(
 
     ``granularity`` places the cuts: ``"operator"`` (around attention, every projection and experts),
     ``"layer"`` or ``"model"``. ``max_blocking_ms`` bounds the predicted time of every launch at any prompt
-    length: small segments are launched together, long ones tile by tile; None means one launch for each
-    segment. ``weights="packed"`` keeps a second copy of linear weights in the layout of the CPU's bf16
+    length: small segments are launched together, long ones tile by tile (:class:`BudgetWarning` where even
+    the smallest tile takes longer); the device is measured for it, a few seconds. None means one launch for
+    each segment. ``weights="packed"`` keeps a second copy of linear weights in the layout of the CPU's bf16
     kernel: the same bits, faster, above all for short prompts and tiles; it has no effect elsewhere.
     ``route="auto"`` packs sequences where the model is proven to allow it (:mod:`fpcompile.models.capture`)
     and else takes any model as it is (:mod:`fpcompile.models.generic`); ``"packed"`` and ``"generic"`` ask
@@ -49,7 +51,9 @@ def segment(
     symbolic where the model allows, and other sizes get a graph of their own when first met. An
     ``ExportedProgram`` may be passed for the model, a LoRA model of PEFT as well.
     ``verify`` runs a self-check on the model's own weights: two short sequences, alone and packed, against
-    the unmodified model. The model is left as found and shares its weights with the program.
+    the unmodified model. The model is left as found and shares its weights with the program: changes in
+    place are seen by later runs (not with ``weights="packed"``), a replaced weight is an error. Forward hooks
+    of the model are part of what is traced: they are called now, with fake tensors, and not in runs.
 
     Raises :class:`InvalidInputError` for something that is no evaluating model, :class:`UnknownNameError` for
     an unknown granularity, route or backend, :class:`UnsupportedModelError` for a model that cannot be
@@ -76,21 +80,30 @@ def segment(
         )
     if route != "generic" and example_inputs is None:
         try:
-            return _packed(model, granularity, max_blocking_ms, weights, verify)
+            with tracing(_device_type(model)):
+                program = _packed(model, granularity, max_blocking_ms, weights, verify)
+            if max_blocking_ms is not None and program.device.type != "meta":
+                program.calibrate()
+            return program
         except UnsupportedModelError as refused:
             if route == "packed":
                 raise
             where = f" ({refused.where})" if refused.where else ""
             blocked = f"{refused.reason}{where}"
-    return compile_generic_program(
-        model,
-        granularity=Granularity(granularity),
-        max_blocking_ms=max_blocking_ms,
-        example_inputs=example_inputs,
-        blocked=blocked,
-        verify=verify,
-        dynamic_shapes=dynamic_shapes,
-    )
+    with tracing(_device_type(model)):
+        return compile_generic_program(
+            model,
+            granularity=Granularity(granularity),
+            max_blocking_ms=max_blocking_ms,
+            example_inputs=example_inputs,
+            blocked=blocked,
+            verify=verify,
+            dynamic_shapes=dynamic_shapes,
+        )
+
+
+def _device_type(model: nn.Module) -> str:
+    return next((p.device.type for p in model.parameters()), "cpu")
 
 
 def _packed(
@@ -103,7 +116,7 @@ def _packed(
         )
     captured = capture(inner)
     partitioned = compile_packed(captured, Granularity(granularity), packed_weights=weights == "packed")
-    program = PackedProgram(partitioned, captured, max_blocking_ms=max_blocking_ms)
+    program = PackedProgram(partitioned, captured, inner, max_blocking_ms=max_blocking_ms)
     if verify:
         self_check(program, model)
     return program
@@ -133,4 +146,11 @@ def _check_model(model: Any) -> None:
             f"{f'the submodule {training}' if training else 'the model'} is in training mode",
             expected="a model in evaluation mode",
             remedy="call model.eval() first",
+        )
+    if any(p.is_inference() for p in model.parameters()):
+        raise InvalidInputError(
+            "the model's weights were made under torch.inference_mode()",
+            expected="ordinary tensors",
+            got="inference tensors, which cannot be traced",
+            remedy="build or load the model outside torch.inference_mode()",
         )

@@ -227,7 +227,9 @@ class InternalError(FpcompileError, RuntimeError):
 
 
 class BudgetWarning(UserWarning):
-    """The plan cannot keep ``max_blocking_ms`` at the design length: one indivisible unit takes longer."""
+    """No cut or tile keeps ``max_blocking_ms`` for this length: one indivisible piece is predicted to take
+    longer. The message names its segment, its time, and the smallest bound that can be kept.
+    """
 
 
 def _locate(*, node: str | None, module: str | None, line: str | None) -> str | None:

@@ -131,7 +131,9 @@ class Part:
     for error messages.
 
     ``over`` is the length (``tokens`` or ``rows``) whose ranges can be executed one by one, or empty; then
-    ``axes`` gives for each input and each output the dimension that runs over it, -1 for none.
+    ``axes`` gives for each input and each output the dimension that runs over it, -1 for none. ``bound``
+    says that a later part of the segment writes in place into what is alive here: no launch may end behind
+    this part.
     """
 
     name: str
@@ -146,6 +148,7 @@ class Part:
     nodes: tuple[tuple[str, Source], ...]
     over: str = ""
     axes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    bound: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -69,7 +69,7 @@ class Ticket:
     )  # fmt: skip
 
     def __init__(
-        self, request: Request, *, program: str, run: Any, handle: Handle, rows: int, context: int
+        self, request: Request, *, program: str, run: Any, handle: Handle, rows: int, context: float
     ) -> None:
         self.request = request
         self.program = program

@@ -64,10 +64,12 @@ class ProgramLike(Protocol):
     def start(self, input_ids: Any, **kwargs: Any) -> RunLike:
         """A run, checked, of which nothing is executed."""
 
-    def predict(self, *, tokens: int, context: int | None = None, start: int = 0, rows: int = 1) -> float:
+    def predict(self, *, tokens: int, context: float | None = None, start: int = 0, rows: int = 1) -> float:
         """Predicted seconds from segment ``start`` to the end."""
 
-    def segment_seconds(self, index: int, *, tokens: int, rows: int = 1, context: int | None = None) -> float:
+    def segment_seconds(
+        self, index: int, *, tokens: int, rows: int = 1, context: float | None = None
+    ) -> float:
         """Predicted seconds of one segment."""
 
 

@@ -42,7 +42,7 @@ class Coefficients:
         """All three multiplied by ``factor``."""
         return Coefficients(self.a * factor, self.b * factor, self.d * factor)
 
-    def seconds(self, tokens: int, context: int) -> float:
+    def seconds(self, tokens: int, context: float) -> float:
         """Predicted seconds."""
         return self.a + self.b * tokens + self.d * tokens * (2 * context - tokens)
 
@@ -60,18 +60,18 @@ class CostModel:
     by_rows: tuple[bool, ...]
     samples: dict[Key, tuple[tuple[int, float], ...]]
 
-    def stage(self, index: int, *, tokens: int, rows: int, context: int) -> float:
+    def stage(self, index: int, *, tokens: int, rows: int, context: float) -> float:
         """Predicted seconds of stage ``index``: ``tokens`` tokens (or ``rows`` rows) that end ``context``."""
         if self.by_rows[index]:
             return self.coefficients[index].seconds(rows, rows)
         return self.coefficients[index].seconds(tokens, context)
 
-    def segment(self, index: int, *, tokens: int, rows: int, context: int) -> float:
+    def segment(self, index: int, *, tokens: int, rows: int, context: float) -> float:
         """Predicted seconds of segment ``index``."""
         stages = range(bisect.bisect_left(self.segments, index), bisect.bisect_right(self.segments, index))
         return sum(self.stage(i, tokens=tokens, rows=rows, context=context) for i in stages)
 
-    def remaining(self, *, tokens: int, rows: int, context: int, start: int = 0) -> float:
+    def remaining(self, *, tokens: int, rows: int, context: float, start: int = 0) -> float:
         """Predicted seconds of the segments from ``start`` on; its cost does not grow with their number."""
         over_tokens, over_rows = self._suffixes[bisect.bisect_left(self.segments, start)]
         return over_tokens.seconds(tokens, context) + over_rows.seconds(rows, rows)

@@ -76,6 +76,7 @@ class Checkpoint:
             save_file(tensors, temporary, metadata=metadata)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp made it private
             os.replace(temporary, target)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -113,7 +114,22 @@ class Checkpoint:
                 got="another digest",
                 where=os.fspath(path),
             )
-        return _rebuild(json.loads(description), tensors)
+        try:
+            return _rebuild(json.loads(description), tensors)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                "the checkpoint's description is not complete",
+                expected="what Checkpoint.save writes",
+                got=f"{type(error).__name__}: {error}",
+                where=os.fspath(path),
+            ) from error
+
+
+def _umask() -> int:
+    """The process's file mode mask; reading it means setting it for a moment."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _digest(description: str, tensors: dict[str, Tensor]) -> str:
@@ -184,6 +200,7 @@ def restore(program: Program, checkpoint: Checkpoint) -> Run:
     from fpcompile.executor.run import Run
 
     check_type(checkpoint)
+    program.watch.check()
     for what, expected, got in (
         ("program", program.fingerprint, checkpoint.program),
         ("weights", program.weights_fingerprint, checkpoint.weights),

@@ -26,7 +26,9 @@ from fpcompile.executor.program import Program
 from fpcompile.executor.run import Run
 from fpcompile.executor.schedule import Launch, Shape
 from fpcompile.executor.stages import Executable, build_stages
+from fpcompile.executor.weights import WeightWatch
 from fpcompile.ir import Granularity, Part, PartKind
+from fpcompile.models.ambient import tracing
 from fpcompile.models.generic import GenericCapture, pack
 from fpcompile.models.generic_shapes import promises
 from fpcompile.models.generic_tree import unflatten
@@ -107,6 +109,7 @@ class Variant(Program):
             compiled.plan,
             build_stages(compiled.plan, functools.partial(_bind, compiled, captured, weights)),
             weights,
+            owner.watch,
             config=owner.config,
             device=owner.device,
             dtype=owner.dtype,
@@ -184,6 +187,7 @@ class GenericProgram(Program):
         dynamic_shapes: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
+        self.watch = WeightWatch(model)
         self.dynamic_shapes = dynamic_shapes or {}
         self.granularity = granularity
         self.notes = notes
@@ -199,6 +203,7 @@ class GenericProgram(Program):
             first.plan,
             first.stages,
             first.weights,
+            self.watch,
             config=self.config,
             device=self.device,
             dtype=self.dtype,
@@ -236,7 +241,8 @@ class GenericProgram(Program):
             promised = promises(self.model, flat, self.dynamic_shapes)
             if self.variants:
                 promised = {i: p.softened(tensors[i]) for i, p in promised.items()}
-            captured = capture_generic(self.model, flat, tensors, promised)
+            with tracing(self.device.type):
+                captured = capture_generic(self.model, flat, tensors, promised)
             values = captured.guards.bind(flat, tensors)
             if values is None:
                 raise UsageError("a variant does not hold for the call that it was compiled from")
@@ -265,6 +271,7 @@ class GenericProgram(Program):
         Raises :class:`InvalidInputError`; :class:`UnsupportedModelError` when the model cannot be traced for
         arguments of this kind.
         """
+        self.watch.check()
         variant, tensors, values = self._variant((args, kwargs))
         return variant.begin(tensors, values, max_blocking_ms)
 

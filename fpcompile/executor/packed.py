@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from fpcompile.errors import InvalidInputError
+from fpcompile.errors import InvalidInputError, UsageError
 from fpcompile.executor import inputs as checks
 from fpcompile.executor.attend import attend, attend_tile, write
 from fpcompile.executor.call import Call
@@ -20,6 +21,7 @@ from fpcompile.executor.program import Program
 from fpcompile.executor.run import Run
 from fpcompile.executor.schedule import Launch, Shape
 from fpcompile.executor.stages import Executable, build_stages
+from fpcompile.executor.weights import WeightWatch
 from fpcompile.ir import Part, PartKind
 from fpcompile.models.capture import Capture
 from fpcompile.passes.partition import Partitioned
@@ -70,7 +72,16 @@ class PackedCall(Call):
             write(run, self.layout, call, k, v)
             out = q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
         attend_tile(run, self.layout, call, q, tile, out)
+        if tile.final:
+            self.forget(run, part.call)
         return out
+
+    def forget(self, run: Run, call: int) -> None:
+        """Drop a layer's keys and values behind the last attention call that reads them, unless asked for."""
+        layer = self.program.attention[call].layer
+        if not self.use_cache and self.program.last_reader[layer] == call:
+            for layers in run.kv:
+                layers.pop(layer, None)
 
     def result(self, run: Run) -> Any:
         """``.logits [batch, kept, vocabulary]`` (zero where hidden) and ``.past_key_values``."""
@@ -108,19 +119,28 @@ class PackedProgram(Program):
     """A decoder LM in which everything outside attention is token-wise."""
 
     def __init__(
-        self, partitioned: Partitioned, captured: Capture, *, max_blocking_ms: float | None = None
+        self,
+        partitioned: Partitioned,
+        captured: Capture,
+        model: nn.Module,
+        *,
+        max_blocking_ms: float | None = None,
     ) -> None:
         weights = dict(captured.weights.values())
         for path in {p for s in partitioned.plan.segments for part in s.parts for p in part.params}:
             if path.endswith(PACKED):
                 weights[path] = pack(weights[path.removesuffix(PACKED)])
+        self._packed_at = WeightWatch(model).version if any(p.endswith(PACKED) for p in weights) else None
         self.output_type = captured.output_type
         self.attention = captured.attention
+        self.last_reader = {c.layer: i for i, c in enumerate(captured.attention)}
         self._vocabulary = captured.vocabulary
+        self._forward = inspect.signature(type(captured.model).forward).parameters
         super().__init__(
             partitioned.plan,
             build_stages(partitioned.plan, functools.partial(_bind, partitioned, captured, weights)),
             weights,
+            WeightWatch(model),
             config=captured.model.config,
             device=next(captured.model.parameters()).device,
             dtype=captured.model.dtype,
@@ -139,7 +159,7 @@ class PackedProgram(Program):
 
     def start(
         self,
-        input_ids: Any,
+        input_ids: Any = None,
         *,
         attention_mask: Any = None,
         past_key_values: Any = None,
@@ -151,19 +171,24 @@ class PackedProgram(Program):
         """A run over ``input_ids [batch, length]``; everything is checked, nothing is executed.
 
         ``attention_mask [batch, length]`` may hide padding on the left or right; padded batches are packed,
-        so hidden positions cost nothing and their logits are zero. ``past_key_values`` is a transformers
+        so hidden positions cost nothing, their logits are zero, and each row gives what the model gives for
+        it alone: positions are counted from its first visible token, as ``generate`` counts them, and rotary
+        frequencies that depend on the length follow its own. ``past_key_values`` is a transformers
         ``DynamicCache`` to continue from; it is not changed. ``logits_to_keep`` is transformers' own: 0 for
         all positions, n for the last n, or a vector of indices. ``max_blocking_ms`` overrides the program's.
 
         Raises :class:`InvalidInputError`.
         """
+        self._check_weights()
         for name, value in unsupported.items():
-            if value is not None and value is not False:
+            if value is not None or name not in self._forward:
                 raise InvalidInputError(
                     f"{name} is not an argument of a packed program",
                     expected=_ARGUMENTS,
                     got=f"{name}={type(value).__name__}",
                 )
+        if use_cache not in (None, True, False):
+            raise InvalidInputError("use_cache has a wrong value", expected="a bool", got=repr(use_cache))
         ids = checks.check_ids(input_ids, self.vocabulary, self.device)
         past, layers = read_cache(past_key_values, int(ids.shape[0]), self.attention, self.dtype)
         mask = checks.check_mask(attention_mask, ids, past)
@@ -190,6 +215,16 @@ class PackedProgram(Program):
             [dict(layers) for _ in packed.layout.groups],
             self.tile_plan(call.shape, max_blocking_ms),
         )
+
+    def _check_weights(self) -> None:
+        self.watch.check()
+        if self._packed_at is not None and self._packed_at != self.watch.version:
+            raise UsageError(
+                "the model's weights were changed after they were packed",
+                expected="the weights that the model had when it was compiled",
+                got="a change in place",
+                remedy="call fpcompile.segment(model, weights='packed') again, or use weights='shared'",
+            )
 
     def sample(self, length: int, *, rows: int) -> Run:
         """A run over ``length`` random tokens with ``rows`` rows of logits, one launch for each segment."""
@@ -254,7 +289,9 @@ def _attention_step(captured: Capture, part: Part) -> Executable:
     def execute(run: Run, arguments: Sequence[Tensor], lengths: Mapping[str, int]) -> Sequence[Tensor]:
         assert isinstance(run.call, PackedCall)
         q, k, v = arguments
-        return (attend(run, run.call.layout, call, q, k, v),)
+        out = attend(run, run.call.layout, call, q, k, v)
+        run.call.forget(run, part.call)
+        return (out,)
 
     return execute
 

@@ -12,23 +12,29 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fpcompile.errors import InvalidInputError
+from fpcompile.errors import BudgetWarning, InvalidInputError
 from fpcompile.executor.calibrate import CostModel, calibrate
 from fpcompile.executor.explain import explain
 from fpcompile.executor.run import Run
-from fpcompile.executor.schedule import Launch, Shape, by_budget, by_segment
+from fpcompile.executor.schedule import Launch, Shape, by_budget, by_segment, launch_seconds
 from fpcompile.executor.stages import Stage, live_before
+from fpcompile.executor.weights import WeightWatch, digest_weights
 from fpcompile.ir import Plan, Segment
 
 if TYPE_CHECKING:
     from fpcompile.executor.call import Call
     from fpcompile.executor.checkpoint import Checkpoint
+
+
+_TOLERANCE = 1.001  # of a predicted time against the budget: rounding
 
 
 class Program(abc.ABC):
@@ -39,6 +45,7 @@ class Program(abc.ABC):
         plan: Plan,
         stages: tuple[Stage, ...],
         weights: dict[str, Tensor],
+        watch: WeightWatch,
         *,
         config: Any,
         device: torch.device,
@@ -50,11 +57,15 @@ class Program(abc.ABC):
         self.live = live_before(plan, stages)
         self.whole = by_segment(stages)
         self.weights = weights
+        self.watch = watch
         self.config = config
         self.device = device
         self.dtype = dtype
         self.max_blocking_ms = check_budget(max_blocking_ms)
         self._costs: CostModel | None = None
+        self._calibrating = threading.RLock()
+        self._digest: tuple[int, str] | None = None
+        self._warned = False
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -71,7 +82,7 @@ class Program(abc.ABC):
         return explain(self.plan, tokens)
 
     @abc.abstractmethod
-    def start(self, input_ids: Any, **kwargs: Any) -> Run:
+    def start(self, input_ids: Any = None, **kwargs: Any) -> Run:
         """A run over the model's own arguments; everything is checked, nothing is executed.
 
         Raises :class:`InvalidInputError`.
@@ -98,15 +109,39 @@ class Program(abc.ABC):
     def tile_plan(self, shape: Shape, max_blocking_ms: float | None) -> tuple[Launch, ...]:
         """The launches of a run: one for each segment, or as a budget in milliseconds asks.
 
-        The argument overrides the program's own budget; None for both, or infinity, means no budget.
+        The argument overrides the program's own budget; None for both, or infinity, means no budget. The
+        first budget of a program that is not calibrated yet measures it. Warns with :class:`BudgetWarning`,
+        once per program, when no cut or tile can keep the budget.
         """
         asked = check_budget(max_blocking_ms)
         budget = self.max_blocking_ms if asked is None else asked
         if budget is None or math.isinf(budget):
             return self.whole
-        return by_budget(self.stages, shape, self.costs, budget / 1e3, self.kv_heads())
+        launches = by_budget(self.stages, shape, self.costs, budget / 1e3, self.kv_heads())
+        if not self._warned:
+            self._check_bound(launches, shape, budget / 1e3)
+        return launches
 
-    def __call__(self, input_ids: Any, **kwargs: Any) -> Any:
+    def _check_bound(self, launches: Sequence[Launch], shape: Shape, budget: float) -> None:
+        """Warn once when no cut or tile makes a launch as short as ``budget`` seconds."""
+
+        def seconds(launch: Launch) -> float:
+            return launch_seconds(launch, self.stages, shape, self.costs, self.kv_heads())
+
+        worst = max(launches, key=seconds)
+        if seconds(worst) > budget * _TOLERANCE:
+            self._warned = True
+            finest = by_budget(self.stages, shape, self.costs, 1e-9, self.kv_heads())
+            segment = self.segments[self.stages[worst.first].segment]
+            warnings.warn(
+                f"max_blocking_ms={budget * 1e3:g} cannot be kept for {shape.tokens} tokens: a part of "
+                f"segment {segment.index} ({segment.name}) is predicted to take {seconds(worst) * 1e3:.3g} "
+                f"ms; the smallest bound that can be kept is {max(map(seconds, finest)) * 1e3:.3g} ms",
+                BudgetWarning,
+                stacklevel=4,
+            )
+
+    def __call__(self, input_ids: Any = None, **kwargs: Any) -> Any:
         """Run to the end without a pause; arguments and result as the model's own forward."""
         run = self.start(input_ids, **kwargs)
         while not run.done:
@@ -135,10 +170,14 @@ class Program(abc.ABC):
                 )
         return digest.hexdigest()
 
-    @functools.cached_property
+    @property
     def weights_fingerprint(self) -> str:
-        """Digest of up to 64 evenly spaced elements of every weight, with names, shapes and dtypes."""
-        return digest_weights((path, w) for path, w in self.weights.items() if not w.is_mkldnn)
+        """Sampled digest of the weights as they are now; see :func:`digest_weights`."""
+        version = self.watch.version
+        if self._digest is None or self._digest[0] != version:
+            digest = digest_weights((path, w) for path, w in self.weights.items() if not w.is_mkldnn)
+            self._digest = (version, digest)
+        return self._digest[1]
 
     def sample(self, length: int, *, rows: int) -> Run:
         """A run over ``length`` random tokens, with ``rows`` rows of logits where that can be chosen."""
@@ -151,19 +190,23 @@ class Program(abc.ABC):
 
     def calibrate(self, **options: Any) -> CostModel:
         """Measure the segments on the device and keep the fitted cost model; see :func:`calibrate`."""
-        self._costs = calibrate(self, **options)
-        return self._costs
+        with self._calibrating:
+            self._costs = calibrate(self, **options)
+            return self._costs
 
     @property
     def costs(self) -> CostModel:
         """Seconds of each segment; measured at the first use (a few seconds), or by :meth:`calibrate`."""
-        return self._costs or self.calibrate()
+        with self._calibrating:
+            return self._costs or self.calibrate()
 
-    def segment_seconds(self, index: int, *, tokens: int, rows: int = 1, context: int | None = None) -> float:
+    def segment_seconds(
+        self, index: int, *, tokens: int, rows: int = 1, context: float | None = None
+    ) -> float:
         """Predicted seconds of one segment."""
         return self.costs.segment(index, tokens=tokens, rows=rows, context=context or tokens)
 
-    def predict(self, *, tokens: int, context: int | None = None, start: int = 0, rows: int = 1) -> float:
+    def predict(self, *, tokens: int, context: float | None = None, start: int = 0, rows: int = 1) -> float:
         """Predicted seconds from segment ``start`` to the end."""
         return self.costs.remaining(tokens=tokens, rows=rows, context=context or tokens, start=start)
 
@@ -190,26 +233,3 @@ def _settings(config: Any) -> str:
     values = config.to_dict() if hasattr(config, "to_dict") else {}
     kept = {name: value for name, value in values.items() if name not in _ORIGIN}
     return json.dumps(kept, sort_keys=True, default=str)
-
-
-def digest_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """Sampled digest of named tensors."""
-    digest = hashlib.sha256()
-    plain = (part for path, weight in weights for part in _parts(path, weight))
-    for path, weight in sorted(plain, key=lambda item: item[0]):
-        digest.update(f"{path}{tuple(weight.shape)}{weight.dtype}".encode())
-        if weight.numel():
-            flat = weight.reshape(-1)
-            count = min(64, flat.numel())
-            at = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
-            digest.update(flat[at].cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _parts(path: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A weight, or the plain tensors inside a quantised one (a tensor subclass)."""
-    if hasattr(weight, "__tensor_flatten__"):
-        for name in weight.__tensor_flatten__()[0]:
-            yield from _parts(f"{path}.{name}", getattr(weight, name))
-    else:
-        yield path, weight

@@ -21,6 +21,7 @@ from fpcompile.executor.kv import LayerKV
 from fpcompile.executor.schedule import Launch
 from fpcompile.executor.stages import Stage, Step
 from fpcompile.ir import Segment
+from fpcompile.models.ambient import plain
 
 if TYPE_CHECKING:
     from fpcompile.executor.call import Call
@@ -111,7 +112,7 @@ class Run:
             raise UsageError("the run is done", remedy="take its result()")
         launch = self.schedule[self.at]
         try:
-            with torch.no_grad():
+            with plain(self.program.device.type):
                 if launch.tiled:
                     self._tile(self.program.stages[launch.first], launch)
                 else:

@@ -54,11 +54,17 @@ class Shape:
     rows: int
     groups: tuple[tuple[int, int, int], ...]  # (sequences, new tokens, context) of each group
 
+    @property
+    def mean_context(self) -> float:
+        """The context of one sequence of ``tokens`` new tokens that has as many pairs of query and key."""
+        pairs = sum(batch * length * (2 * context - length) for batch, length, context in self.groups)
+        return (self.tokens + pairs / self.tokens) / 2
+
 
 class StageCosts(Protocol):
     """Predicted seconds of a stage for a number of tokens (or rows) that end a context."""
 
-    def stage(self, index: int, *, tokens: int, rows: int, context: int) -> float:
+    def stage(self, index: int, *, tokens: int, rows: int, context: float) -> float:
         """Seconds of stage ``index``."""
 
 
@@ -86,15 +92,17 @@ def by_budget(
 
     def flush(upto: int) -> None:
         nonlocal begun, spent
+        if upto and stages[upto - 1].bound:
+            return
         if begun < upto:
             launches.append(Launch(begun, upto))
         begun, spent = upto, 0.0
 
     for i, stage in enumerate(stages):
-        cost = _stage_seconds(i, stage, shape, costs)
+        cost = _stage_seconds(i, shape, costs)
         if spent + cost > seconds:
             flush(i)
-        if cost > seconds and stage.over:
+        if cost > seconds and stage.over and begun == i and not stage.bound:
             if stage.over == "attention":
                 tiles = _attention_tiles(i, shape, costs, seconds, kv_heads[i])
             else:
@@ -108,11 +116,24 @@ def by_budget(
     return tuple(launches)
 
 
-def _stage_seconds(index: int, stage: Stage, shape: Shape, costs: StageCosts) -> float:
-    """Predicted seconds of a whole stage; each sequence attends to its own context."""
-    if stage.over == "attention":
-        return sum(b * costs.stage(index, tokens=n, rows=1, context=c) for b, n, c in shape.groups)
-    return costs.stage(index, tokens=shape.tokens, rows=shape.rows, context=shape.tokens)
+def launch_seconds(
+    launch: Launch, stages: Sequence[Stage], shape: Shape, costs: StageCosts, kv_heads: Sequence[int]
+) -> float:
+    """Predicted seconds of a launch; each sequence attends to its own context."""
+    index = launch.first
+    if not launch.tiled:
+        return sum(_stage_seconds(i, shape, costs) for i in range(launch.first, launch.last))
+    size = launch.stop - launch.start
+    if stages[index].over != "attention":
+        return costs.stage(index, tokens=size, rows=size, context=size)
+    batch, length, context = shape.groups[launch.group]
+    share = (launch.head_stop - launch.head_start) / kv_heads[index] if kv_heads[index] else 1.0
+    visible = context - length + launch.stop
+    return share * batch * costs.stage(index, tokens=size, rows=1, context=visible)
+
+
+def _stage_seconds(index: int, shape: Shape, costs: StageCosts) -> float:
+    return costs.stage(index, tokens=shape.tokens, rows=shape.rows, context=shape.mean_context)
 
 
 def _row_tiles(index: int, over: str, shape: Shape, costs: StageCosts, seconds: float) -> list[Launch]:

@@ -40,7 +40,8 @@ class Stage:
     """``inputs`` and ``outputs`` are (value, dimension that runs over ``over``, -1 for none).
 
     ``over`` is ``tokens``, ``rows``, ``attention`` or empty (executed whole only); ``frees`` are the inputs
-    that nothing reads after the stage.
+    that nothing reads after the stage. ``bound``: no launch may end behind it, see
+    :class:`fpcompile.ir.Part`.
     """
 
     segment: int
@@ -49,6 +50,7 @@ class Stage:
     inputs: tuple[tuple[str, int], ...]
     outputs: tuple[tuple[str, int], ...]
     frees: tuple[str, ...]
+    bound: bool = False
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -102,6 +104,7 @@ def _stage(segment: Segment, steps: tuple[Step, ...], over: str, later: Sequence
         tuple((n, axes.get(n, -1)) for n in read),
         tuple((n, axes.get(n, -1)) for n in defined if n in wanted),
         tuple(n for n in read if n not in wanted),
+        steps[-1].part.bound,
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from fpcompile.errors import UnsupportedModelError
 from fpcompile.models import attention, leaves
@@ -130,6 +131,30 @@ def _refuse_positions_from_ids(model: PreTrainedModel) -> None:
             )
 
 
+_WANTED = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+def _refuse_settings(model: PreTrainedModel) -> None:
+    """Settings under which the model returns more than logits and cache, or attends in a way of its own."""
+    config = model.config
+    asked = [name for name in _WANTED if getattr(config, name, False)]
+    if getattr(config, "return_dict", True) is False:
+        asked.append("return_dict=False")
+    if asked:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot take the packed route",
+            reason=f"its configuration asks for {', '.join(asked)}",
+            remedy="switch it off in model.config, or use route='generic'",
+        )
+    implementation = attention_implementation(model)
+    if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot take the packed route",
+            reason=f"attention {implementation!r} is registered without a mask function",
+            remedy="register one: transformers.AttentionMaskInterface.register(name, function)",
+        )
+
+
 _COUNT = "create_position_ids_from_input_ids"
 
 
@@ -140,6 +165,7 @@ def capture(model: PreTrainedModel) -> Capture:
     is not of a form that the route knows; the message names the module, the source line and the reason.
     """
     _refuse_positions_from_ids(model)
+    _refuse_settings(model)
     traced = _prepare(model)
     returned: list[type[Any]] = []
     device = next(model.parameters()).device

@@ -55,9 +55,9 @@ def _operator_cuts(graph: fx.Graph, ctx: Context, forbidden: dict[str, str]) -> 
         if following is None:
             break
         end = following[0]
-        if nodes[end].target is ATTENTION:
+        if nodes[end].target is ATTENTION and nodes[end - 1].name not in forbidden:
             cuts[nodes[end - 1].name] = CutReason.BEFORE_ATTENTION
-        if reason is CutReason.AFTER_ATTENTION:
+        if reason is CutReason.AFTER_ATTENTION and nodes[at].name not in forbidden:
             cuts[nodes[at].name] = reason
         elif nodes[end].target is not ATTENTION:
             window = [j for j in range(at, end) if nodes[j].name not in forbidden]

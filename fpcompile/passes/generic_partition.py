@@ -12,7 +12,7 @@ from fpcompile.errors import InternalError
 from fpcompile.ir import Cost, CutReason, Granularity, LiveSet, Part, PartKind, Plan, Route, Segment, Value
 from fpcompile.models.generic import GenericCapture
 from fpcompile.passes import generic as passes
-from fpcompile.passes.aliases import storage_owners
+from fpcompile.passes.aliases import storage_owners, uncuttable
 from fpcompile.passes.codegen import Function, Functions
 from fpcompile.passes.context import LEAF, body, describe, source, tensors_of
 from fpcompile.passes.dataflow import live_after
@@ -29,6 +29,7 @@ class GenericPartitioner:
         self.by_name = {n.name: n for n in graph.nodes}
         live = live_after(graph, g.inputs)
         self.live = dict(zip((n.name for n in body(graph)), live, strict=True))
+        self.bound = uncuttable(graph)
         self.functions = Functions(self._spec)
         self.picks: dict[int, tuple[int, ...]] = {}  # leaf -> which of its results are read
 
@@ -92,6 +93,7 @@ class GenericPartitioner:
             call=call,
             cost=sum((costs[n.name] for n in nodes), Cost()),
             nodes=describe(nodes),
+            bound=nodes[-1].name in self.bound,
         )
 
     def _external(self, nodes: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node], list[fx.Node]]:

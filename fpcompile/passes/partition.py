@@ -9,7 +9,7 @@ import sympy
 from torch import Tensor, fx
 
 from fpcompile.ir import Cost, CutReason, Granularity, LiveSet, Part, PartKind, Plan, Route, Segment, Value
-from fpcompile.passes.aliases import storage_owners
+from fpcompile.passes.aliases import storage_owners, uncuttable
 from fpcompile.passes.codegen import Function, Functions
 from fpcompile.passes.context import (
     ATTENTION,
@@ -48,6 +48,7 @@ class Partitioner:
         self.by_name = {n.name: n for n in graph.nodes}
         live = live_after(graph, run_inputs(graph))
         self.live = dict(zip((n.name for n in body(graph)), live, strict=True))
+        self.bound = uncuttable(graph)
         self.functions = Functions(lambda node: _spec(node, self.names))
 
     def segments(self) -> tuple[Segment, ...]:
@@ -111,6 +112,7 @@ class Partitioner:
             nodes=describe(nodes),
             over=over,
             axes=axes,
+            bound=nodes[-1].name in self.bound,
         )
 
     def _path(self, weight: fx.Node) -> str:

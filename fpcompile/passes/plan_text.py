@@ -41,6 +41,7 @@ def render(plan: Plan) -> str:
         "granularity": plan.granularity,
         "inputs": plan.inputs,
         "output": plan.output,
+        "more_outputs": plan.more_outputs,
         "notes": plan.notes,
     }
     return "\n".join(json.dumps(line) for line in (head, *map(_segment, plan.segments))) + "\n"
@@ -75,6 +76,7 @@ def parse(text: str) -> Plan:
             output=head["output"],
             segments=tuple(_read_segment(row) for row in rows[1:]),
             notes=tuple(head["notes"]),
+            more_outputs=tuple(head["more_outputs"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidInputError(
@@ -117,6 +119,7 @@ def _part(p: Part) -> dict[str, Any]:
         "nodes": [(name, s.module, s.line) for name, s in p.nodes],
         "over": p.over,
         "axes": p.axes,
+        "bound": p.bound,
     }
 
 
@@ -146,6 +149,7 @@ def _read_part(row: dict[str, Any]) -> Part:
         nodes=tuple((name, Source(module, line)) for name, module, line in row["nodes"]),
         over=row["over"],
         axes=(tuple(row["axes"][0]), tuple(row["axes"][1])),
+        bound=row["bound"],
     )
 
 

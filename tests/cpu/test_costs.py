@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import fpcompile
 from fpcompile.executor.calibrate import Coefficients, CostModel
-from fpcompile.executor.program import digest_weights
+from fpcompile.executor.weights import digest_weights
 from fpcompile.models.zoo import tiny_model
 
 numbers = st.floats(0, 1e-3)

@@ -150,10 +150,12 @@ class FakeProgram:
         self.runs.append(run)
         return run
 
-    def predict(self, *, tokens: int, context: int | None = None, start: int = 0, rows: int = 1) -> float:
+    def predict(self, *, tokens: int, context: float | None = None, start: int = 0, rows: int = 1) -> float:
         return self.seconds * tokens * (len(self.segments) - start)
 
-    def segment_seconds(self, index: int, *, tokens: int, rows: int = 1, context: int | None = None) -> float:
+    def segment_seconds(
+        self, index: int, *, tokens: int, rows: int = 1, context: float | None = None
+    ) -> float:
         return self.seconds * tokens
 
 

@@ -199,6 +199,7 @@ def test_a_compiled_run_keeps_the_yield_rule() -> None:
     _assert_equal(run.result(), LONG)
 
 
+@pytest.mark.filterwarnings("ignore::fpcompile.errors.BudgetWarning")
 def test_a_budget_makes_more_cuts_and_is_served() -> None:
     program = program_of("qwen3")
     with Engine(program) as engine:

@@ -15,6 +15,8 @@ from fpcompile.executor.stages import Stage
 from fpcompile.models.zoo import MAIN_ARCHS, tiny_model
 from tests.cpu.support import finish, model_of, outcome, program_of, reference
 
+pytestmark = pytest.mark.filterwarnings("ignore::fpcompile.errors.BudgetWarning")
+
 TINY = 0.02  # milliseconds: under any stage of a tiny model, so that everything that can be tiled is
 
 
@@ -24,7 +26,7 @@ class FakeCosts:
 
     overs: tuple[str, ...]
 
-    def stage(self, index: int, *, tokens: int, rows: int, context: int) -> float:
+    def stage(self, index: int, *, tokens: int, rows: int, context: float) -> float:
         if self.overs[index] == "attention":
             return tokens * (2 * context - tokens) / 512
         return float(rows if self.overs[index] == "rows" else tokens)

@@ -1,0 +1,31 @@
+"""Torch's ambient state: what a caller has switched on must not change what is traced or computed."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+
+# The tracer's modes and the registries that it is given are the process's: one trace at a time.
+_TRACING = threading.RLock()
+
+
+@contextlib.contextmanager
+def plain(device_type: str) -> Iterator[None]:
+    """No gradients, no autocast, no inference mode, whatever the caller has set."""
+    with contextlib.ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        if torch.is_autocast_enabled(device_type):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
+def tracing(device_type: str) -> Iterator[None]:
+    """As :func:`plain`, and one thread at a time."""
+    with _TRACING, plain(device_type):
+        yield

@@ -13,12 +13,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Prints the names of fpcompile.__all__ that are no modules, each with the identity of what it resolves to and the module of that.
+# Prints the names of fpcompile.__all__, modules apart, each with the identity and the module of what it is.
 RESOLVE_PUBLIC_NAMES = """
 import json
 import fpcompile
 found = [(name, getattr(fpcompile, name)) for name in fpcompile.__all__]
-print(json.dumps([(name, id(value), value.__module__) for name, value in found if hasattr(value, "__module__")]))
+objects = [(name, value) for name, value in found if hasattr(value, "__module__")]
+print(json.dumps([(name, id(value), value.__module__) for name, value in objects]))
 """
 
 # Imports the module named in argv, with all that a layer contains; prints which heavy packages that loaded.

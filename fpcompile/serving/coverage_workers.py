@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-SECONDS = 300.0
+SECONDS = 900.0
 BYTES = 12 << 30
 
 

@@ -44,6 +44,13 @@ def test_the_page_has_a_row_for_each_architecture() -> None:
     assert "not equal: broken (crashed)" in page
 
 
+def test_padding_alone_may_round_differently() -> None:
+    row = ROW | {"status": "close", "errors": {"length 1": 0.0, "padded left": 3e-7}}
+    assert "| bits, padded 3.0e-07 |" in markdown_of([row])
+    row["errors"] = {"length 1": 1e-7, "padded left": 3e-7}
+    assert "| 3.0e-07 |" in markdown_of([row])
+
+
 def test_a_difference_is_relative_and_sees_shapes_and_holes() -> None:
     a = torch.tensor([1.0, 4.0])
     assert difference([a], [a.clone()]) == 0

@@ -309,7 +309,7 @@ class Driver:
         if ticket.started is None:
             self.registry.started()
             if ticket.ready is not None:
-                self.pilot.device.order_after(ticket.ready)
+                self.pilot.take(ticket.run, ticket.ready)
             ticket.cost = self.pilot.cost(self.programs[ticket.program], ticket.run)
         ticket.launched(now)
         self._flight = _Flight(ticket, command.max_segments)

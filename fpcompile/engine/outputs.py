@@ -1,4 +1,4 @@
-"""The tensors inside a model's output, which callers will use on streams of their own."""
+"""Tensors that cross between the streams of callers and of the device: a run's inputs, a model's output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,19 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache
 
-__all__ = ["tensors_in"]
+from fpcompile.engine.programs import RunLike
+from fpcompile.executor.run import Run
+
+__all__ = ["inputs_of", "tensors_in"]
+
+
+def inputs_of(run: RunLike) -> Iterator[Tensor]:
+    """Every tensor that a compiled run holds before its first launch: made or given by who started it."""
+    if isinstance(run, Run):
+        yield from tensors_in((run.values, run.partial, run.call.tensors()))
+        for layers in run.kv:
+            for kv in layers.values():
+                yield from (kv.keys, kv.values)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from fpcompile.engine.outputs import tensors_in
+from fpcompile.engine.outputs import inputs_of, tensors_in
 from fpcompile.engine.prices import next_cost
 from fpcompile.engine.programs import ProgramLike, RunLike
-from fpcompile.executor.device import Device
+from fpcompile.executor.device import Device, Event
 from fpcompile.executor.loop import Hook, Outcome, advance
 from fpcompile.executor.runahead import RunAhead
 
@@ -66,6 +66,11 @@ class Pilot:
         """What must surround every flight in its thread: the device's stream, and no gradients."""
         with self.device.active(), torch.no_grad():
             yield
+
+    def take(self, run: RunLike, ready: Event) -> None:
+        """Before the first launch: the device waits for the inputs (``ready``), and the run may drop them."""
+        self.device.order_after(ready)
+        self.device.take_over(inputs_of(run))
 
     def cost(self, program: ProgramLike, run: RunLike) -> Callable[[], float] | None:
         """Predicted seconds of the next launch, for the run-ahead; None where it is not needed."""

@@ -84,6 +84,10 @@ class Device(ABC):
         """An event behind what the calling thread has launched on its own current stream."""
 
     @abstractmethod
+    def take_over(self, tensors: Iterable[Tensor]) -> None:
+        """The compute stream will read these tensors of callers: memory must not be reused under it."""
+
+    @abstractmethod
     def hand_over(self, tensors: Iterable[Tensor]) -> None:
         """Callers will use these tensors on their own streams: memory must not be reused under them."""
 
@@ -149,6 +153,9 @@ class CpuDevice(Device):
     def caller_event(self) -> Event:
         return PAST
 
+    def take_over(self, tensors: Iterable[Tensor]) -> None:
+        return None
+
     def hand_over(self, tensors: Iterable[Tensor]) -> None:
         return None
 
@@ -183,8 +190,8 @@ class _CudaEvent(Event):
 class CudaDevice(Device):
     """One CUDA device with a compute and a copy stream of its own; never touches the default stream.
 
-    Being apart from the default stream, work of the host application and of the engine overlap; tensors cross
-    over by ``caller_event`` and ``order_after`` (into the engine) and ``hand_over`` (out of it).
+    Being apart from the default stream, work of the host application and of the engine overlap; tensors go
+    into the engine by ``caller_event``, ``order_after`` and ``take_over``, and out of it by ``hand_over``.
     """
 
     asynchronous = True
@@ -227,11 +234,11 @@ class CudaDevice(Device):
     def caller_event(self) -> Event:
         return _CudaEvent(torch.cuda.current_stream(self.torch_device))
 
+    def take_over(self, tensors: Iterable[Tensor]) -> None:
+        _record(tensors, self.compute)
+
     def hand_over(self, tensors: Iterable[Tensor]) -> None:
-        stream = torch.cuda.default_stream(self.torch_device)
-        for tensor in tensors:
-            if tensor.is_cuda:
-                tensor.record_stream(stream)
+        _record(tensors, torch.cuda.default_stream(self.torch_device))
 
     def copy_to_host(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Event]:
         self.copies.wait_stream(self.compute)
@@ -242,8 +249,7 @@ class CudaDevice(Device):
     def copy_to_device(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Event]:
         with torch.cuda.stream(self.copies):
             copied = [strided_like(t, device=self.torch_device).copy_(t, non_blocking=True) for t in tensors]
-        for tensor in copied:  # allocated for the copy stream, read by the compute stream
-            tensor.record_stream(self.compute)
+        self.take_over(copied)  # allocated for the copy stream
         return copied, _CudaEvent(self.copies)
 
     def host_like(self, tensor: Tensor) -> Tensor:
@@ -252,6 +258,13 @@ class CudaDevice(Device):
     def synchronize(self) -> None:
         self.compute.synchronize()
         self.copies.synchronize()
+
+
+def _record(tensors: Iterable[Tensor], stream: torch.cuda.Stream) -> None:
+    """Tell the allocator that ``stream`` uses these tensors, besides the one that they were allocated on."""
+    for tensor in tensors:
+        if tensor.is_cuda:
+            tensor.record_stream(stream)
 
 
 def make_device(device: str | torch.device | Device) -> Device:

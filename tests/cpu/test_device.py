@@ -178,3 +178,62 @@ def test_synchronize_waits_for_compute_and_copies() -> None:
     assert compute.done()
     assert copied.done()
     assert copies[0].eq(1).all()
+
+
+def test_what_is_launched_is_complete_behind_an_event_that_is_past() -> None:
+    device = FakeAsyncDevice()
+    given = torch.ones(4)
+    seen: list[bool] = []
+    with device.active():
+        given.view(2, 2)  # a view launches nothing
+        seen.append(device.idle)
+        made = given + 1  # launched, and no event behind it
+        seen.append(device.idle)
+        event = device.record(1.0)
+        seen.append(device.idle)
+        event.wait()
+        seen.append(device.idle)
+        made.add_(1)
+        seen.append(device.idle)
+        device.record().wait()
+    given.add_(1)  # not on the compute stream
+    seen.append(device.idle)
+    assert seen == [True, False, False, True, False, True]
+
+
+def test_a_callers_memory_freed_under_the_compute_stream_is_a_violation() -> None:
+    device = FakeAsyncDevice()
+    kept, freed, late = torch.ones(2), torch.ones(3), torch.ones(4)
+    with device.active():
+        made = [kept + 1, freed + 1, late + 1]
+        device.record(1.0)
+        del made[0]  # the compute stream's own memory is reused in its order
+    del freed
+    device.advance(1.0)
+    del late
+    device.advance(1.0)
+    assert device.violations == ["torch.float32 [3] freed while the compute stream may still read it"]
+
+
+def test_memory_that_was_copied_to_the_device_belongs_to_the_compute_stream() -> None:
+    device = FakeAsyncDevice()
+    source = torch.ones(3)
+    copied, event = device.copy_to_device([source])
+    device.order_after(event)
+    with device.active():
+        made = copied[0] + 1
+        device.record(1.0)
+    copied.clear()
+    device.synchronize()
+    assert device.violations == []
+    assert made.eq(2).all()
+
+
+def test_events_of_a_caller_are_behind_its_own_work() -> None:
+    device = FakeAsyncDevice()
+    device.caller_launches(2.0)
+    ready = device.caller_event()
+    device.order_after(ready)
+    assert not ready.done()
+    device.record(1.0).wait()
+    assert device.now == 3.0

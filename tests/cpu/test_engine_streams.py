@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
+import pytest
+import torch
+
+import fpcompile
 from fpcompile.engine.engine import Engine
 from fpcompile.executor.runahead import DEFAULT_WINDOW
+from fpcompile.models.zoo import sample_ids
 from fpcompile.testing import FakeAsyncDevice
+from tests.cpu.support import differences, model_of, outcome, program_of, reference, same_bits
 from tests.cpu.test_engine_fakes import FakeProgram, drive
 
 
@@ -34,3 +40,51 @@ def test_blocking_on_an_asynchronous_device_lasts_until_it_is_free() -> None:
     assert blocking == pytest.approx(DEFAULT_WINDOW), "four units were in flight"
     drive(engine)
     assert urgent.result(0) == 2
+
+
+def _engine(device: FakeAsyncDevice, program: Any) -> Engine:
+    return Engine(program, device=device, clock=device.clock, device_thread=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_callers_memory_is_not_reused_under_the_compute_stream(padded: bool) -> None:
+    """Once submitted, nobody but the run refers to its inputs, cached keys and values among them."""
+    model, program = model_of("qwen3"), program_of("qwen3")
+    device = FakeAsyncDevice()
+    engine = _engine(device, program)
+    ids = [sample_ids(length, batch=2, seed=length) for length in (6, 9)]
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    mask[0, :4] = 0
+    inputs: dict[str, Any] = {"attention_mask": mask}
+    if not padded:
+        inputs = {"past_key_values": program(ids[0]).past_key_values}
+    expected = None if padded else reference(model, ids[1], **inputs)
+    handle = engine.submit(ids[1], **inputs)
+    del inputs, ids, mask
+    drive(engine)
+    device.synchronize()
+    assert device.violations == []
+    if expected is not None:
+        assert differences(outcome(handle.result(0)), expected) == []
+
+
+@pytest.mark.slow
+def test_generic_runs_are_taken_over_as_well() -> None:
+    device = FakeAsyncDevice()
+    program = fpcompile.segment(model_of("qwen3"), route="generic")
+    engine = _engine(device, program)
+    handle = engine.submit(sample_ids(9))
+    drive(engine)
+    device.synchronize()
+    assert device.violations == []
+    assert same_bits(handle.result(0).logits, reference(model_of("qwen3"), sample_ids(9)).logits)
+
+
+def test_a_run_starts_behind_what_its_caller_has_launched() -> None:
+    device = FakeAsyncDevice()
+    engine = _engine(device, FakeProgram(2, seconds=0.25))
+    device.caller_launches(3.0)
+    handle = engine.submit([1])
+    drive(engine)
+    assert handle.metrics.ttft == pytest.approx(3.5)

@@ -92,14 +92,11 @@ class Pilot:
             )
             if outcome is Outcome.QUOTA and not gives_back:
                 return Landing(Ending.UNDERWAY)
+            value = run.result() if outcome is Outcome.DONE else None
             if self._ahead is not None:
-                self._ahead.drain()
-            if outcome is not Outcome.DONE:
-                return Landing(Ending.STOPPED)
-            value = run.result()
-            if self.device.asynchronous:
                 self.device.hand_over(tensors_in(value))
-            return Landing(Ending.DONE, value=value)
+                self._ahead.drain()  # behind the result, which launches work of its own
+            return Landing(Ending.DONE if outcome is Outcome.DONE else Ending.STOPPED, value=value)
         except Exception as error:
             self.clear()
             return Landing(Ending.FAILED, error=error)

@@ -99,10 +99,12 @@ class RunAhead:
         self._kept = [pair for pair in self._kept if not pair[0].done()]
 
     def drain(self) -> None:
-        """Wait until nothing launched here is in flight. Errors of the device raise here."""
+        """Wait until nothing is in flight on the compute stream. Errors of the device raise here.
+
+        That includes what was launched behind the last unit: the making of a result, half a unit that raised.
+        """
         try:
-            if self._units:
-                self._units[-1][0].wait()
+            self.device.record().wait()
         finally:
             self._units.clear()
             self.in_flight = 0.0

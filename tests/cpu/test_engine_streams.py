@@ -13,7 +13,7 @@ from fpcompile.executor.runahead import DEFAULT_WINDOW
 from fpcompile.models.zoo import sample_ids
 from fpcompile.testing import FakeAsyncDevice
 from tests.cpu.support import differences, model_of, outcome, program_of, reference, same_bits
-from tests.cpu.test_engine_fakes import FakeProgram, drive
+from tests.cpu.test_engine_fakes import FakeProgram, FakeRun, drive, raises
 
 
 def test_an_asynchronous_device_is_driven_ahead_and_then_drained() -> None:
@@ -44,6 +44,39 @@ def test_blocking_on_an_asynchronous_device_lasts_until_it_is_free() -> None:
 
 def _engine(device: FakeAsyncDevice, program: Any) -> Engine:
     return Engine(program, device=device, clock=device.clock, device_thread=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_result_is_complete_when_its_handle_is(padded: bool) -> None:
+    """Making the result launches work of its own: joining cached layers, placing logits of padded batches."""
+    device = FakeAsyncDevice()
+    engine = _engine(device, program_of("qwen3"))
+    ids = sample_ids(9, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    seen: list[bool] = []
+    handle = engine.submit(ids, attention_mask=mask if padded else None)
+    handle.add_done_callback(lambda handle: seen.append(device.idle))
+    drive(engine)
+    handle.result(0)
+    assert seen == [True]
+
+
+def test_a_launch_that_fails_half_way_leaves_nothing_in_flight() -> None:
+    device = FakeAsyncDevice()
+
+    def half(run: FakeRun) -> None:
+        torch.ones(3).add_(1)
+        raises(run)
+
+    engine = _engine(device, FakeProgram(3, seconds=DEFAULT_WINDOW / 4))
+    seen: list[bool] = []
+    handle = engine.submit([1], at={1: half})
+    handle.add_done_callback(lambda handle: seen.append(device.idle))
+    drive(engine)
+    assert handle.metrics.state == "failed"
+    assert seen == [True]
 
 
 @pytest.mark.slow

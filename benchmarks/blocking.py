@@ -8,6 +8,9 @@ Preemption requests come at Poisson times, from another thread, whatever the dev
 long segment is met as often as its share of the time). At the next cut the loop returns, the device is
 drained, every request that has come is answered, the run is suspended and goes on. *Blocking time* is from a
 request to that moment; *slowdown* is the prefill's time with all these stops over its time without any.
+
+Every result is compared with the unmodified model's. Exit code 1 when one differs (but with a budget, whose
+tiles use other kernels: there the difference is reported).
 """
 
 from __future__ import annotations
@@ -29,9 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a scr
 
 from benchmarks import common
 from fpcompile import segment
+from fpcompile.cli.bits import Bits, compare_outputs
 from fpcompile.cli.guard import quiet, remedied
 from fpcompile.cli.interleave import percentile
 from fpcompile.cli.load import forward_arguments, random_ids
+from fpcompile.engine.outputs import tensors_in
 from fpcompile.engine.prices import next_cost
 from fpcompile.errors import UsageError
 from fpcompile.executor.device import Device, make_device
@@ -94,13 +99,14 @@ def poisson(mean_gap: float, until: float, seed: int) -> list[float]:
 
 def prefill(
     program: Any, ids: torch.Tensor, asked: dict[str, Any], device: Device, times: Sequence[float]
-) -> tuple[float, list[float]]:
-    """Seconds of one prefill that is asked to stop at ``times``, and the blocking times."""
-    run = program.start(input_ids=ids, **asked)
+) -> tuple[float, list[float], Any]:
+    """Seconds of one prefill that is asked to stop at ``times``, the blocking times, and its output."""
     ahead = RunAhead(device) if device.asynchronous else None
-    cost = next_cost(program, run) if ahead is not None else None
     waited: list[float] = []
+    device.order_after(device.caller_event())  # ``ids`` are made on the caller's stream, and stay with it
     with device.active():
+        run = program.start(input_ids=ids, **asked)
+        cost = next_cost(program, run) if ahead is not None else None
         device.synchronize()
         begun = time.perf_counter()
         requester = Requester(times, begun)
@@ -116,8 +122,10 @@ def prefill(
         seconds = time.perf_counter() - begun
         requester.over.set()
         requester.join()
-        run.result()
-    return seconds, waited
+        output = run.result()
+        device.hand_over(tensors_in(output))
+        device.synchronize()
+    return seconds, waited, output
 
 
 def measure(
@@ -127,20 +135,22 @@ def measure(
     program = segment(model, granularity=granularity)
     ids = random_ids(model, options.tokens, seed=options.seed)
     asked = {**forward_arguments(model), "max_blocking_ms": budget}
+    expected = model(input_ids=ids, **forward_arguments(model))
     if device.asynchronous or budget is not None:
         program.calibrate()
     launches = len(program.start(input_ids=ids, **asked).schedule)
     prefill(program, ids, asked, device, ())
     alone = [prefill(program, ids, asked, device, ())[0] for _ in range(2)]
-    expected = min(alone)
     stopped: list[float] = []
     waited: list[float] = []
+    compared: list[Bits] = []
     number = 0
     while number < options.prefills or not waited:
         if number > 10 * options.prefills:
             raise UsageError("no request came before a prefill's end", remedy="use more --tokens")
-        times = poisson(expected / options.requests, 4 * expected, seed=options.seed + number)
-        seconds, some = prefill(program, ids, asked, device, times)
+        times = poisson(min(alone) / options.requests, 4 * min(alone), seed=options.seed + number)
+        seconds, some, output = prefill(program, ids, asked, device, times)
+        compared.append(compare_outputs(output, expected))
         stopped.append(seconds)
         waited += some
         number += 1
@@ -157,6 +167,8 @@ def measure(
         },
         "prefill_seconds": statistics.median(alone),
         "slowdown": statistics.median(stopped) / statistics.median(alone),
+        "bits_equal": all(bits.equal for bits in compared),
+        "largest_difference": max(bits.difference for bits in compared),
         "blocking": waited,
     }
 
@@ -194,9 +206,10 @@ def main() -> None:
         device = make_device(model.device)
         plans: list[tuple[str, float | None]] = [(name, None) for name in options.granularities]
         plans += [("operator", budget) for budget in options.max_blocking_ms]
-        rows = [measure(model, name, budget, device, options) for name, budget in plans]
+        with torch.no_grad():
+            rows = [measure(model, name, budget, device, options) for name, budget in plans]
         print(f"{title}, prefill of {options.tokens} tokens")
-        head = ("plan", "launches", "requests", "p50", "p99", "max", "prefill", "slowdown")
+        head = ("plan", "launches", "requests", "p50", "p99", "max", "prefill", "slowdown", "bits")
         cells = [
             (
                 name_of(row),
@@ -205,6 +218,7 @@ def main() -> None:
                 *(f"{row['blocking_seconds'][name] * 1e3:.2f} ms" for name in ("p50", "p99", "max")),
                 f"{row['prefill_seconds'] * 1e3:.0f} ms",
                 f"{row['slowdown']:.3f}",
+                "equal" if row["bits_equal"] else f"DIFFER by {row['largest_difference']:.2g}",
             )
             for row in rows
         ]
@@ -213,6 +227,8 @@ def main() -> None:
         content = {"benchmark": "blocking", "model": title, "tokens": options.tokens}
         where = common.machine(model.device)
         common.write_json(options.output / "blocking.json", {**content, "machine": where, "rows": rows})
+        exact = [row for row in rows if row["max_blocking_ms"] is None]
+        common.fail_if_different([name_of(row) for row in exact if not row["bits_equal"]])
 
 
 if __name__ == "__main__":

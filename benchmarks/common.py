@@ -95,6 +95,18 @@ def warn_if_busy() -> None:
         print(note)
 
 
+def report_missed(target: str) -> None:
+    """Name a target that was missed, in a line that ``gpu.sh`` collects: a finding, not a failure."""
+    print(f"TARGET MISSED: {target}")
+
+
+def fail_if_different(differing: Sequence[str]) -> None:
+    """Leave with exit code 1 when results lack the unmodified model's bits; call when all is written."""
+    if differing:
+        print(f"FAILED: results differ from the unmodified model's: {', '.join(differing)}")
+        raise SystemExit(1)
+
+
 def matmul_rate(rows: int, columns: int, inner: int, *, dtype: torch.dtype, device: torch.device) -> float:
     """Operations per second of ``linear``, ``[rows, inner] x [inner, columns]``: best of 7."""
     a = torch.randn(rows, inner, device=device).to(dtype)

@@ -9,6 +9,9 @@ sdpa), in one interleaved run, in random order inside each round, beside the mod
 control (A/A). The ratio is taken per round; its median and quartiles are reported. The *floor* is the time of
 the program's floating-point operations at the measured rate of a matrix product of the model's own shape:
 nothing can be faster with these kernels.
+
+Exit code 1 when a result differs from the model's (but with a budget, whose tiles use other kernels). A
+target that is missed is reported, no more.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from fpcompile.ir import evaluate
 TARGET = 1.05
 COMPILE_TARGET_SECONDS = 10.0
 COMPILE_MODEL = "qwen2-0.5b"
+COMPARED_TOKENS = 64
 
 
 def arguments() -> argparse.Namespace:
@@ -179,11 +183,18 @@ def compare(options: argparse.Namespace) -> None:
     with torch.no_grad():
         rows = [measure(model, program, tokens, options) for tokens in options.tokens]
     report(rows)
+    for row in rows:
+        if verdict(row) == "MISSED":
+            common.report_missed(
+                f"{row['tokens']} tokens take {row['ratio']['median']:.3f} times as long, not {TARGET}"
+            )
     plot(rows, title, options)
     content = {"benchmark": "overhead", "model": title, "plan": plan_of(options), "target": TARGET}
     content["max_blocking_ms"] = options.max_blocking_ms
     where = common.machine(model.device)
     common.write_json(options.output / "overhead.json", {**content, "machine": where, "rows": rows})
+    if options.max_blocking_ms is None:
+        common.fail_if_different([f"{row['tokens']} tokens" for row in rows if not row["bits_equal"]])
 
 
 def compile_time(options: argparse.Namespace) -> None:
@@ -209,7 +220,12 @@ def compile_time(options: argparse.Namespace) -> None:
         middle, busy = statistics.median(wall[name]), statistics.median(processor[name])
         print(f"{name:>9}: {middle:.2f} s median, {busy:.2f} s of processor time")
     worst = max(wall["verify"][0], *map(statistics.median, wall.values()))
-    print(f"<= {COMPILE_TARGET_SECONDS:g} s: {'met' if worst <= COMPILE_TARGET_SECONDS else 'MISSED'}")
+    if worst > COMPILE_TARGET_SECONDS:
+        common.report_missed(f"segment() takes {worst:.1f} s, not {COMPILE_TARGET_SECONDS:g} s")
+    ids, asked = random_ids(model, COMPARED_TOKENS, seed=options.seed), forward_arguments(model)
+    with torch.no_grad():
+        bits = compare_outputs(program(input_ids=ids, **asked), model(input_ids=ids, **asked))
+    print(f"bits of {COMPARED_TOKENS} tokens: {'equal' if bits.equal else 'DIFFER'}")
     common.write_json(
         options.output / "compile_time.json",
         {
@@ -222,8 +238,10 @@ def compile_time(options: argparse.Namespace) -> None:
             "machine": common.machine(device),
             "seconds": wall,
             "processor_seconds": processor,
+            "bits_equal": bits.equal,
         },
     )
+    common.fail_if_different([] if bits.equal else [f"{COMPARED_TOKENS} tokens"])
 
 
 def main() -> None:

@@ -1,12 +1,11 @@
-"""The demonstration and the benchmarks on tiny models: their figures, their files, and that they can fail."""
+"""The demonstration on tiny models: figures, files, that it can fail; comparison of bits and of times."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -253,94 +252,3 @@ def test_percentiles_are_linear_between_neighbours() -> None:
 def test_a_busy_machine_is_named() -> None:
     assert busy_note(load=1.0, cores=2) is None
     assert "load average 1.1 on 2 cores" in (busy_note(load=1.1, cores=2) or "")
-
-
-# ---- benchmarks
-
-
-def benchmark(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
-    """A module of ``benchmarks/``, as if started with ``arguments``."""
-    module = importlib.import_module(f"benchmarks.{name}")
-    monkeypatch.setattr("sys.argv", [f"{name}.py", *arguments])
-    return module
-
-
-def written(path: Path) -> Mapping[str, Any]:
-    content: Mapping[str, Any] = json.loads(path.read_text())
-    assert {"device", "torch", "load_average", "torch_threads"} <= set(content["machine"])
-    return content
-
-
-@pytest.mark.slow
-def test_overhead_writes_its_ratios(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--model", "tiny:qwen3", "--tokens", "16", "48", "--repeats", "3", "--output", str(tmp_path)]
-    benchmark("overhead", monkeypatch, *arguments, "--device", "cpu").main()
-    content = written(tmp_path / "overhead.json")
-    assert [row["tokens"] for row in content["rows"]] == [16, 48]
-    for row in content["rows"]:
-        assert row["bits_equal"]
-        assert row["floor_seconds"] > 0
-        assert {name: len(values) for name, values in row["seconds"].items()} == dict.fromkeys(
-            ("model", "control", "program"), 3
-        )
-        ratios = [a / b for a, b in zip(row["seconds"]["program"], row["seconds"]["model"], strict=True)]
-        assert row["ratio"]["median"] == pytest.approx(sorted(ratios)[1])
-    assert (tmp_path / "overhead.png").read_bytes().startswith(PNG)
-    assert "<= 1.05" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_compile_time_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    module = benchmark("overhead", monkeypatch, "--compile-time", "--repeats", "2", "--output", str(tmp_path))
-    monkeypatch.setattr(module, "COMPILE_MODEL", "tiny:qwen2")
-    module.main()
-    content = written(tmp_path / "compile_time.json")
-    assert {name: len(values) for name, values in content["seconds"].items()} == {"verify": 2, "no verify": 2}
-
-
-def test_noise_is_not_called_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    verdict = benchmark("overhead", monkeypatch).verdict
-
-    def row(median: float, *control: float) -> dict[str, Any]:
-        return {
-            "ratio": {"median": median},
-            "control": dict(zip(("q1", "median", "q3"), control, strict=True)),
-        }
-
-    assert verdict(row(1.049, 0.99, 1.0, 1.01)) == "met"
-    assert verdict(row(1.051, 1.001, 1.002, 1.01)) == "MISSED"
-    assert "noisy" in verdict(row(1.0, 0.9, 1.0, 1.1))
-    assert "noisy" in verdict(row(1.0, 1.03, 1.04, 1.05))
-
-
-@pytest.mark.slow
-def test_blocking_writes_percentiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    arguments = ["--model", "tiny:qwen3", "--tokens", "200", "--prefills", "1", "--requests", "12"]
-    module = benchmark("blocking", monkeypatch, *arguments, "--max-blocking-ms", "--output", str(tmp_path))
-    module.main()
-    content = written(tmp_path / "blocking.json")
-    assert [row["granularity"] for row in content["rows"]] == ["operator", "layer", "model"]
-    for row in content["rows"]:
-        times = row["blocking_seconds"]
-        assert 0 <= times["p50"] <= times["p99"] <= times["max"]
-        assert len(row["blocking"]) == row["requests"] > 0
-    assert content["rows"][-1]["launches"] == 1
-    assert (tmp_path / "blocking.png").read_bytes().startswith(PNG)
-
-
-def test_poisson_times_rise_and_cover_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = benchmark("blocking", monkeypatch).poisson(0.01, 10.0, seed=1)
-    assert times == sorted(times)
-    assert times[-1] >= 10.0
-    assert 900 < len(times) < 1100
-
-
-def test_a_benchmark_explains_what_is_wrong(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as left:
-        benchmark("overhead", monkeypatch, "--model", "qwen3-110").main()
-    assert left.value.code == 2
-    assert "did you mean" in capsys.readouterr().err

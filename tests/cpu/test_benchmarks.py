@@ -1,0 +1,202 @@
+"""The benchmarks on tiny models: their figures, their files, and that they can fail."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fpcompile
+from fpcompile.models.zoo import tiny_model
+
+PNG = b"\x89PNG\r\n\x1a\n"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def benchmark(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
+    """A module of ``benchmarks/``, as if started with ``arguments``."""
+    module = importlib.import_module(f"benchmarks.{name}")
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *arguments])
+    return module
+
+
+def written(path: Path) -> Mapping[str, Any]:
+    content: Mapping[str, Any] = json.loads(path.read_text())
+    assert {"device", "torch", "load_average", "torch_threads"} <= set(content["machine"])
+    return content
+
+
+@pytest.mark.slow
+def test_overhead_writes_its_ratios(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", "tiny:qwen3", "--tokens", "16", "48", "--repeats", "3", "--output", str(tmp_path)]
+    benchmark("overhead", monkeypatch, *arguments, "--device", "cpu").main()
+    content = written(tmp_path / "overhead.json")
+    assert [row["tokens"] for row in content["rows"]] == [16, 48]
+    for row in content["rows"]:
+        assert row["bits_equal"]
+        assert row["floor_seconds"] > 0
+        assert {name: len(values) for name, values in row["seconds"].items()} == dict.fromkeys(
+            ("model", "control", "program"), 3
+        )
+        ratios = [a / b for a, b in zip(row["seconds"]["program"], row["seconds"]["model"], strict=True)]
+        assert row["ratio"]["median"] == pytest.approx(sorted(ratios)[1])
+    assert (tmp_path / "overhead.png").read_bytes().startswith(PNG)
+    assert "<= 1.05" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_compile_time_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = benchmark("overhead", monkeypatch, "--compile-time", "--repeats", "2", "--output", str(tmp_path))
+    monkeypatch.setattr(module, "COMPILE_MODEL", "tiny:qwen2")
+    module.main()
+    content = written(tmp_path / "compile_time.json")
+    assert {name: len(values) for name, values in content["seconds"].items()} == {"verify": 2, "no verify": 2}
+
+
+def test_noise_is_not_called_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict = benchmark("overhead", monkeypatch).verdict
+
+    def row(median: float, *control: float) -> dict[str, Any]:
+        return {
+            "ratio": {"median": median},
+            "control": dict(zip(("q1", "median", "q3"), control, strict=True)),
+        }
+
+    assert verdict(row(1.049, 0.99, 1.0, 1.01)) == "met"
+    assert verdict(row(1.051, 1.001, 1.002, 1.01)) == "MISSED"
+    assert "noisy" in verdict(row(1.0, 0.9, 1.0, 1.1))
+    assert "noisy" in verdict(row(1.0, 1.03, 1.04, 1.05))
+
+
+@pytest.mark.slow
+def test_blocking_writes_percentiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arguments = ["--model", "tiny:qwen3", "--tokens", "200", "--prefills", "1", "--requests", "12"]
+    module = benchmark("blocking", monkeypatch, *arguments, "--max-blocking-ms", "--output", str(tmp_path))
+    module.main()
+    content = written(tmp_path / "blocking.json")
+    assert [row["granularity"] for row in content["rows"]] == ["operator", "layer", "model"]
+    for row in content["rows"]:
+        times = row["blocking_seconds"]
+        assert 0 <= times["p50"] <= times["p99"] <= times["max"]
+        assert len(row["blocking"]) == row["requests"] > 0
+    assert content["rows"][-1]["launches"] == 1
+    assert (tmp_path / "blocking.png").read_bytes().startswith(PNG)
+
+
+def test_poisson_times_rise_and_cover_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = benchmark("blocking", monkeypatch).poisson(0.01, 10.0, seed=1)
+    assert times == sorted(times)
+    assert times[-1] >= 10.0
+    assert 900 < len(times) < 1100
+
+
+def test_a_benchmark_explains_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        benchmark("overhead", monkeypatch, "--model", "qwen3-110").main()
+    assert left.value.code == 2
+    assert "did you mean" in capsys.readouterr().err
+
+
+def tampered(model: Any, **plan: Any) -> fpcompile.Program:
+    """A program with one weight that is another than the model's."""
+    other = tiny_model(model.config.model_type, dtype=model.dtype)
+    with torch.no_grad():
+        next(other.parameters()).add_(2**-7)
+    return fpcompile.segment(other, **plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "file", "arguments"),
+    [
+        ("overhead", "overhead.json", ["--tokens", "16", "--repeats", "3"]),
+        ("overhead", "compile_time.json", ["--compile-time", "--repeats", "1"]),
+        (
+            "blocking",
+            "blocking.json",
+            ["--tokens", "200", "--prefills", "1", "--granularities", "operator", "--max-blocking-ms"],
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_bits_fail_a_benchmark(
+    name: str,
+    file: str,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    module = benchmark(name, monkeypatch, "--model", "tiny:qwen3", *arguments, "--output", str(tmp_path))
+    monkeypatch.setattr(module, "segment", tampered)
+    monkeypatch.setattr(module, "COMPILE_MODEL", "tiny:qwen3", raising=False)
+    with pytest.raises(SystemExit) as left:
+        module.main()
+    assert left.value.code == 1
+    assert "results differ from the unmodified model's" in capsys.readouterr().out
+    content = written(tmp_path / file)
+    assert not any(row["bits_equal"] for row in content.get("rows", [content]))
+
+
+@pytest.mark.slow
+def test_with_a_budget_a_difference_is_reported_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--tokens", "16", "--repeats", "3", "--max-blocking-ms", "50", "--output", str(tmp_path)]
+    module = benchmark("overhead", monkeypatch, "--model", "tiny:qwen3", *arguments)
+    monkeypatch.setattr(module, "segment", tampered)
+    monkeypatch.setattr(module, "verdict", lambda row: "MISSED")
+    module.main()
+    out = capsys.readouterr().out
+    assert "DIFFER" in out
+    assert "\nTARGET MISSED: 16 tokens take " in out
+
+
+def gpu_script(tmp_path: Path, *, rc: int, missed: bool) -> subprocess.CompletedProcess[str]:
+    """``gpu.sh`` with an interpreter that only pretends: its overhead benchmark answers as told."""
+    python = tmp_path / "python"
+    line = "echo 'TARGET MISSED: 512 tokens take 1.200 times as long, not 1.05'" if missed else "true"
+    python.write_text(
+        '#!/bin/bash\ncase "$*" in\n'
+        f"*overhead.py*--repeats*) echo measured; {line}; exit {rc} ;;\n"
+        "*) exit 0 ;;\nesac\n"
+    )
+    python.chmod(0o755)
+    return subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path / "out")],
+        env={**os.environ, "PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_gpu_script_fails_when_a_step_fails(tmp_path: Path) -> None:
+    done = gpu_script(tmp_path, rc=1, missed=False)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == "FAILED: overhead"
+    assert "all passed" not in done.stdout
+
+
+def test_the_gpu_script_names_missed_targets(tmp_path: Path) -> None:
+    done = gpu_script(tmp_path, rc=0, missed=True)
+    assert done.returncode == 0
+    told = ["target missed: overhead: 512 tokens take 1.200 times as long, not 1.05", "all passed"]
+    assert done.stdout.splitlines()[-2:] == told
+
+
+def test_the_gpu_script_passes_when_all_do(tmp_path: Path) -> None:
+    done = gpu_script(tmp_path, rc=0, missed=False)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "all passed")
+    assert "target missed" not in done.stdout

@@ -1,4 +1,4 @@
-"""The CUDA device: its streams, events, copies and run-ahead. Skipped where there is no CUDA device."""
+"""The CUDA device: its streams, events, copies and run-ahead."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import torch
 from fpcompile.errors import InvalidInputError
 from fpcompile.executor.device import CudaDevice, make_device
 from fpcompile.executor.runahead import RunAhead
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 SIDE = 4096
 

@@ -1,18 +1,15 @@
-"""The engine on CUDA: bits, preemption and blocking. Skipped where there is no CUDA device."""
+"""The engine on CUDA: bits, preemption and blocking."""
 
 from __future__ import annotations
 
 import threading
 from typing import Any
 
-import pytest
 import torch
 
 import fpcompile
 from fpcompile.engine.engine import Engine
 from fpcompile.models.zoo import sample_ids, tiny_model
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def _compiled(dtype: torch.dtype = torch.bfloat16) -> tuple[Any, fpcompile.Program]:

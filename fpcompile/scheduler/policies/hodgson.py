@@ -58,7 +58,7 @@ class MooreHodgson(RankingPolicy):
         late_share: float = 0.05,
         balance: float = 12.0,
         foresight: float = 1.25,
-        memory: int = 500,
+        memory: int = 1000,
         pack: int = 0,
         budget_us: int = 2000,
         patience: float = inf,

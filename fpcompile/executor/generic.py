@@ -242,7 +242,8 @@ class GenericProgram(Program):
             if self.variants:
                 promised = {i: p.softened(tensors[i]) for i, p in promised.items()}
             with tracing(self.device.type):
-                captured = capture_generic(self.model, flat, tensors, promised)
+                known = self.variants[0].captured.opaque if self.variants else ()
+            captured = capture_generic(self.model, flat, tensors, promised, known)
             values = captured.guards.bind(flat, tensors)
             if values is None:
                 raise UsageError("a variant does not hold for the call that it was compiled from")

@@ -7,7 +7,7 @@ that is replaced (``model.to(...)``, ``load_state_dict(assign=True)``) is not, w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,8 @@ def _address(parameter: Tensor) -> int:
 def digest_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
     """Digest of up to 64 evenly spaced elements of every weight, with names, shapes and dtypes."""
     digest = hashlib.sha256()
-    for path, weight in sorted(weights, key=lambda item: item[0]):
+    plain = (part for path, weight in weights for part in _parts(path, weight))
+    for path, weight in sorted(plain, key=lambda item: item[0]):
         digest.update(f"{path}{tuple(weight.shape)}{weight.dtype}".encode())
         if weight.numel():
             flat = weight.reshape(-1)
@@ -59,3 +60,12 @@ def digest_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
             at = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
             digest.update(flat[at].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _parts(path: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A weight, or the plain tensors inside a quantised one (a tensor subclass)."""
+    if hasattr(weight, "__tensor_flatten__"):
+        for name in weight.__tensor_flatten__()[0]:
+            yield from _parts(f"{path}.{name}", getattr(weight, name))
+    else:
+        yield path, weight

@@ -50,14 +50,16 @@ def capture_generic(
     flat: Flat,
     tensors: tuple[Tensor, ...],
     promised: Promises = MappingProxyType({}),
+    opaque: Sequence[str] = (),
 ) -> GenericCapture:
     """A variant for the call ``tensors`` (see :func:`fpcompile.models.generic.pack`); ``promised`` says which
-    sizes of some inputs must stay symbolic. The model is left as found.
+    sizes of some inputs must stay symbolic; ``opaque`` are submodules that an earlier variant made opaque:
+    the trace that fails on them is not tried again. The model is left as found.
 
     Raises :class:`UnsupportedModelError` when neither symbolic nor constant lengths can be traced, with or
     without opaque leaves.
     """
-    attempt = _Attempt([], {}, set())
+    attempt = _Attempt(list(opaque), {}, set(opaque))
     for _ in range(_ATTEMPTS):
         traced = prepare(model, attempt.opaque)
         wrapper = Wrapper(traced, flat, tensors, attempt.cloned).eval()

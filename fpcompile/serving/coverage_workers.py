@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import multiprocessing
 import os
 import time
@@ -48,7 +49,7 @@ def run_rows(
 
 def _start(context: Any, name: str, seconds: float, memory: int) -> _Worker:
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(name, memory, send), daemon=True)
+    process = context.Process(target=_work, args=(name, math.ceil(seconds), memory, send), daemon=True)
     process.start()
     send.close()
     return _Worker(name, process, receive, time.monotonic() + seconds)
@@ -68,7 +69,7 @@ def _collect(worker: _Worker, ready: bool) -> dict[str, Any]:
     return row
 
 
-def _work(name: str, memory: int, send: Connection) -> None:
+def _work(name: str, seconds: int, memory: int, send: Connection) -> None:
     """One row, in a fresh process."""
     import resource
 
@@ -78,6 +79,7 @@ def _work(name: str, memory: int, send: Connection) -> None:
     from fpcompile.serving.coverage_checks import row_of
 
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))  # also when nobody is left to stop it
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     with open(os.devnull, "w") as nowhere:

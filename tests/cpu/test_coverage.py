@@ -84,11 +84,11 @@ def test_a_row_that_cannot_be_made_is_a_row(monkeypatch: pytest.MonkeyPatch) -> 
     assert (row.status, row.why) == ("crashed", "RuntimeError: no memory")
 
 
-def _dies(name: str, memory: int, send: Any) -> None:
+def _dies(name: str, seconds: int, memory: int, send: Any) -> None:
     os._exit(3)
 
 
-def _hangs(name: str, memory: int, send: Any) -> None:
+def _hangs(name: str, seconds: int, memory: int, send: Any) -> None:
     time.sleep(60)
 
 

@@ -1,9 +1,9 @@
 """The demonstration: urgent requests overtake a long prefill, and every result has the model's own bits.
 
 Steps
-    1. The unmodified model computes every request alone: the bits to compare with, and the long one's time.
+    1. The unmodified model computes every request alone: the bits to compare with, and the machine's speed.
     2. ``fcfs``, then the chosen policy: the long prompt is submitted, the urgent ones arrive during it, open
-       loop, at fixed fractions (:data:`ARRIVALS`) of the measured time, whatever the engine does meanwhile.
+       loop, at times fixed before (:mod:`fpcompile.cli.demo_times`), whatever the engine does meanwhile.
     3. Model and program in turns, uninterrupted: what being segmented costs when nobody is urgent.
 
 Invariants
@@ -16,7 +16,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,23 +25,23 @@ import torch
 
 from fpcompile.api import segment
 from fpcompile.cli.bits import compare_outputs
+from fpcompile.cli.demo_times import ARRIVALS, Speed
 from fpcompile.cli.demo_values import DemoOptions, DemoResult, Outcome, PolicyRun, Prompt
 from fpcompile.cli.interleave import Spread, interleave, ratio
-from fpcompile.cli.load import describe, forward_arguments, load_model, random_ids
+from fpcompile.cli.load import describe, forward_arguments, load_config, load_model, random_ids
 from fpcompile.engine.engine import Engine
 from fpcompile.errors import InvalidInputError
 from fpcompile.executor.device import make_device
+from fpcompile.executor.packed import position_limit
 from fpcompile.scheduler import make_policy
 
 if TYPE_CHECKING:
+    from fpcompile.engine.metrics import RequestMetrics
     from fpcompile.executor.program import Program
 
-__all__ = ["ARRIVALS", "Stages", "check_output", "run_demo", "urgent_slo"]
+__all__ = ["Stages", "check_output", "run_demo"]
 
-ARRIVALS = (0.10, 0.27, 0.33, 0.56, 0.80)
-"""Arrivals of the urgent prompts, as parts of the long prefill's time; two of them close together."""
-
-_URGENT_SHARE, _URGENT_TIMES, _LONG_TIMES = 0.1, 5.0, 3.0
+_PROBES = 3
 _COMPARED_TOKENS, _COMPARED_ROUNDS, _COMPARED_SECONDS = 512, 9, 12.0
 
 
@@ -69,11 +70,11 @@ def run_demo(options: DemoOptions, stages: Stages) -> DemoResult:
         advance()
         asked = forward_arguments(model)
         program.start(random_ids(model, options.long_tokens, seed=0), **asked)  # refuses a wrong length
-        program.calibrate()
+        _in_a_thread(program.calibrate)  # as the engine's: torch may compute at another speed in the main one
         Engine(program, policy=options.policy).close()  # refuses a policy that an engine cannot execute
         advance()
     with torch.no_grad():
-        prompts = _prompts(model, asked, options, stages)
+        prompts = _prompts(model, program, asked, options, stages)
         runs = [
             _serve(program, asked, policy, prompts, stages)
             for policy in dict.fromkeys(("fcfs", options.policy))
@@ -97,22 +98,20 @@ def _check(options: DemoOptions) -> None:
     slo = options.urgent_slo
     if slo is not None and not 0 < slo < math.inf:
         raise InvalidInputError("the SLO of urgent requests is wrong", expected="seconds > 0", got=repr(slo))
+    limit = position_limit(load_config(options.model))
+    for name, tokens in (("long", options.long_tokens), ("urgent", options.urgent_tokens)):
+        if limit is not None and tokens > limit:
+            raise InvalidInputError(
+                f"the {name} prompt is longer than the positions of {options.model!r}",
+                expected=f"at most {limit} tokens (max_position_embeddings)",
+                got=f"{tokens} tokens",
+                remedy=f"use fewer --{name}-tokens",
+            )
 
 
-def urgent_slo(long_alone: float, urgent_alone: float) -> float:
-    """The SLO of urgent requests in seconds, when none is given.
-
-    A tenth of the long prefill's time, but never under five times what the urgent prompt takes alone.
-    """
-    return _rounded(max(_URGENT_SHARE * long_alone, _URGENT_TIMES * urgent_alone))
-
-
-def _rounded(seconds: float) -> float:
-    """Two significant digits: an SLO is a promise that somebody states."""
-    return float(f"{seconds:.2g}")
-
-
-def _prompts(model: Any, asked: Asked, options: DemoOptions, stages: Stages) -> tuple[Prompt, ...]:
+def _prompts(
+    model: Any, program: Program, asked: Asked, options: DemoOptions, stages: Stages
+) -> tuple[Prompt, ...]:
     """All requests with the unmodified model's outputs; the long one first."""
     sizes = [options.long_tokens, *[options.urgent_tokens] * len(ARRIVALS)]
     ids = [random_ids(model, size, seed=seed) for seed, size in enumerate(sizes)]
@@ -127,12 +126,49 @@ def _prompts(model: Any, asked: Asked, options: DemoOptions, stages: Stages) -> 
             _synchronize(model.device)
             alone.append(time.perf_counter() - start)
             advance()
-    slo = urgent_slo(alone[0], min(alone[1:])) if options.urgent_slo is None else options.urgent_slo
-    slos = [_rounded(_LONG_TIMES * alone[0]), *[slo] * len(ARRIVALS)]
-    offsets = [0.0, *(part * alone[0] for part in ARRIVALS)]
+    speed = _speed(program, asked, ids, alone, options, stages)
+    slo = speed.urgent_slo() if options.urgent_slo is None else options.urgent_slo
+    slos = [speed.long_slo(), *[slo] * len(ARRIVALS)]
+    offsets = [0.0, *speed.arrivals()]
     return tuple(
         Prompt(f"urgent {i}" if i else "long", ids[i], offsets[i], slos[i], alone[i], e)
         for i, e in enumerate(expected)
+    )
+
+
+def _in_a_thread(work: Callable[[], object]) -> None:
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(work).result()
+
+
+def _speed(
+    program: Program,
+    asked: Asked,
+    ids: Sequence[torch.Tensor],
+    alone: Sequence[float],
+    options: DemoOptions,
+    stages: Stages,
+) -> Speed:
+    """What the requests take alone: the model's times, those of an idle engine, and what it predicts."""
+    with stages("program alone", _PROBES + 1) as advance, Engine(program, policy="fcfs") as engine:
+
+        def served(one: torch.Tensor) -> RequestMetrics:
+            handle = engine.submit(input_ids=one, **asked)
+            handle.result()
+            advance()
+            return handle.metrics
+
+        urgent = [served(ids[-1]) for _ in range(_PROBES)]
+        long = served(ids[0])
+    shape = {"tokens": options.long_tokens, "rows": program.start(ids[0], **asked).rows}
+    longest = max(program.segment_seconds(s.index, **shape) for s in program.segments)
+    if options.max_blocking_ms is not None:
+        longest = min(longest, options.max_blocking_ms / 1e3)
+    return Speed(
+        long=(alone[0], long.executed),
+        urgent=(*alone[1:], *(metrics.executed for metrics in urgent)),
+        predicted_urgent=urgent[0].predicted_ttft,
+        longest_segment=longest,
     )
 
 

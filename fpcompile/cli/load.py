@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -22,9 +23,19 @@ from fpcompile.errors import FpcompileError, InvalidInputError
 from fpcompile.models.demo_models import DEMO_MODELS, build_demo_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["LEGAL_NAMES", "describe", "forward_arguments", "load_model", "load_shape", "random_ids"]
+__all__ = [
+    "LEGAL_NAMES",
+    "describe",
+    "forward_arguments",
+    "load_config",
+    "load_model",
+    "load_shape",
+    "random_ids",
+]
+
+Loaded = TypeVar("Loaded")
 
 _TINY = "tiny:"
 LEGAL_NAMES = f"{', '.join(DEMO_MODELS)}, tiny:ARCH (tiny:llama), a local folder, or a Hugging Face hub id"
@@ -52,6 +63,26 @@ def load_model(name: str, *, device: torch.device, dtype: torch.dtype | None = N
         return model
 
     return _placed(_local_first(name, load), device)
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """The configuration of the model called ``name``; nothing is built. Raises as :func:`load_model`."""
+    if name in DEMO_MODELS:
+        return DEMO_MODELS[name].config()
+    if name.startswith(_TINY):
+        from fpcompile.models.zoo import tiny_config
+
+        return tiny_config(name.removeprefix(_TINY))
+
+    def load(local: bool) -> PretrainedConfig:
+        from transformers import AutoConfig
+
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            name, trust_remote_code=False, local_files_only=local
+        )
+        return config
+
+    return _local_first(name, load)
 
 
 def load_shape(name: str, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -107,7 +138,7 @@ def _evaluating(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _local_first(name: str, load: Any) -> PreTrainedModel:
+def _local_first(name: str, load: Callable[[bool], Loaded]) -> Loaded:
     """``load`` from a folder or the hub's cache, then from the network."""
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -126,10 +157,10 @@ def _local_first(name: str, load: Any) -> PreTrainedModel:
         return _guarded(name, load, local=False)
 
 
-def _guarded(name: str, load: Any, *, local: bool) -> PreTrainedModel:
+def _guarded(name: str, load: Callable[[bool], Loaded], *, local: bool) -> Loaded:
     """Errors of transformers as a typed one; its messages are long, the first sentence tells the reason."""
     try:
-        model: PreTrainedModel = load(local)
+        return load(local)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = next(
             (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
@@ -145,7 +176,6 @@ def _guarded(name: str, load: Any, *, local: bool) -> PreTrainedModel:
         raise InvalidInputError(
             f"model {name!r} cannot be loaded", expected=LEGAL_NAMES, got=reason, remedy=remedy
         ) from error
-    return model
 
 
 def _ask_hub(name: str) -> None:

@@ -12,17 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import fpcompile
 from fpcompile.cli import app
 from fpcompile.cli.bits import compare_outputs
-from fpcompile.cli.demo import ARRIVALS, run_demo, urgent_slo
+from fpcompile.cli.demo import run_demo
+from fpcompile.cli.demo_times import ARRIVALS, Speed
 from fpcompile.cli.demo_values import DemoOptions, DemoResult
 from fpcompile.cli.interleave import FEWEST, Spread, busy_note, interleave, percentile, ratio
 from fpcompile.cli.report import demo_json, show_demo
 from fpcompile.errors import InvalidInputError
-from fpcompile.models.zoo import sample_ids, tiny_model
+from fpcompile.models.zoo import sample_ids, tiny_config, tiny_model
 
 PNG = b"\x89PNG\r\n\x1a\n"
 NAMES = ["long", *(f"urgent {i}" for i in range(1, len(ARRIVALS) + 1))]
@@ -138,9 +141,60 @@ def test_wrong_bits_are_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert done.exit_code == 1
 
 
-def test_the_urgent_slo_is_a_rounded_tenth_of_the_long_one() -> None:
-    assert urgent_slo(8.1234, 0.01) == 0.81
-    assert urgent_slo(1.0, 0.05123) == 0.26, "but five times the urgent prompt's own time"
+@given(
+    long=st.floats(0.5, 600.0),
+    urgent_part=st.floats(1e-4, 0.02),
+    segment_part=st.floats(1e-4, 0.03),
+    hiccups=st.lists(st.floats(1.0, 50.0), max_size=2),
+    meanwhile=st.floats(0.8, 2.0),
+)
+def test_the_urgent_slo_separates_who_overtakes_from_who_waits(
+    long: float, urgent_part: float, segment_part: float, hiccups: list[float], meanwhile: float
+) -> None:
+    """Whatever timings other processes spoil, and if the machine has another speed when it serves."""
+    urgent, segment = urgent_part * long, segment_part * long
+    speed = Speed(
+        long=[*(h * long for h in hiccups), long],
+        urgent=[*(h * urgent for h in hiccups), urgent],
+        predicted_urgent=urgent,
+        longest_segment=segment,
+    )
+    slo, last = speed.urgent_slo(), speed.arrivals()[-1]
+    assert last < meanwhile * long, "it arrives during the long prefill"
+    assert meanwhile * (long + urgent) - last > slo, "who waits for the end is late"
+    assert meanwhile * (segment + 2 * urgent) < slo, "who overtakes is not, behind a segment and another one"
+
+
+def test_a_promise_has_two_digits() -> None:
+    speed = Speed(long=[8.1234], urgent=[0.01], predicted_urgent=0.02, longest_segment=0.1)
+    assert speed.urgent_slo() == 0.63
+    assert speed.long_slo() == 24.0
+
+
+def test_an_urgent_prompt_that_is_long_itself_is_not_promised_what_fcfs_keeps() -> None:
+    speed = Speed(long=[8.0], urgent=[7.0], predicted_urgent=7.0, longest_segment=0.1)
+    assert speed.urgent_slo() < (1 - ARRIVALS[-1]) * 8.0 + 7.0
+
+
+@pytest.mark.parametrize("which", ["long", "urgent"])
+@pytest.mark.parametrize("model", ["qwen3-110m", "tiny:gpt2", "folder"])
+def test_a_prompt_beyond_the_models_positions_fails_before_anything_is_loaded(
+    which: str, model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from fpcompile.cli import demo
+
+    def loaded(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a model is loaded")
+
+    if model == "folder":
+        tiny_config("llama").save_pretrained(tmp_path)
+        model = str(tmp_path)
+    monkeypatch.setattr(demo, "load_model", loaded)
+    with pytest.raises(InvalidInputError, match=f"the {which} prompt is longer than the positions") as caught:
+        run_demo(options(model=model, **{f"{which}_tokens": 100_000}), stage)
+    assert f"--{which}-tokens" in str(caught.value)
+    with pytest.raises(AssertionError, match="a model is loaded"):
+        run_demo(options(model=model, long_tokens=64), stage)
 
 
 # ---- bits

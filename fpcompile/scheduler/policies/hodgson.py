@@ -47,7 +47,7 @@ class MooreHodgson(RankingPolicy):
     ``late_share``: share of device time owed to late requests. ``balance``: how strongly classes are
     balanced, 0 for not at all. ``foresight``: reserved time per expected urgent load, above 1 because bursts
     are not expected; 0 for none. ``memory``: requests of a class after which its attainment is mostly
-    forgotten. These three were chosen on one trace and confirmed on another (docs/goodput.md). ``pack``: most
+    forgotten. These three were chosen on two traces (docs/goodput.md). ``pack``: most
     tokens of a packed run, 0 for no packing (then no neighbour ever changes a request's bits).
     ``budget_us``: grain. ``patience``: seconds that a late request may expect to wait for its turn; beyond,
     it is rejected at once.

@@ -57,6 +57,11 @@ class Decision:
         return bool(_read(self.read, tensor) == self.value)
 
 
+def _of_fakes(data: Any) -> bool:
+    """Whether new tensors are asked for with a list of tensors, which reads their values."""
+    return isinstance(data, (list, tuple)) and any(isinstance(part, FakeTensor) for part in data)
+
+
 def _open(size: torch.SymInt) -> bool:
     """Whether a size depends on values that the trace does not know."""
     env, expr = size.node.shape_env, size.node.expr
@@ -92,6 +97,10 @@ class Deciding(TorchFunctionMode):
         if func is Tensor.__contains__:
             with self:
                 return bool((args[0] == args[1]).any())
+        if func is torch.tensor and _of_fakes(args[0]):
+            with self:
+                made = torch.stack([torch.as_tensor(part) for part in args[0]])
+                return made.to(**{k: v for k, v in (kwargs or {}).items() if v is not None})
         if func is torch.equal:
             with self:
                 return args[0].shape == args[1].shape and bool((args[0] == args[1]).all())
@@ -114,7 +123,9 @@ class Deciding(TorchFunctionMode):
             if isinstance(size, torch.SymInt) and _open(size):
                 expr = size.node.expr
                 if isinstance(expr, sympy.Symbol):
-                    size.node.shape_env._set_replacement(expr, sympy.Integer(real), "decided by the inputs")
+                    env = size.node.shape_env
+                    env.size_like.discard(expr)  # sizes of a sort that is never taken for 0 or 1
+                    env._set_replacement(expr, sympy.Integer(real), "decided by the inputs")
                 else:
                     torch._check(size == real)  # type: ignore[no-untyped-call]
 

@@ -179,6 +179,20 @@ def test_a_decision_on_values_makes_variants() -> None:
     assert sorted(v.captured.guards.decisions[0].value for v in program.variants) == [False, True]
 
 
+def test_sizes_that_inputs_determine_are_decisions_also_0_and_1() -> None:
+    class Picked(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            at = torch.nonzero(mask)[:, 0]
+            return torch.cat([p.cumsum(1) for p in torch.split(x, [len(at), 4 - len(at)], dim=1)], dim=1)
+
+    model = Block(Picked())
+    masks = [torch.tensor(bits) for bits in ([0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1])]
+    program = compiled(model, hidden(4), masks[0])
+    for mask in masks:
+        same(model, program, hidden(4), mask)
+    assert len(program.variants) == 2
+
+
 def test_a_guard_on_the_length_makes_variants() -> None:
     class Window(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

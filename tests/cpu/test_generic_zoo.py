@@ -22,7 +22,6 @@ ARCHS = {
     "deepseek_v3": "a compressed cache",
     "lfm2": "convolution states",
     "mamba": "an opaque mixer",
-    "minimax": "linear attention by blocks",
     "big_bird": "a decision on ids",
     "xlnet": "relative positions, memories",
     "recurrent_gemma": "states inside the module",
@@ -30,7 +29,14 @@ ARCHS = {
     "llama4_text": "chunks",
 }
 PADDED = ("roberta", "bloom", "deepseek_v3", "lfm2")
-CLASSES = ("T5ForConditionalGeneration", "ViTModel", "Wav2Vec2Model", "CLIPModel", "DebertaV2Model")
+CLASSES = (
+    "T5ForConditionalGeneration",
+    "ViTModel",
+    "Wav2Vec2Model",
+    "CLIPModel",
+    "DebertaV2Model",
+    "Qwen2_5_VLForConditionalGeneration",
+)
 _CACHES = ("past_key_values", "cache_params")
 
 

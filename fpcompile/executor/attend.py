@@ -18,9 +18,8 @@ from fpcompile.executor.schedule import EXACT_ROWS, Launch
 from fpcompile.models.attention import AttentionCall, MaskKind
 
 
-def attend(run: Run, layout: Layout, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Write k and v behind the run's cache and attend; returns ``[1, tokens, Hq, Dv]``."""
-    write(run, layout, call, k, v)
+def attend(run: Run, layout: Layout, call: AttentionCall, q: Tensor) -> Tensor:
+    """Attend to the run's cache, new keys included; returns ``[1, tokens, Hq, Dv]``."""
     outputs: list[Tensor] = []
     for group, layers in zip(layout.groups, run.kv, strict=True):
         kv = layers[call.layer]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fpcompile.errors import CheckpointError, InvalidInputError, UsageError
 from fpcompile.executor.call import Call
 from fpcompile.executor.checkpoint import check_type
+from fpcompile.executor.packed import graph_step
 from fpcompile.executor.program import Program
 from fpcompile.executor.run import Run
 from fpcompile.executor.schedule import Launch, Shape
@@ -313,19 +314,13 @@ def _bind(
     if part.kind is PartKind.LEAF:
         leaf, picks = captured.leaves[part.call], compiled.picks[part.call]
 
-        def run_leaf(run: Run, arguments: Sequence[Tensor], lengths: Mapping[str, int]) -> Sequence[Tensor]:
+        def run_leaf(run: Run, arguments: list[Tensor], lengths: Mapping[str, int]) -> Sequence[Tensor]:
             results = leaf.run(arguments, (lengths["tokens"],))
             return [results[i] for i in picks]
 
         return run_leaf, ()
     function = compiled.functions[part.function]
-    bound = tuple(weights[p] for p in part.params)
-    names = part.lengths
-
-    def execute(run: Run, arguments: Sequence[Tensor], lengths: Mapping[str, int]) -> Sequence[Tensor]:
-        return function.call(*arguments, *bound, *(lengths[n] for n in names))
-
-    return execute, function.names
+    return graph_step(part, function, weights), function.names
 
 
 def _symbols_of(counts: Sequence[Any]) -> set[sympy.Symbol]:

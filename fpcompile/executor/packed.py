@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from fpcompile.executor.stages import Executable, build_stages
 from fpcompile.executor.weights import WeightWatch
 from fpcompile.ir import Part, PartKind
 from fpcompile.models.capture import Capture
+from fpcompile.passes.codegen import Function
 from fpcompile.passes.partition import Partitioned
 from fpcompile.passes.prepack import PACKED, pack
 
@@ -268,17 +269,19 @@ def _bind(
     """What executes a part, and the local names of its nodes."""
     if part.kind is PartKind.GRAPH:
         function = partitioned.functions[part.function]
-        return graph_step(part, function.call, weights), function.names
+        return graph_step(part, function, weights), function.names
     return (_attention_step if part.kind is PartKind.ATTENTION else _leaf_step)(captured, part), ()
 
 
-def graph_step(part: Part, call: Callable[..., Sequence[Tensor]], weights: dict[str, Tensor]) -> Executable:
+def graph_step(part: Part, function: Function, weights: dict[str, Tensor]) -> Executable:
     """Execute generated code with the part's weights and the run's lengths."""
     bound = tuple(weights[p] for p in part.params)
-    names = part.lengths
+    names, call = part.lengths, function.call
 
-    def execute(run: Run, arguments: Sequence[Tensor], lengths: Mapping[str, int]) -> Sequence[Tensor]:
-        return call(*arguments, *bound, *(lengths[n] for n in names))
+    def execute(run: Run, arguments: list[Tensor], lengths: Mapping[str, int]) -> Sequence[Tensor]:
+        box = [*arguments, *bound, *(lengths[n] for n in names)]
+        arguments.clear()
+        return call(box)
 
     return execute
 
@@ -286,10 +289,13 @@ def graph_step(part: Part, call: Callable[..., Sequence[Tensor]], weights: dict[
 def _attention_step(captured: Capture, part: Part) -> Executable:
     call = captured.attention[part.call]
 
-    def execute(run: Run, arguments: Sequence[Tensor], lengths: Mapping[str, int]) -> Sequence[Tensor]:
+    def execute(run: Run, arguments: list[Tensor], lengths: Mapping[str, int]) -> Sequence[Tensor]:
         assert isinstance(run.call, PackedCall)
         q, k, v = arguments
-        out = attend(run, run.call.layout, call, q, k, v)
+        arguments.clear()
+        write(run, run.call.layout, call, k, v)
+        del k, v
+        out = attend(run, run.call.layout, call, q)
         run.call.forget(run, part.call)
         return (out,)
 
@@ -299,7 +305,7 @@ def _attention_step(captured: Capture, part: Part) -> Executable:
 def _leaf_step(captured: Capture, part: Part) -> Executable:
     leaf = captured.leaves[part.call]
 
-    def execute(run: Run, arguments: Sequence[Tensor], lengths: Mapping[str, int]) -> Sequence[Tensor]:
+    def execute(run: Run, arguments: list[Tensor], lengths: Mapping[str, int]) -> Sequence[Tensor]:
         assert isinstance(run.call, PackedCall)
         return leaf.run(arguments, run.call.layout.lengths)
 

@@ -127,9 +127,10 @@ class Run:
         values, lengths = self.values, self.call.lengths
         for step in stage.steps:
             part = step.part
-            outputs = self._call(stage, step, [values[name] for name in part.inputs], lengths)
+            arguments = [values[name] for name in part.inputs]
             for name in step.frees:
                 del values[name]
+            outputs = self._call(stage, step, arguments, lengths)
             values.update(zip(part.outputs, outputs, strict=True))
 
     def _call(

@@ -18,15 +18,16 @@ from fpcompile.ir import Part, PartKind, Plan, Segment
 if TYPE_CHECKING:
     from fpcompile.executor.run import Run
 
-Executable = Callable[["Run", Sequence[Tensor], Mapping[str, int]], Sequence[Tensor]]
+Executable = Callable[["Run", list[Tensor], Mapping[str, int]], Sequence[Tensor]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Step:
     """A part bound to what executes it; ``frees`` are the values that nothing reads after it.
 
-    ``function`` takes the run, the part's input values and the lengths to execute it at, and returns the
-    values of its outputs; ``names`` are the local names of its nodes, which locate an error.
+    ``function`` takes the run, the part's input values (a list that it may empty, to give memory back
+    early) and the lengths to execute it at, and returns the values of its outputs; ``names`` are the local
+    names of its nodes, which locate an error.
     """
 
     part: Part

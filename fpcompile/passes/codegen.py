@@ -3,6 +3,9 @@
 A part becomes a function of (values, weights, lengths) whose names do not depend on where in the model it
 stands, so the text of two identical layers is identical and they share one callable. Integers computed from
 the lengths are computed again inside each part; only tensors cross cuts.
+
+Arguments are passed in a list that the function empties: nobody else holds a value that is not read again,
+so that its memory is free for the next operator, as it is in the model's own forward.
 """
 
 from __future__ import annotations
@@ -17,13 +20,22 @@ from torch import Tensor, fx, nn
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Function:
-    """A generated callable ``(*values, *weights, *lengths) -> tuple of outputs``.
+    """A generated callable ``([*values, *weights, *lengths]) -> tuple of outputs``, which empties the list.
 
     ``names`` are its local names for the part's nodes, in their order: they locate an error.
     """
 
-    call: Callable[..., tuple[Tensor, ...]]
+    call: Callable[[list[Any]], tuple[Tensor, ...]]
     names: tuple[str, ...]
+
+
+class _Boxed(fx.graph.CodeGen):
+    """Code of a function that takes its arguments out of a list."""
+
+    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
+        names = [v.split(":")[0].strip() for v in free_vars if v != "self"]
+        unpacked = f"\n    {', '.join(names)}, = box\n    box.clear()" if names else ""
+        return f"def {self._func_name}(self, box){maybe_return_annotation}:{unpacked}"
 
 
 class Functions:
@@ -54,6 +66,7 @@ class Functions:
         graph.output(tuple(env[n] for n in outputs))
         for node, copied in env.items():
             copied.meta = {"val": node.meta.get("val")}
+        graph.set_codegen(_Boxed())
         text = graph.python_code("self").src
         shapes = ";".join(self.spec(n) for n in (*values, *weights))
         key = hashlib.sha256(f"{text}\n{shapes}".encode()).hexdigest()[:16]

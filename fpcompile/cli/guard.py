@@ -25,6 +25,7 @@ _CHATTY = (
     "transformers",
     "huggingface_hub",
     "torch",
+    "torch.utils._pytree",
     "torchvision",
     "torchaudio",
     "torchao",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from fpcompile.errors import InvalidInputError
 from fpcompile.models.attention import AttentionCall
@@ -105,9 +106,17 @@ def _foreign(expected: str, got: str) -> InvalidInputError:
 
 
 def write_cache(config: Any, layers: dict[int, LayerKV]) -> Cache:
-    """A transformers cache of the model's own class that :meth:`generate` can go on with."""
+    """A transformers cache of the model's own class that :meth:`generate` can go on with.
+
+    Its plain layers hold the run's tensors themselves: ``update`` would copy them once more.
+    """
     cache = DynamicCache(config=config)
     for index, kv in sorted(layers.items()):
+        plain: Any = cache.layers[index] if index < len(cache.layers) else None
+        if type(plain) is DynamicLayer:
+            plain.lazy_initialization(kv.keys, kv.values)
+            plain.keys, plain.values = kv.keys, kv.values
+            continue
         cache.update(kv.keys, kv.values, index)
         layer = cache.layers[index]
         if hasattr(layer, "cumulative_length"):

@@ -125,13 +125,15 @@ class Program(abc.ABC):
     def _check_bound(self, launches: Sequence[Launch], shape: Shape, budget: float) -> None:
         """Warn once when no cut or tile makes a launch as short as ``budget`` seconds."""
 
+        costs, heads = self.costs, self.kv_heads()
+
         def seconds(launch: Launch) -> float:
-            return launch_seconds(launch, self.stages, shape, self.costs, self.kv_heads())
+            return launch_seconds(launch, self.stages, shape, costs, heads)
 
         worst = max(launches, key=seconds)
         if seconds(worst) > budget * _TOLERANCE:
             self._warned = True
-            finest = by_budget(self.stages, shape, self.costs, 1e-9, self.kv_heads())
+            finest = by_budget(self.stages, shape, costs, 1e-9, heads)
             segment = self.segments[self.stages[worst.first].segment]
             warnings.warn(
                 f"max_blocking_ms={budget * 1e3:g} cannot be kept for {shape.tokens} tokens: a part of "

@@ -29,6 +29,8 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.overrides import TorchFunctionMode
 from transformers import masking_utils
 
+from fpcompile.models.draws import may_draw
+
 _READS: dict[Any, Any] = {
     Tensor.__bool__: bool,
     Tensor.__int__: int,
@@ -130,14 +132,16 @@ class Deciding(TorchFunctionMode):
                     torch._check(size == real)  # type: ignore[no-untyped-call]
 
     def _ancestors(self, node: fx.Node) -> list[fx.Node] | None:
-        """Nodes that ``node`` is computed from, in order; None when weights or activations are among them."""
+        """Nodes that ``node`` is computed from, in order; None when weights, activations or random numbers
+        are among them.
+        """
         found: dict[fx.Node, None] = {}
         todo = [node]
         while todo:
             current = todo.pop()
             if current in found:
                 continue
-            known = current in self.inputs or current.op == "call_function"
+            known = current in self.inputs or (current.op == "call_function" and not may_draw(current))
             if not known and self._constant(current) is None:
                 return None
             found[current] = None

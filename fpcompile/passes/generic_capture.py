@@ -8,9 +8,6 @@ trace fails, which turns a length into a constant, or which draws random numbers
 from __future__ import annotations
 
 import dataclasses
-import os
-import sys
-import traceback
 from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
@@ -18,18 +15,19 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 
-from fpcompile.errors import InvalidInputError, UnsupportedModelError
+from fpcompile.errors import UnsupportedModelError
 from fpcompile.models import leaves
 from fpcompile.models.capture import weights_of
+from fpcompile.models.draws import may_draw
 from fpcompile.models.generic import GROWING, GenericCapture, Guards, dynamic_dims, names_of, top_level
-from fpcompile.models.generic_shapes import Promises, readable
+from fpcompile.models.generic_shapes import Promises
 from fpcompile.models.generic_trace import Trace, Wrapper, export, prepare
 from fpcompile.models.generic_tree import Flat
 from fpcompile.models.opaque import LeafRefusedError
 from fpcompile.passes.aliases import mutated_arguments, storage_owners
 from fpcompile.passes.context import source
+from fpcompile.passes.generic_refusals import breaks_promise, broken_promise, draws_random_numbers, given_up
 
 _ATTEMPTS = 24
 
@@ -69,11 +67,12 @@ def capture_generic(
                 dims = dynamic_dims(flat, tensors, promised) if attempt.dynamic else None
                 exported = export(wrapper, tensors, dims)
         except Exception as error:
-            if promised and _breaks_promise(error):
+            if promised and breaks_promise(error):
                 if _worth_a_leaf(model, attempt, trace):
                     continue
-                raise _broken(model, error, trace, promised) from error
-            _after_failure(model, attempt, trace, error)
+                raise broken_promise(model, error, trace, promised) from error
+            if not _try_again(model, attempt, trace, error):
+                raise given_up(model, flat, tensors, error) from error
             continue
         if attempt.dynamic and _worth_a_leaf(model, attempt, trace):
             continue
@@ -92,49 +91,25 @@ def capture_generic(
     )
 
 
-def _breaks_promise(error: Exception) -> bool:
-    """Whether torch.export refuses: a size that must vary became a constant, or has a wrong example."""
-    return isinstance(error, ConstraintViolationError) or "Constraints violated" in str(error)
-
-
-def _broken(
-    model: nn.Module, error: Exception, trace: Trace, promised: Promises
-) -> UnsupportedModelError | InvalidInputError:
-    said = readable(str(error), promised)
-    if "not in range" in said:
-        return InvalidInputError(
-            "example_inputs do not fit dynamic_shapes",
-            expected="sizes within the bounds of their torch.export.Dim, and larger than 1",
-            got=said,
-        )
-    return UnsupportedModelError(
-        f"{type(model).__name__} cannot be traced with these dynamic_shapes",
-        reason=said,
-        module_path=trace.specialised or None,
-        remedy="leave that dimension out of dynamic_shapes, or mark it with torch.export.Dim.AUTO: then each "
-        "size that the model's code makes a constant gets a graph of its own",
-    )
-
-
-def _after_failure(model: nn.Module, attempt: _Attempt, trace: Trace, error: Exception) -> None:
-    """Choose the next attempt: an opaque leaf, constant lengths, or give up."""
+def _try_again(model: nn.Module, attempt: _Attempt, trace: Trace, error: Exception) -> bool:
+    """Choose the next attempt: an opaque leaf, or constant lengths; False when there is none left."""
     path = next((p for p in reversed(trace.stack) if p), "")
     if isinstance(error, LeafRefusedError) and path in attempt.opaque:
         family = [p for p in attempt.opaque if _class(model, p) is _class(model, path)]
         attempt.opaque = [p for p in attempt.opaque if p not in family]
         attempt.refused |= dict.fromkeys(family, str(error))
         if path in attempt.for_length:
-            return  # the trace itself succeeds, with a constant length
+            return True  # the trace itself succeeds, with a constant length
     while path and path not in attempt.opaque:
         if path not in attempt.refused and _acceptable(model, path):
             _add(model, attempt, path)
-            return
+            return True
         path = path.rpartition(".")[0]
-    if attempt.dynamic:
-        attempt.dynamic, attempt.opaque, attempt.refused = False, [], {}
-        attempt.for_length.clear()
-        return
-    raise explain(model, error) from error
+    if not attempt.dynamic:
+        return False
+    attempt.dynamic, attempt.opaque, attempt.refused = False, [], {}
+    attempt.for_length.clear()
+    return True
 
 
 def _class(model: nn.Module, path: str) -> type[nn.Module]:
@@ -175,21 +150,9 @@ def _random_module(exported: torch.export.ExportedProgram) -> tuple[str, str, st
     A seed that the model's own code sets before it is no part of a graph.
     """
     for node in exported.graph_module.graph.nodes:
-        tagged = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if tagged and not _draws_nothing(node):
+        if may_draw(node):
             return source(node).module, node.name, source(node).line
     return None
-
-
-def _draws_nothing(node: fx.Node) -> bool:
-    """Whether an operator that may draw random numbers is called so that it does not: an idle dropout."""
-    known = {"train": False, "training": False, "dropout_p": 0.0}
-    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if argument.name in known:
-            given = node.kwargs.get(argument.name, argument.default_value)
-            value = node.args[position] if position < len(node.args) else given
-            return bool(value == known[argument.name])
-    return False
 
 
 def _add_or_refuse(model: nn.Module, attempt: _Attempt, path: str, node: str, line: str) -> None:
@@ -200,13 +163,7 @@ def _add_or_refuse(model: nn.Module, attempt: _Attempt, path: str, node: str, li
             _add(model, attempt, inner)
             return
         inner = inner.rpartition(".")[0]
-    raise UnsupportedModelError(
-        f"{type(model).__name__} draws random numbers while it runs",
-        reason="a graph cannot repeat them, and no submodule around them can be opaque",
-        node=node,
-        module_path=path,
-        source_line=line or None,
-    )
+    raise draws_random_numbers(model, node=node, path=path, line=line)
 
 
 def _written_inputs(exported: torch.export.ExportedProgram, count: int) -> frozenset[int]:
@@ -287,37 +244,3 @@ def _length(flat: Flat, shapes: Sequence[Sequence[sympy.Expr]]) -> sympy.Symbol 
 
 def _expression(size: Any) -> sympy.Expr:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
-
-
-def explain(model: nn.Module, error: Exception) -> UnsupportedModelError:
-    """The user's error for a failed trace: the model's line, and what was said there."""
-    if isinstance(error, UnsupportedModelError):
-        return error
-    if isinstance(error, AssertionError) and str(error).startswith("Guard failed: "):
-        return UnsupportedModelError(
-            "the exported program does not take inputs of this shape",
-            reason=f"torch.export fixed {readable(str(error).removeprefix('Guard failed: '), {})}",
-            remedy="export it with dynamic_shapes that leave this size free, or call it with what it takes",
-        )
-    reason = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
-    reason = f"{type(error).__name__}: {reason[:300]}"
-    if isinstance(error, GuardOnDataDependentSymNode):
-        reason = f"a decision in the model's code depends on activations ({reason})"
-    return UnsupportedModelError(
-        f"{type(model).__name__} cannot be traced",
-        reason=reason,
-        source_line=_line_of(model, error),
-        remedy="see docs/adapters.md: move the line into a submodule of its own, or report the model with "
-        "its coverage row",
-    )
-
-
-def _line_of(model: nn.Module, error: Exception) -> str | None:
-    """The innermost line of the model's own source that an error went through."""
-    homes = {getattr(sys.modules.get(type(m).__module__), "__file__", None) for m in model.modules()}
-    torch_home = os.path.dirname(torch.__file__)
-    files = {f for f in homes if f and not f.startswith(torch_home)}
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if frame.filename in files:
-            return f"{os.path.basename(frame.filename)}:{frame.lineno}: {frame.line}"
-    return None

@@ -240,6 +240,22 @@ def test_random_numbers_are_refused_or_kept_inside_a_leaf() -> None:
         compiled(Seeded(), hidden(5))
 
 
+def test_random_numbers_are_named_when_they_make_the_trace_fail_elsewhere() -> None:
+    """The draw decides a size, so that the trace fails behind it; the error names the draw all the same."""
+
+    class Drawn(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            picked = torch.multinomial(torch.ones(x.shape[1]), 4)
+            rows = [x[:, i] for i in picked.tolist()]
+            return torch.stack(rows).cumsum(0)
+
+    state = torch.get_rng_state()
+    with pytest.raises(UnsupportedModelError, match="random numbers") as refused:
+        compiled(Drawn(), torch.ones(2, 9))
+    assert "torch.multinomial" in str(refused.value.source_line)
+    assert torch.equal(torch.get_rng_state(), state), "the generator is left as found"
+
+
 def test_a_model_that_rewrites_its_weights_is_refused() -> None:
     class Rescaling(nn.Module):
         def __init__(self) -> None:

@@ -167,6 +167,42 @@ def check_mask(attention_mask: Any, ids: Tensor, past: int) -> Tensor | None:
     return mask
 
 
+def check_positions(position_ids: Any, ids: Tensor, mask: Tensor | None, limit: int | None) -> Tensor | None:
+    """The caller's positions as int64 ``[batch, length]``, or None; those of visible tokens rise by one.
+
+    transformers takes a row in which they do not for several sequences side by side.
+    """
+    if position_ids is None:
+        return None
+    batch, columns = ids.shape
+    expected = f"integers of shape [{batch}, {columns}] or [1, {columns}]"
+    if not isinstance(position_ids, Tensor) or position_ids.dtype not in (torch.int64, torch.int32):
+        got = str(position_ids.dtype) if isinstance(position_ids, Tensor) else type(position_ids).__name__
+        raise InvalidInputError("position_ids has a wrong type", expected=expected, got=got)
+    if list(position_ids.shape) not in ([batch, columns], [1, columns]):
+        raise InvalidInputError(
+            "position_ids does not fit input_ids", expected=expected, got=f"shape {list(position_ids.shape)}"
+        )
+    positions: Tensor = position_ids.to(device=ids.device, dtype=torch.int64).expand(batch, columns)
+    visible = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    steps = (positions[:, 1:] - positions[:, :-1])[visible[:, 1:] & visible[:, :-1]]
+    if bool((steps != 1).any()):
+        raise InvalidInputError(
+            "position_ids does not count",
+            expected="positions that rise by one from each visible token of a row to the next",
+            got="another step",
+            remedy="run sequences that lie side by side in one row as rows of a padded batch",
+        )
+    low, high = (int(x) for x in positions[visible].aminmax())
+    if low < 0 or (limit is not None and high >= limit):
+        raise InvalidInputError(
+            "position_ids holds a position that the model does not have",
+            expected=f"0 to {'any number' if limit is None else limit - 1}",
+            got=f"{low} to {high}",
+        )
+    return positions
+
+
 def check_rows(logits_to_keep: Any, columns: int) -> list[int]:
     """Columns of ``input_ids`` whose logits are kept: 0 for all, n for the last n, or a tensor."""
     if isinstance(logits_to_keep, Tensor):
@@ -204,28 +240,36 @@ def check_length(longest: int, limit: int | None) -> None:
         )
 
 
-def pack(ids: Tensor, mask: Tensor | None, *, past: int, rows: list[int]) -> Inputs:
-    """Lay the visible tokens of ``ids [batch, length]`` out in one row, without padding."""
+def pack(
+    ids: Tensor, mask: Tensor | None, *, past: int, rows: list[int], positions: Tensor | None = None
+) -> Inputs:
+    """Lay the visible tokens of ``ids [batch, length]`` out in one row, without padding.
+
+    Without ``positions`` they are counted from each row's first visible token, behind ``past`` ones.
+    """
     batch, columns = ids.shape
     device = ids.device
     picked = torch.tensor(rows, device=device)
     if mask is None:
         layout = Layout((Group(0, batch, columns, past),), columns)
-        positions = torch.arange(past, past + columns, device=device).repeat(batch)
+        if positions is None:
+            positions = torch.arange(past, past + columns, device=device).expand(batch, columns)
         keep = (torch.arange(batch, device=device)[:, None] * columns + picked).reshape(-1)
-        return Inputs(ids.reshape(1, -1).clone(), positions[None], keep, None, len(rows), layout, None)
+        row = positions.reshape(1, -1).clone()
+        return Inputs(ids.reshape(1, -1).clone(), row, keep, None, len(rows), layout, None)
     lengths = mask.sum(dim=1).tolist()
     groups: list[Group] = []
     for length in lengths:
         groups.append(Group(groups[-1].stop if groups else 0, 1, int(length), past))
-    positions = torch.cat([torch.arange(past, past + n, device=device) for n in lengths])
+    if positions is None:
+        positions = mask.cumsum(dim=1) - 1 + past
     row_of = torch.full((batch, columns), -1, device=device, dtype=torch.int64)
     row_of[mask] = torch.arange(int(sum(lengths)), device=device)
     wanted = row_of[:, picked].reshape(-1)
     scatter = torch.nonzero(wanted >= 0)[:, 0]
     return Inputs(
         ids[mask][None],
-        positions[None],
+        positions[mask][None],
         wanted[scatter],
         scatter,
         len(rows),

@@ -28,7 +28,7 @@ from fpcompile.passes.codegen import Function
 from fpcompile.passes.partition import Partitioned
 from fpcompile.passes.prepack import PACKED, pack
 
-_ARGUMENTS = "input_ids, attention_mask, past_key_values, logits_to_keep, use_cache"
+_ARGUMENTS = "input_ids, attention_mask, position_ids, past_key_values, logits_to_keep, use_cache"
 
 
 @final
@@ -163,6 +163,7 @@ class PackedProgram(Program):
         input_ids: Any = None,
         *,
         attention_mask: Any = None,
+        position_ids: Any = None,
         past_key_values: Any = None,
         logits_to_keep: Any = 0,
         use_cache: bool | None = None,
@@ -174,14 +175,18 @@ class PackedProgram(Program):
         ``attention_mask [batch, length]`` may hide padding on the left or right; padded batches are packed,
         so hidden positions cost nothing, their logits are zero, and each row gives what the model gives for
         it alone: positions are counted from its first visible token, as ``generate`` counts them, and rotary
-        frequencies that depend on the length follow its own. ``past_key_values`` is a transformers
+        frequencies that depend on the length follow its own. ``position_ids [batch, length]`` gives other
+        positions; those of a row's visible tokens must rise by one. ``past_key_values`` is a transformers
         ``DynamicCache`` to continue from; it is not changed. ``logits_to_keep`` is transformers' own: 0 for
         all positions, n for the last n, or a vector of indices. ``max_blocking_ms`` overrides the program's.
 
         Raises :class:`InvalidInputError`.
         """
         self._check_weights()
-        for name, value in unsupported.items():
+        given = (
+            unsupported if "position_ids" in self._forward else {"position_ids": position_ids, **unsupported}
+        )
+        for name, value in given.items():
             if value is not None or name not in self._forward:
                 raise InvalidInputError(
                     f"{name} is not an argument of a packed program",
@@ -194,7 +199,9 @@ class PackedProgram(Program):
         past, layers = read_cache(past_key_values, int(ids.shape[0]), self.attention, self.dtype)
         mask = checks.check_mask(attention_mask, ids, past)
         checks.check_length(past + int(ids.shape[1]), self.max_tokens)
-        packed = checks.pack(ids, mask, past=past, rows=checks.check_rows(logits_to_keep, int(ids.shape[1])))
+        rows = checks.check_rows(logits_to_keep, int(ids.shape[1]))
+        positions = checks.check_positions(position_ids, ids, mask, self.max_tokens)
+        packed = checks.pack(ids, mask, past=past, rows=rows, positions=positions)
         call = PackedCall(
             self,
             packed.layout,

@@ -142,10 +142,12 @@ def _row_tiles(index: int, over: str, shape: Shape, costs: StageCosts, seconds: 
     def cost(n: int) -> float:
         return costs.stage(index, tokens=n, rows=n, context=n)
 
-    size = MIN_ROWS * max(1, _largest(lambda k: cost(MIN_ROWS * k), seconds, total // MIN_ROWS))
-    count = math.ceil(total / size)
-    size = MIN_ROWS * math.ceil(total / count / MIN_ROWS)
-    return _final([Launch(index, index + 1, a, b) for a, b in _ranges(total, size)])
+    units = max(1, _largest(lambda k: cost(MIN_ROWS * k), seconds, total // MIN_ROWS))
+    count = math.ceil(total / (MIN_ROWS * units))
+    units = math.ceil(total / count / MIN_ROWS)
+    while units > 1 and cost(max(b - a for a, b in _ranges(total, MIN_ROWS * units))) > seconds:
+        units -= 1  # the remainder made the last tile too long
+    return _final([Launch(index, index + 1, a, b) for a, b in _ranges(total, MIN_ROWS * units)])
 
 
 def _attention_tiles(index: int, shape: Shape, costs: StageCosts, seconds: float, heads: int) -> list[Launch]:

@@ -211,7 +211,6 @@ def test_more_rows_than_tokens_are_all_rows(program: fpcompile.Program) -> None:
         {"labels": torch.zeros(1, 4, dtype=torch.long)},
         {"output_attentions": True},
         {"output_hidden_states": True},
-        {"position_ids": torch.arange(4)[None]},
         {"return_dict": True},
         {"logit_to_keep": 1},
     ],
@@ -222,6 +221,35 @@ def test_arguments_that_are_not_there(arguments: dict[str, Any], program: fpcomp
         program.start(sample_ids(4), **arguments)
     _complete(caught.value)
     assert "past_key_values" in str(caught.value.expected)
+
+
+@pytest.mark.parametrize(
+    "position_ids",
+    [
+        [[0, 1, 2, 3]],
+        torch.zeros(1, 4),
+        torch.arange(5)[None],
+        torch.arange(4),
+        torch.tensor([[0, 1, 0, 1]]),
+        torch.tensor([[0, 2, 4, 6]]),
+        torch.arange(-1, 3)[None],
+        torch.arange(10**6, 10**6 + 4)[None],
+    ],
+    ids=[
+        "a list",
+        "floats",
+        "too many",
+        "a vector",
+        "two sequences",
+        "steps of two",
+        "negative",
+        "too large",
+    ],
+)
+def test_position_ids_that_the_model_does_not_have(position_ids: Any, program: fpcompile.Program) -> None:
+    with pytest.raises(InvalidInputError, match="position_ids") as caught:
+        program.start(sample_ids(4), position_ids=position_ids)
+    _complete(caught.value)
 
 
 def _static() -> StaticCache:

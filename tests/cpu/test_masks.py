@@ -123,6 +123,28 @@ def test_a_padded_batch_agrees_with_the_model_given_the_same_mask(side: str) -> 
         assert relative_error(got.logits[real], expected.logits[real]) <= ROUNDING_FP32, arch
 
 
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "gemma3"])
+def test_position_ids_of_the_caller(arch: str) -> None:
+    """An offset gives the model's bits; positions that count padding, the model's own default."""
+    program = program_of(arch)
+    ids = sample_ids(23, batch=2)
+    offset = torch.arange(5, 28)[None]
+    expected = reference(model_of(arch), ids, position_ids=offset)
+    assert differences(outcome(program(ids, position_ids=offset)), expected) == []
+    run = program.start(ids, position_ids=offset.expand(2, -1))
+    assert differences(relay(program, run), expected) == []
+
+    ids, mask = padded("left")
+    columns = torch.arange(ids.shape[1])[None]
+    theirs = reference(model_of(arch), ids, attention_mask=mask, position_ids=columns)
+    got = outcome(program(ids, attention_mask=mask, position_ids=columns))
+    real = mask == 1
+    assert relative_error(got.logits[real], theirs.logits[real]) <= ROUNDING_FP32
+    if arch == "gpt2":  # learned positions: counting padding or not is another number
+        counted = outcome(program(ids, attention_mask=mask))
+        assert relative_error(counted.logits[real], theirs.logits[real]) > 100 * ROUNDING_FP32
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_pauses_change_no_bit_of_a_padded_batch(side: str) -> None:

@@ -72,9 +72,10 @@ def test_a_plan_covers_every_stage_once_within_the_budget(
     covered = 0
     for launch in plan:
         assert launch.first == done, "stages are launched in order"
-        smallest = not launch.tiled and launch.last == launch.first + 1
+        over = overs[launch.first]
+        tileable = over in ("tokens", "rows") and (rows if over == "rows" else length) >= 2 * MIN_ROWS
+        smallest = not launch.tiled and launch.last == launch.first + 1 and not tileable
         if launch.tiled:
-            over = overs[launch.first]
             heads = (launch.head_stop - launch.head_start) or 1
             covered += (launch.stop - launch.start) * (heads if over == "attention" else 1)
             total = rows if over == "rows" else length * 4 if over == "attention" else length
@@ -85,6 +86,13 @@ def test_a_plan_covers_every_stage_once_within_the_budget(
             done, covered = launch.last, 0
         assert smallest or seconds(launch, shape, costs) <= budget * 1.0001
     assert done == len(overs)
+
+
+def test_a_remainder_that_joins_the_last_tile_does_not_break_the_budget() -> None:
+    """128 rows fit, but 128 + 61 do not: the tiles are 64 and 125 rows."""
+    shape = Shape(189, 1, ((1, 189, 189),))
+    plan = by_budget(stages_of(("tokens",)), shape, FakeCosts(("tokens",)), 130.0, [0])
+    assert [(t.start, t.stop) for t in plan] == [(0, 64), (64, 189)]
 
 
 def test_without_a_budget_one_launch_is_one_segment() -> None:

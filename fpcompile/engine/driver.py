@@ -22,8 +22,10 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
+from pathlib import Path
 from typing import Any
 
+from fpcompile.engine.decisions import DecisionLog
 from fpcompile.engine.errors import SchedulerFailedError
 from fpcompile.engine.inbox import Inbox
 from fpcompile.engine.metrics import Ended, Ticket
@@ -84,6 +86,7 @@ class Driver:
         max_blocking: float | None = None,
         recorder: Recorder | None = None,
         on_segment: Hook | None = None,
+        record: str | Path | None = None,
     ) -> None:
         self.programs = programs
         hook = joined(recorder, on_segment)
@@ -96,6 +99,7 @@ class Driver:
         self.abandoned = False
         """Whether the engine is closed without waiting for its requests."""
         self.core = make_core()
+        self.log = None if record is None else DecisionLog(record, self.core)
         self._make_core = make_core
         self._known: dict[str, Ticket] = {}
         self._flight: _Flight | None = None
@@ -147,6 +151,11 @@ class Driver:
         """Cancel what a policy holds back on an idle device, once nothing can come that would change it."""
         if self.registry.closed and self.registry.live() and not self.inbox.flag and self._timer == inf:
             self.cancel_all()
+
+    def close_log(self) -> None:
+        """The log of decisions ends; nothing is decided any more."""
+        if self.log is not None:
+            self.log.close()
 
     def abort(self, error: BaseException) -> None:
         """The loop is broken: everybody hears of it, and nobody is admitted any more."""
@@ -251,7 +260,11 @@ class Driver:
         keyed = sorted((event_order(event, sequence), event) for sequence, event in enumerate(events))
         events = [event for _, event in keyed]
         try:
-            for command in self.core.handle_all([self._in_time(event) for event in events]):
+            told = [self._in_time(event) for event in events]
+            commands = self.core.handle_all(told)
+            if self.log is not None:
+                self.log.record(told, commands)
+            for command in commands:
                 self._carry_out(command, events)
             for event in events:
                 name = _may_have_cancelled(event)
@@ -358,6 +371,8 @@ class Driver:
             self._land(self._flight)
         self._timer = inf
         self.core = self._make_core()
+        if self.log is not None:
+            self.log.restarted(self.core)
         for ticket in list(self._known.values()):
             failed = SchedulerFailedError(policy, cause=error, request_id=ticket.id)
             self._finish(ticket, "failed", error=failed)

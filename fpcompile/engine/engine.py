@@ -23,9 +23,11 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from fpcompile.engine.decisions import check_recordable
 from fpcompile.engine.driver import Driver
 from fpcompile.engine.errors import Home
 from fpcompile.engine.handle import Handle
@@ -55,8 +57,9 @@ class Engine:
     ``max_blocking_ms`` bounds how far an asynchronous device is driven ahead. ``clock``: seconds, monotonic.
     ``record_timeline`` keeps the newest segments for ``timeline()``. ``on_segment(run, segment, start, end)``
     is called by the device thread after each launch. ``device``: in place of the programs' own, for tests.
-    ``device_thread``: False when the host calls ``turn()``. Further keyword arguments are those of
-    :class:`fpcompile.scheduler.options.SchedulerOptions`.
+    ``device_thread``: False when the host calls ``turn()``. ``record``: a file for the log of all decisions,
+    which ``fpcompile replay`` reads; see :mod:`fpcompile.engine.decisions`. Further keyword arguments are
+    those of :class:`fpcompile.scheduler.options.SchedulerOptions`.
 
     Raises :class:`UnknownNameError` for an unknown policy, :class:`InvalidInputError` for what is no program,
     for wrong options, and for policies that pack or slice requests, which this engine cannot execute yet.
@@ -74,11 +77,14 @@ class Engine:
         on_segment: Hook | None = None,
         device: Device | None = None,
         device_thread: bool = True,
+        record: str | Path | None = None,
         **scheduler_options: Any,
     ) -> None:
         self._home = Home()
         self._programs = Programs(programs)
         make_core = _core_factory(policy, scheduler_options)
+        if record is not None:
+            check_recordable(policy)
         self._registry = Registry(max_queue)
         self._recorder = Recorder() if record_timeline else None
         self._clock = clock
@@ -91,6 +97,7 @@ class Engine:
             max_blocking=None if max_blocking_ms is None else max_blocking_ms / 1e3,
             recorder=self._recorder,
             on_segment=on_segment,
+            record=record,
         )
         self._programs.warm_up()
         self._turning = threading.Lock()
@@ -124,13 +131,15 @@ class Engine:
         tenant: str = "",
         priority: int = 0,
         request_id: str | None = None,
+        slo_class: str | None = None,
         **model_inputs: Any,
     ) -> Handle:
         """Ask for one forward pass over ``input_ids [batch, length]``; ``model_inputs`` are the model's own.
 
         ``ttft_slo``: seconds from ``arrival`` (default: now) to the result. ``deadline`` gives the same as a
         time on the engine's clock; without either nothing is promised. ``program`` names one of several.
-        ``priority``: higher first, for policies that look at it.
+        ``priority``: higher first, for policies that look at it. ``slo_class`` names the kind of request: of
+        each kind a policy may try to serve the same part in time (default: the program's name).
 
         Never blocks. Raises :class:`EngineClosedError`, :class:`QueueFullError` (with ``retry_after``),
         :class:`UnknownNameError` for a program, :class:`InvalidInputError` for anything else that is wrong.
@@ -144,6 +153,7 @@ class Engine:
             tenant=tenant,
             priority=priority,
             request_id=request_id,
+            slo_class=slo_class,
         )
         name, chosen = self._programs.resolve(program)
         self._registry.check(terms.request_id, self._driver.retry_after)
@@ -165,7 +175,7 @@ class Engine:
             slo=terms.slo,
             priority=terms.priority,
             tenant=terms.tenant,
-            klass=name,
+            klass=terms.slo_class or name,
         )
         handle = Handle(request.id, ask_cancel=self._ask_cancel, home=self._home)
         ticket = Ticket(request, program=name, run=run, handle=handle, rows=run.rows, context=context)
@@ -241,6 +251,7 @@ class Engine:
                 self._driver.give_up_what_is_held()
             if time.monotonic() >= until:
                 self._driver.cancel_all()
+        self._driver.close_log()
 
 
 def _core_factory(policy: Policy | str, options: dict[str, Any]) -> Callable[[], Scheduler]:

@@ -41,6 +41,7 @@ class RequestMetrics:
     request_id: str
     program: str
     tenant: str
+    slo_class: str
     priority: int
     tokens: int
     state: RequestState
@@ -146,6 +147,7 @@ class Ticket:
             request_id=request.id,
             program=self.program,
             tenant=request.tenant,
+            slo_class=request.klass,
             priority=request.priority,
             tokens=request.tokens,
             state=state,

@@ -25,6 +25,7 @@ class Terms:
     tenant: str
     priority: int
     request_id: str | None
+    slo_class: str | None = None
 
     @classmethod
     def check(
@@ -37,6 +38,7 @@ class Terms:
         tenant: Any,
         priority: Any,
         request_id: Any,
+        slo_class: Any = None,
     ) -> Self:
         """The terms, or :class:`InvalidInputError` for the first argument that is wrong."""
         came = now if arrival is None else _seconds("arrival", arrival)
@@ -56,7 +58,11 @@ class Terms:
             raise InvalidInputError(
                 "request_id is wrong", expected="a non-empty str, or None", got=repr(request_id)
             )
-        return cls(came, due, slo, tenant, priority, request_id)
+        if slo_class is not None and (not isinstance(slo_class, str) or not slo_class):
+            raise InvalidInputError(
+                "slo_class is wrong", expected="a non-empty str, or None", got=repr(slo_class)
+            )
+        return cls(came, due, slo, tenant, priority, request_id, slo_class)
 
 
 def _promise(arrival: float, ttft_slo: Any, deadline: Any) -> tuple[float, float]:

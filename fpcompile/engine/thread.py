@@ -41,6 +41,7 @@ def _serve(driver: Driver) -> None:
     except BaseException as error:
         driver.abort(error)
     finally:
+        driver.close_log()
         _running.pop(threading.current_thread(), None)
 
 

@@ -2,9 +2,10 @@
 
 A log is jsonl. The first line is the header: format version, policy spec, scheduler options. Every further
 line is ``{"events": [...], "commands": [...]}``: events that were handed over together, and the answer to
-them.
+them; a policy that packs asks its predictor meanwhile, and ``"predictions": [...]`` is what it was told. A
+line ``{"restarted": true}`` says that from there on a fresh core answers (the one before had failed).
 
-Replaying the events on a fresh core of the same policy gives the same commands, always: the core is pure.
+Replaying the events on fresh cores of the same policy gives the same commands, always: the core is pure.
 :func:`differences` says where it does not (another version, or a core that is not pure any more).
 :func:`requests_of` and :func:`measured_costs` give the requests with what they really cost, so that the
 simulator can serve them under another policy, at another rate.
@@ -13,13 +14,14 @@ simulator can serve them under another policy, at another rate.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from math import inf
 from pathlib import Path
 from typing import Any, TextIO
 
-from fpcompile.errors import InvalidInputError
+from fpcompile.errors import InternalError, InvalidInputError
 from fpcompile.scheduler import events as ev
 from fpcompile.scheduler.core import Scheduler
 from fpcompile.scheduler.errors import TraceError
@@ -38,7 +40,16 @@ from fpcompile.scheduler.options import SchedulerOptions
 from fpcompile.scheduler.predictor import TtftPredictor
 from fpcompile.scheduler.simulator import Outcome
 
-__all__ = ["Log", "Recorder", "differences", "measured_costs", "outcomes_of", "read_log", "requests_of"]
+__all__ = [
+    "Answers",
+    "Log",
+    "Recorder",
+    "differences",
+    "measured_costs",
+    "outcomes_of",
+    "read_log",
+    "requests_of",
+]
 
 _VERSION = 1
 _TYPES = {
@@ -53,23 +64,82 @@ Step = tuple[tuple[Event, ...], tuple[Command, ...]]
 
 
 class Log:
-    """A recorded log: the header, and the steps in order."""
+    """A recorded log: the header, and the steps in order.
 
-    def __init__(self, policy: str, options: dict[str, Any], steps: Sequence[Step]) -> None:
+    ``predictions[i]`` is what the core was told during step i; ``restarts`` are the steps before which a
+    fresh core took over.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        options: dict[str, Any],
+        steps: Sequence[Step],
+        *,
+        predictions: Sequence[tuple[float, ...]] = (),
+        restarts: Iterable[int] = (),
+    ) -> None:
         self.policy, self.options, self.steps = policy, options, tuple(steps)
+        self.predictions = tuple(predictions) or ((),) * len(self.steps)
+        self.restarts = frozenset(restarts)
+
+
+class Answers:
+    """A predictor that notes what it answers, so that a log can hold it: predictions change with time."""
+
+    def __init__(self, predictor: TtftPredictor) -> None:
+        self.predictor = predictor
+        self._given: list[float] = []
+
+    def predict(self, tokens: int, context: int = 0) -> float:
+        """As the predictor's own."""
+        return self._note(self.predictor.predict(tokens, context))
+
+    def predict_pack(self, lengths: Iterable[int]) -> float:
+        """As the predictor's own."""
+        return self._note(self.predictor.predict_pack(lengths))
+
+    def correct(self, tokens: int, measured: float) -> None:
+        """As the predictor's own."""
+        self.predictor.correct(tokens, measured)
+
+    def _note(self, seconds: float) -> float:
+        self._given.append(seconds)
+        return seconds
+
+    def take(self) -> list[float]:
+        """What was answered since the last ``take``."""
+        given, self._given = self._given, []
+        return given
 
 
 class Recorder:
-    """Writes a log line for each call of the core; give it to whoever drives a core. Close it at the end."""
+    """Writes a log line for each call of the core; give it to whoever drives a core. Close it at the end.
+
+    The decisions of a core that packs follow its predictor: give it :class:`Answers` as predictor, else the
+    log replays only with the same predictor. Each line is written out at once.
+    """
 
     def __init__(self, path: str | Path, core: Scheduler) -> None:
-        self._file: TextIO = Path(path).open("w", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._file: TextIO = Path(path).open("w", encoding="utf-8", buffering=1)  # noqa: SIM115 - see close()
         header = {"version": _VERSION, "policy": core.policy.name, "options": _plain(core.options)}
+        self._core = core
         self._write(header)
 
     def record(self, events: Iterable[Event], commands: Iterable[Command]) -> None:
         """Events that were handed over together, and the commands that answered them."""
-        self._write({"events": [_plain(e) for e in events], "commands": [_plain(c) for c in commands]})
+        line: dict[str, Any] = {
+            "events": [_plain(e) for e in events],
+            "commands": [_plain(c) for c in commands],
+        }
+        if isinstance(self._core.predictor, Answers) and (given := self._core.predictor.take()):
+            line["predictions"] = given
+        self._write(line)
+
+    def restarted(self, core: Scheduler) -> None:
+        """From now on this fresh core answers, of the same policy and options."""
+        self._core = core
+        self._write({"restarted": True})
 
     def _write(self, value: object) -> None:
         self._file.write(json.dumps(value, separators=(",", ":")) + "\n")
@@ -120,6 +190,8 @@ def read_log(path: str | Path) -> Log:
     except OSError as error:
         raise InvalidInputError("cannot read the log", got=str(error), where=str(source)) from error
     steps: list[Step] = []
+    predictions: list[tuple[float, ...]] = []
+    restarts: list[int] = []
     header: dict[str, Any] = {}
     for number, line in enumerate(lines, 1):
         try:
@@ -129,9 +201,13 @@ def read_log(path: str | Path) -> Log:
                 if data["version"] != _VERSION:
                     raise ValueError(f"version {data['version']}")
                 continue
+            if data.get("restarted"):
+                restarts.append(len(steps))
+                continue
             events = tuple(_value(item) for item in data["events"])
             steps.append((events, tuple(_value(item) for item in data["commands"])))
-        except (KeyError, TypeError, ValueError) as error:
+            predictions.append(tuple(float(item) for item in data.get("predictions", ())))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise TraceError(
                 "a log line cannot be read",
                 path=source,
@@ -143,18 +219,50 @@ def read_log(path: str | Path) -> Log:
     if not header:
         raise InvalidInputError("the log is empty", expected="a header line", where=str(source))
     options = {key: _number(value) for key, value in header["options"].items()}
-    return Log(str(header["policy"]), options, steps)
+    return Log(str(header["policy"]), options, steps, predictions=predictions, restarts=restarts)
+
+
+class _Told:
+    """Answers with what the log holds, in order; inf when it holds no more, or what ``otherwise`` says."""
+
+    def __init__(self, otherwise: TtftPredictor | None) -> None:
+        self.otherwise = otherwise
+        self.left: deque[float] = deque()
+
+    def predict(self, tokens: int, context: int = 0) -> float:
+        if self.otherwise is not None:
+            return self.otherwise.predict(tokens, context)
+        return self.left.popleft() if self.left else inf
+
+    def predict_pack(self, lengths: Iterable[int]) -> float:
+        if self.otherwise is not None:
+            return self.otherwise.predict_pack(lengths)
+        return self.left.popleft() if self.left else inf
+
+    def correct(self, tokens: int, measured: float) -> None:
+        raise InternalError("a replay corrects nothing", expected="predictions from the log", got="correct()")
 
 
 def differences(log: Log, predictor: TtftPredictor | None = None) -> list[str]:
-    """Replay the log's events on a fresh core of its policy: where the commands differ, in words."""
-    core = Scheduler(log.policy, predictor=predictor, options=SchedulerOptions(**log.options))
+    """Replay the log's events on fresh cores of its policy: where the commands differ, in words.
+
+    A log that holds predictions is replayed with them, any other with ``predictor``.
+    """
+    told = _Told(None if any(log.predictions) else predictor)
+
+    def fresh() -> Scheduler:
+        return Scheduler(log.policy, predictor=told, options=SchedulerOptions(**log.options))
+
+    core = fresh()
     found = []
-    for number, (events, recorded) in enumerate(log.steps, 1):
+    for number, (events, recorded) in enumerate(log.steps):
+        if number in log.restarts:
+            core = fresh()
+        told.left = deque(log.predictions[number])
         commands = core.handle_all(events)
-        if commands != recorded:
+        if commands != recorded or told.left:
             at = events[-1].time if events else 0.0
-            found.append(f"step {number} at t={at:.6f}: recorded {recorded}, replayed {commands}")
+            found.append(f"step {number + 1} at t={at:.6f}: recorded {recorded}, replayed {commands}")
     return found
 
 

@@ -27,18 +27,17 @@ _LEAD_S = 0.05  # from the start of a measurement to its first arrival
 class RealDevice:
     """An engine in a process of its own; ``path``: a model's folder, None for the built-in one."""
 
-    def __init__(self, path: str | None, classes: Sequence[str]) -> None:
+    def __init__(self, path: str | None) -> None:
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self._mine: int | None = cores[-1] if len(cores) > 1 else None
         core = cores[0] if len(cores) > 1 else None
         self._before = set(cores)
         context = get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        arguments = (theirs, path, list(classes), core)
+        arguments = (theirs, path, core)
         self._process = context.Process(target=serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
-        self.classes = list(classes)
         self.pinned = core is not None
 
     def __enter__(self) -> Self:

@@ -118,8 +118,7 @@ def run_bench_real(
     plans = {name: _plan(name) for name in policies}
     if not policies or seeds < 1:
         raise InvalidInputError("nothing to measure", expected="at least one policy and one seed")
-    classes = sorted({row.klass for row in rows})
-    with RealDevice(model, classes) as device:
+    with RealDevice(model) as device:
         about = device.describe()
         known = {plan: _measure(device, plan, short) for plan in dict.fromkeys(plans.values())}
         quickest = min(known.values(), key=lambda one: _mean(one, short))

@@ -82,12 +82,12 @@ def build_model(path: str | None) -> Any:
     return model.train(False)
 
 
-def serve(pipe: Any, path: str | None, classes: list[str], core: int | None) -> None:
+def serve(pipe: Any, path: str | None, core: int | None) -> None:
     """The child process: answer the messages of ``pipe`` until it is closed."""
     if core is not None:
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
-    worker = _Worker(path, classes)
+    worker = _Worker(path)
     while True:
         try:
             message = pipe.recv()
@@ -105,10 +105,9 @@ def serve(pipe: Any, path: str | None, classes: list[str], core: int | None) -> 
 class _Worker:
     """One model, its programs by plan, and at most one engine."""
 
-    def __init__(self, path: str | None, classes: list[str]) -> None:
+    def __init__(self, path: str | None) -> None:
         self.model = build_model(path)
         self.parameters = sum(weight.numel() for weight in self.model.parameters())
-        self._classes = classes
         self._programs: dict[Plan, Program] = {}
         self._engine: Engine | None = None
         self._records: dict[str, Record] = {}
@@ -148,12 +147,12 @@ class _Worker:
         return table, {n: program.predict(tokens=n) for n in lengths}
 
     def engine(self, plan: Plan, policy: str, options: dict[str, Any]) -> None:
-        """A fresh engine; each class is served under its own name, as the policies see classes."""
+        """A fresh engine."""
         gc.collect()
         program = self._programs[plan]
         self._records = {}
         self._engine = Engine(
-            dict.fromkeys(self._classes, program),
+            program,
             policy=policy,
             max_queue=None,
             record_timeline=False,
@@ -166,7 +165,7 @@ class _Worker:
         try:
             handle = self._engine.submit(
                 self._ids[:, :tokens],
-                program=klass,
+                slo_class=klass,
                 arrival=arrival,
                 ttft_slo=slo,
                 tenant=klass,

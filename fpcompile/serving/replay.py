@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fpcompile.scheduler import CostPredictor, SchedulerOptions, load_costs, profile
+from fpcompile.scheduler import CostPredictor, Scheduler, SchedulerOptions, load_costs, profile
 from fpcompile.scheduler.events import Request
 from fpcompile.scheduler.goodput import attainment, percentile
 from fpcompile.scheduler.options import make_options
@@ -27,13 +27,19 @@ def replay_table(
     """What was recorded, and the recorded policy and ``policy`` simulated; whether the decisions agree.
 
     ``changes``: scheduler options that the simulations have in place of the recorded ones.
-    Each request costs what it was measured to cost; a request that never completed costs what was predicted.
+    Each request costs what it was measured to cost; a request that never completed, or was packed with
+    others, costs what was predicted. Packs are predicted from these costs.
     """
     log = read_log(path)
     table = load_costs(costs) if costs is not None else profile()
     found = differences(log, CostPredictor(table))
     measured = measured_costs(log)
     requests = requests_of(log, rate_scale)
+
+    predictor = CostPredictor(table)
+    for request in requests:
+        if (cost := measured.get(request.id, request.cost)) > 0:
+            predictor.correct(request.tokens, cost)
 
     def slowdown(request: Request) -> float:
         return measured.get(request.id, request.cost) / table.seconds(request.tokens)
@@ -44,7 +50,8 @@ def replay_table(
     _rows(shown, f"recorded: {log.policy}", outcomes_of(log))
     for name in dict.fromkeys((log.policy, policy or log.policy)):
         options = make_options(SchedulerOptions(**log.options), changes)
-        result = Simulator(name, table, options=options, slowdown=slowdown).run(requests)
+        core = Scheduler(name, predictor=predictor, options=options)
+        result = Simulator(name, table, core=core, slowdown=slowdown).run(requests)
         _rows(shown, f"simulated: {name}", result.outcomes)
     agreed = "identical" if not found else f"{len(found)} differ, the first: {found[0]}"
     shown.caption = f"decisions replayed with {log.policy}: {agreed}"

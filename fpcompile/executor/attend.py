@@ -78,7 +78,7 @@ def attend_tile(run: Run, layout: Layout, call: AttentionCall, q: Tensor, tile: 
     cached = group.past - kv.start
     low = 0
     if call.mask.kind is MaskKind.SLIDING:
-        low = max(0, cached + tile.start - call.mask.size + 1) // EXACT_ROWS * EXACT_ROWS
+        low = max(0, cached + tile.start - call.mask.span + 1) // EXACT_ROWS * EXACT_ROWS
     visible = slice(low, int(kv.keys.shape[2]))
     if call.mask.kind is not MaskKind.BIDIRECTIONAL:
         visible = slice(low, cached + tile.stop)

@@ -88,7 +88,7 @@ def _read_layer(
                 f"{name} {shape} of {dtype} in layer {index}", f"{list(tensor.shape)} of {tensor.dtype}"
             )
     seen = int(getattr(layer, "cumulative_length", held))
-    needed = min(length, call.mask.size - 1) if call.mask.size else length
+    needed = min(length, call.mask.span - 1) if call.mask.span else length
     if seen != length or held < needed:
         raise _foreign(
             f"{length} tokens in layer {index}, as in layer 0", f"{seen} seen and {held} of them kept"

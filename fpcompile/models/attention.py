@@ -48,13 +48,13 @@ class MaskKind(StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MaskSpec:
-    """Which keys a query sees. ``size`` is the window or chunk in tokens, 0 when the kind has none."""
+    """Which keys a query sees. ``span`` is the window or chunk in tokens, 0 when the kind has none."""
 
     kind: MaskKind
-    size: int = 0
+    span: int = 0
 
     def __str__(self) -> str:
-        return f"{self.kind}({self.size})" if self.size else str(self.kind)
+        return f"{self.kind}({self.span})" if self.span else str(self.kind)
 
     def build(
         self,
@@ -73,10 +73,10 @@ class MaskSpec:
         """
         function: Callable[..., Any] = mu.causal_mask_function
         if self.kind is MaskKind.SLIDING:
-            function = mu.sliding_window_causal_mask_function(self.size)
+            function = mu.sliding_window_causal_mask_function(self.span)
         elif self.kind is MaskKind.CHUNKED:
             function = mu.chunked_causal_mask_function(
-                self.size, torch.zeros(1, dtype=torch.long, device=like.device)
+                self.span, torch.zeros(1, dtype=torch.long, device=like.device)
             )
         elif self.kind is MaskKind.BIDIRECTIONAL:
             function = mu.bidirectional_mask_function
@@ -89,7 +89,7 @@ class MaskSpec:
             kv_offset=k_offset,
             mask_function=function,
             attention_mask=None,
-            local_size=self.size or None,
+            local_size=self.span or None,
             allow_is_causal_skip=not bidirectional,
             allow_is_bidirectional_skip=bidirectional,
             dtype=like.dtype,

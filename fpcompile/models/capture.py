@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -229,8 +230,7 @@ def _explain(model: PreTrainedModel, error: Exception, watch: LengthWatch) -> Un
         ):
             line = f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}: {frame.line}"
             break
-    reason = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
-    reason = f"{type(error).__name__}: {reason[:300]}"
+    reason = _in_words(error, line or "")
     if "Constraints violated" in reason:
         reason = "the model's code makes the number of tokens a constant (it loops over positions)"
         line, path = None, watch.specialised
@@ -241,3 +241,15 @@ def _explain(model: PreTrainedModel, error: Exception, watch: LengthWatch) -> Un
         source_line=line,
         remedy="pass a model whose forward does not branch on tensor values or lengths",
     )
+
+
+def _in_words(error: Exception, line: str) -> str:
+    """What a trace's error means for the user, where that is known; else its first line."""
+    said = next((text.strip() for text in str(error).splitlines() if text.strip()), "")
+    if re.search(r"\b(MaskSpec|UnknownMask)\b", said):
+        return "its code computes with the attention mask itself, which packed sequences do not have"
+    if isinstance(error, (IndexError, AttributeError)) and "past_key_values" in line:
+        return "its code uses cache entries of its own kind"
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return "a decision in its code depends on activations"
+    return f"{type(error).__name__}: {said[:300]}" if said else type(error).__name__

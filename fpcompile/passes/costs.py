@@ -55,7 +55,7 @@ def visible_pairs(call: AttentionCall) -> sympy.Expr:
     if call.mask.kind is MaskKind.BIDIRECTIONAL:
         return TOKENS * CONTEXT
     pairs = TOKENS * CONTEXT - TOKENS * (TOKENS - 1) / 2
-    return sympy.Min(pairs, TOKENS * call.mask.size) if call.mask.size else pairs
+    return sympy.Min(pairs, TOKENS * call.mask.span) if call.mask.span else pairs
 
 
 def _attention_cost(node: fx.Node, call: AttentionCall, names: Names) -> Cost:

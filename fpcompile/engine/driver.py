@@ -30,6 +30,7 @@ from fpcompile.engine.errors import SchedulerFailedError
 from fpcompile.engine.inbox import Inbox
 from fpcompile.engine.metrics import Ended, Ticket
 from fpcompile.engine.pilot import Ending, Pilot
+from fpcompile.engine.prices import Prices
 from fpcompile.engine.programs import Programs
 from fpcompile.engine.recorder import Recorder, joined
 from fpcompile.engine.registry import Registry
@@ -95,6 +96,7 @@ class Driver:
         self.inbox = Inbox()
         self.clock = clock
         self.counts = Counts()
+        self.prices = Prices(programs.names)
         self.recorder = recorder
         self.abandoned = False
         """Whether the engine is closed without waiting for its requests."""
@@ -139,6 +141,7 @@ class Driver:
             waiting=states.count("waiting"),
             paused=states.count("paused"),
             paused_bytes=sum(ticket.paused_bytes for ticket in live),
+            error=self.prices.error,
         )
 
     def cancel_all(self) -> None:
@@ -205,6 +208,7 @@ class Driver:
             reason = f"{type(landing.error).__name__}: {landing.error}"
             self._hear(Failed(self._now(), ticket.id, reason))
         else:
+            self.prices.learn(ticket.program, ticket.request.tokens, ticket.predicted, ticket.executed)
             self._finish(ticket, "completed", landing.value)
             self._hear(Completed(self._now(), ticket.id))
 
@@ -227,8 +231,9 @@ class Driver:
         remaining = program.predict(
             tokens=ticket.request.tokens, rows=ticket.rows, context=ticket.context, start=ticket.run.cursor
         )
+        remaining = self.prices.corrected(ticket.program, ticket.request.tokens, max(remaining, 0.0))
         now = self._now()
-        self._hear(Yielded(now, ticket.id, max(remaining, 0.0)))
+        self._hear(Yielded(now, ticket.id, remaining))
         if ticket.id not in self._known or self._has_device(ticket):
             return
         ticket.run.suspend()

@@ -69,7 +69,7 @@ class Engine:
         self,
         programs: ProgramLike | Mapping[str, ProgramLike],
         *,
-        policy: Policy | str = "s-edf",
+        policy: Policy | str = "fpcompile",
         max_queue: int | None = 1024,
         max_blocking_ms: float | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -99,10 +99,15 @@ class Engine:
             on_segment=on_segment,
             record=record,
         )
-        self._programs.warm_up()
         self._turning = threading.Lock()
-        self._thread = start_device_thread(self._driver) if device_thread else None
+        self._thread = self._start() if device_thread else None
+        if self._thread is None:
+            self._programs.warm_up()
         weakref.finalize(self, let_go, self._driver, self._home).atexit = False
+
+    def _start(self) -> threading.Thread:
+        """Calibrate in the thread that will execute: another one's times are not its times."""
+        return start_device_thread(self._driver, self._programs.warm_up)
 
     def __enter__(self) -> Self:
         return self
@@ -166,12 +171,13 @@ class Engine:
 
     def _ticket(self, name: str, program: ProgramLike, run: RunLike, terms: Terms) -> Ticket:
         context = context_of(run)
+        predicted = max(program.predict(tokens=run.tokens, rows=run.rows, context=context), 0.0)
         request = Request(
             id=terms.request_id or self._registry.new_id(),
             arrival=terms.arrival,
             deadline=terms.deadline,
             tokens=run.tokens,
-            cost=max(program.predict(tokens=run.tokens, rows=run.rows, context=context), 0.0),
+            cost=self._driver.prices.corrected(name, run.tokens, predicted),
             slo=terms.slo,
             priority=terms.priority,
             tenant=terms.tenant,
@@ -179,6 +185,7 @@ class Engine:
         )
         handle = Handle(request.id, ask_cancel=self._ask_cancel, home=self._home)
         ticket = Ticket(request, program=name, run=run, handle=handle, rows=run.rows, context=context)
+        ticket.predicted = predicted
         handle.bind(ticket.snapshot)
         return ticket
 

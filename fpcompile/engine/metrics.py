@@ -65,8 +65,8 @@ class Ticket:
 
     __slots__ = (
         "_launched", "_stopped", "context", "cost", "ended", "executed", "handle", "paused_bytes",
-        "preempted_by", "preemptions", "program", "ready", "request", "rows", "run", "started", "state",
-        "suspended",
+        "predicted", "preempted_by", "preemptions", "program", "ready", "request", "rows", "run", "started",
+        "state", "suspended",
     )  # fmt: skip
 
     def __init__(
@@ -78,6 +78,8 @@ class Ticket:
         """The run; dropped (None) when the request ends."""
         self.handle = handle
         self.rows, self.context = rows, context
+        self.predicted = request.cost
+        """Device seconds that the program's cost model says, without what the engine has learnt."""
         self.cost: Callable[[], float] | None = None
         """Predicted seconds of the next launch, on asynchronous devices."""
         self.state: RequestState = "waiting"

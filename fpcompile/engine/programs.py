@@ -6,6 +6,7 @@ is data that one thread at a time steps through; the engine asks nothing else of
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol, runtime_checkable
 
@@ -119,7 +120,18 @@ class Programs:
     def __getitem__(self, name: str) -> ProgramLike:
         return self._by_name[name]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names, in the order given."""
+        return tuple(self._by_name)
+
     def warm_up(self) -> None:
-        """Let every program calibrate its predictions now, not in the first submission."""
-        for program in self._by_name.values():
-            program.predict(tokens=1)
+        """Let every program calibrate its predictions now, not in the first submission.
+
+        Call it in the thread that will execute them: the threads of a CPU's kernels belong to their caller,
+        and elsewhere the same kernel may take many times as long.
+        """
+        here = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        with here:
+            for program in self._by_name.values():
+                program.predict(tokens=1)

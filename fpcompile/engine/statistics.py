@@ -14,6 +14,7 @@ from typing import Final
 
 from fpcompile.engine.metrics import Ended
 from fpcompile.errors import InvalidInputError
+from fpcompile.scheduler.predictor import PredictionError
 
 __all__ = ["BLOCKING_KEPT", "Counts", "EngineStatistics"]
 
@@ -26,7 +27,9 @@ class EngineStatistics:
     """A snapshot. ``blocking`` holds the newest blocking times in seconds, oldest first.
 
     ``running``, ``waiting`` and ``paused`` are of now, the other counts since the engine was made.
-    ``paused_bytes`` is what paused runs hold: live values and caches.
+    ``paused_bytes`` is what paused runs hold: live values and caches. ``prediction_error`` is of the device
+    seconds that were predicted for runs that completed, relative to what they took; each is judged by what
+    had been learnt before it.
     """
 
     running: int
@@ -39,6 +42,7 @@ class EngineStatistics:
     rejected: int
     preemptions: int
     blocking: tuple[float, ...]
+    prediction_error: PredictionError
 
     @property
     def ended(self) -> int:
@@ -65,7 +69,9 @@ class Counts:
         self.preemptions = 0
         self.blocking: deque[float] = deque(maxlen=BLOCKING_KEPT)
 
-    def snapshot(self, *, running: int, waiting: int, paused: int, paused_bytes: int) -> EngineStatistics:
+    def snapshot(
+        self, *, running: int, waiting: int, paused: int, paused_bytes: int, error: PredictionError
+    ) -> EngineStatistics:
         """The counts so far."""
         return EngineStatistics(
             running=running,
@@ -78,4 +84,5 @@ class Counts:
             rejected=self.ended["rejected"],
             preemptions=self.preemptions,
             blocking=tuple(self.blocking.copy()),
+            prediction_error=error,
         )

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import atexit
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Final
 
 from fpcompile.engine.driver import Driver
@@ -22,16 +24,31 @@ _EXIT_SECONDS: Final = 5.0
 _running: Final[dict[threading.Thread, tuple[Driver, Home]]] = {}
 
 
-def start_device_thread(driver: Driver) -> threading.Thread:
-    """A running device thread."""
-    thread = threading.Thread(target=_serve, args=(driver,), name="fpcompile-device", daemon=True)
+def start_device_thread(driver: Driver, prepare: Callable[[], object]) -> threading.Thread:
+    """A running device thread, once ``prepare()`` has returned in it; raises what that raises."""
+    prepared: Future[None] = Future()
+    arguments = (driver, prepare, prepared)
+    thread = threading.Thread(target=_serve, args=arguments, name="fpcompile-device", daemon=True)
     _running[thread] = driver, Home()
     thread.start()
+    try:
+        prepared.result()
+    except BaseException:  # an interrupt of the one who waits too: then nobody will have this engine
+        driver.registry.close()
+        driver.inbox.nudge()
+        raise
     return thread
 
 
-def _serve(driver: Driver) -> None:
+def _serve(driver: Driver, prepare: Callable[[], object], prepared: Future[None]) -> None:
     try:
+        try:
+            prepare()
+        except BaseException as error:
+            prepared.set_exception(error)
+            return
+        prepared.set_result(None)
+        del prepare, prepared
         while True:
             if not driver.turn():
                 if driver.registry.closed and not len(driver.registry):

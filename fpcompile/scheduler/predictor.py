@@ -1,8 +1,9 @@
 """Time to first token, predicted from costs and corrected by what was measured.
 
-``CostPredictor`` multiplies the cost table by a correction per octave of lengths: the exponentially weighted
-mean of measured / predicted, drawn towards the correction over all lengths while the octave has few
-measurements. Lengths beyond any measurement use the overall correction: there is no table limit.
+A :class:`Correction` is a factor per octave of lengths: the exponentially weighted mean of measured /
+predicted, drawn towards the correction over all lengths while the octave has few measurements. Lengths beyond
+any measurement use the overall correction: there is no table limit. ``CostPredictor`` multiplies a cost table
+by it; the engine multiplies the program's own predictions, which know rows and cached tokens as well.
 
 Invariants
     ``predict`` is positive, monotone in tokens within one octave, and equals the cost table before the first
@@ -13,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import isfinite
+from math import inf
 from typing import Protocol
 
 from fpcompile.errors import InvalidInputError
 from fpcompile.scheduler.costs import CostTable
 
-__all__ = ["CostPredictor", "PredictionError", "TtftPredictor"]
+__all__ = ["Correction", "CostPredictor", "PredictionError", "TtftPredictor", "overall_error"]
 
 
 class TtftPredictor(Protocol):
@@ -50,58 +51,91 @@ class _Ratio:
     value: float = 1.0
     count: int = 0
 
-    def update(self, ratio: float, weight: float) -> None:
+    def update(self, ratio: float, weight: float, prior: int) -> None:
         self.count += 1
-        self.value += (ratio - self.value) * max(weight, 1.0 / self.count)
+        self.value += (ratio - self.value) * max(weight, 1.0 / (self.count + prior))
 
 
-class CostPredictor:
-    """A :class:`TtftPredictor` over a cost table.
+class Correction:
+    """What measurements say about predicted seconds.
 
     ``weight`` is that of the newest measurement (the first few count equally); ``shrink`` the number of
-    measurements at which an octave's own correction counts as much as the overall one.
+    measurements at which an octave's own correction counts as much as the overall one; ``prior`` how many
+    measurements the uncorrected prediction counts as.
     """
 
-    def __init__(self, table: CostTable, *, weight: float = 0.1, shrink: float = 4.0) -> None:
+    def __init__(self, *, weight: float = 0.1, shrink: float = 4.0, prior: int = 0) -> None:
         if not 0 < weight <= 1:
             raise InvalidInputError("predictor weight", expected="in (0, 1]", got=repr(weight))
-        self.table = table
-        self._weight, self._shrink = weight, shrink
+        self._weight, self._shrink, self._prior = weight, shrink, prior
         self._overall = _Ratio()
         self._octaves: dict[int, _Ratio] = {}
         self._errors = [0, 0.0, 0.0, 0.0]
 
-    def _factor(self, tokens: int) -> float:
+    def factor(self, tokens: int) -> float:
+        """What to multiply a prediction for ``tokens`` tokens by."""
         octave = self._octaves.get(tokens.bit_length())
         if octave is None:
             return self._overall.value
         trust = octave.count / (octave.count + self._shrink)
         return trust * octave.value + (1 - trust) * self._overall.value
 
-    def predict(self, tokens: int, context: int = 0) -> float:
-        return self._factor(tokens) * self.table.seconds(tokens, context)
-
-    def predict_pack(self, lengths: Iterable[int]) -> float:
-        slices = [(tokens, 0) for tokens in lengths]
-        return self._factor(sum(tokens for tokens, _ in slices)) * self.table.pack_seconds(slices)
-
-    def correct(self, tokens: int, measured: float) -> None:
-        if tokens < 1 or not measured > 0 or not isfinite(measured):
+    def learn(self, tokens: int, predicted: float, measured: float) -> None:
+        """``tokens`` tokens took ``measured`` seconds; ``predicted`` without any correction."""
+        if tokens < 1 or not 0 < measured < inf or not 0 < predicted < inf:
             raise InvalidInputError(
                 "a correction needs a real measurement",
                 expected="tokens >= 1 and finite seconds > 0",
-                got=f"tokens={tokens}, measured={measured}",
+                got=f"tokens={tokens}, predicted={predicted}, measured={measured}",
             )
-        error = (self.predict(tokens) - measured) / measured
+        error = (self.factor(tokens) * predicted - measured) / measured
         count, total, absolute, worst = self._errors
         self._errors = [count + 1, total + error, absolute + abs(error), max(worst, abs(error))]
-        ratio = measured / self.table.seconds(tokens)
-        self._overall.update(ratio, self._weight)
-        self._octaves.setdefault(tokens.bit_length(), _Ratio()).update(ratio, self._weight)
+        ratio = measured / predicted
+        self._overall.update(ratio, self._weight, self._prior)
+        octave = self._octaves.setdefault(tokens.bit_length(), _Ratio())
+        octave.update(ratio, self._weight, self._prior)
 
     @property
     def error(self) -> PredictionError:
         """How good the predictions were, each judged before it was corrected."""
-        count, total, absolute, worst = self._errors
-        n = max(int(count), 1)
-        return PredictionError(int(count), total / n, absolute / n, worst)
+        return overall_error([self])
+
+
+def overall_error(corrections: Iterable[Correction]) -> PredictionError:
+    """The error of all the predictions that these have corrected."""
+    rows = [tuple(one._errors) for one in corrections]
+    count = int(sum(row[0] for row in rows))
+    n = max(count, 1)
+    worst = max((row[3] for row in rows), default=0.0)
+    return PredictionError(count, sum(row[1] for row in rows) / n, sum(row[2] for row in rows) / n, worst)
+
+
+class CostPredictor:
+    """A :class:`TtftPredictor` over a cost table; ``correction``: one to share, else its own."""
+
+    def __init__(
+        self,
+        table: CostTable,
+        *,
+        weight: float = 0.1,
+        shrink: float = 4.0,
+        correction: Correction | None = None,
+    ) -> None:
+        self.table = table
+        self.correction = correction or Correction(weight=weight, shrink=shrink)
+
+    def predict(self, tokens: int, context: int = 0) -> float:
+        return self.correction.factor(tokens) * self.table.seconds(tokens, context)
+
+    def predict_pack(self, lengths: Iterable[int]) -> float:
+        slices = [(tokens, 0) for tokens in lengths]
+        return self.correction.factor(sum(tokens for tokens, _ in slices)) * self.table.pack_seconds(slices)
+
+    def correct(self, tokens: int, measured: float) -> None:
+        self.correction.learn(tokens, self.table.seconds(max(tokens, 1)), measured)
+
+    @property
+    def error(self) -> PredictionError:
+        """How good the predictions were, each judged before it was corrected."""
+        return self.correction.error

@@ -40,7 +40,7 @@ def test_an_engines_log_replays_to_identical_decisions(tmp_path: Path, policy: s
             for turn in range(6):
                 ids = sample_ids(draw.choice((4, 40, 160)), seed=turn)
                 slo = draw.choice((0.02, 0.2, 5.0))
-                handles.append(engine.submit(ids, ttft_slo=slo, tenant=str(number), slo_class=f"class {slo}"))
+                handles.append(engine.submit(ids, ttft_slo=slo, tenant=str(number), slo_class=f"c{slo}"))
 
         clients = [threading.Thread(target=client, args=(number,)) for number in range(3)]
         for thread in clients:
@@ -63,7 +63,7 @@ def test_an_engines_log_replays_to_identical_decisions(tmp_path: Path, policy: s
     result = CliRunner().invoke(app, ["replay", str(path), "--policy", "srpt", "--rate-scale", "1.5"])
     assert result.exit_code == 0, result.output
     assert "identical" in result.output
-    assert "class 0.02" in result.output
+    assert "c0.02" in result.output
 
 
 def _recorded(path: Path, **options: Any) -> tuple[Engine, Clock]:

@@ -16,9 +16,10 @@ from fpcompile.executor.verify import self_check
 from fpcompile.ir import Granularity
 from fpcompile.models.ambient import tracing
 from fpcompile.models.capture import capture
+from fpcompile.passes.lower import BACKENDS, lower
+from fpcompile.passes.partition import Partitioned
 from fpcompile.passes.pipeline import compile_packed
 
-BACKENDS = ("eager",)
 WEIGHTS = ("shared", "packed")
 ROUTES = ("auto", "packed", "generic")
 
@@ -43,6 +44,9 @@ def segment(
     the smallest tile takes longer); the device is measured for it, a few seconds. None means one launch for
     each segment. ``weights="packed"`` keeps a second copy of linear weights in the layout of the CPU's bf16
     kernel: the same bits, faster, above all for short prompts and tiles; it has no effect elsewhere.
+    ``backend="inductor"`` compiles each distinct function between attention calls once, now, whatever the
+    depth (seconds; TorchInductor needs a C++ compiler, on CUDA Triton); what it cannot compile stays eager and
+    is named in ``explain()``. Fused code rounds differently: the model's numbers, not its bits.
     ``route="auto"`` packs sequences where the model is proven to allow it (:mod:`fpcompile.models.capture`)
     and else takes any model as it is (:mod:`fpcompile.models.generic`); ``"packed"`` and ``"generic"`` ask
     for one. ``example_inputs`` are the arguments of one call (a mapping, a tuple or a tensor); models whose
@@ -56,8 +60,8 @@ def segment(
     of the model are part of what is traced: they are called now, with fake tensors, and not in runs.
 
     Raises :class:`InvalidInputError` for something that is no evaluating model, :class:`UnknownNameError` for
-    an unknown granularity, route or backend, :class:`UnsupportedModelError` for a model that cannot be
-    captured by the route.
+    an unknown granularity, route or backend, :class:`UsageError` where the backend's compiler is missing,
+    :class:`UnsupportedModelError` for a model that cannot be captured by the route.
     """
     if isinstance(model, ExportedProgram):
         model, own = exported_module(model)
@@ -81,7 +85,7 @@ def segment(
     if route != "generic" and example_inputs is None:
         try:
             with tracing(_device_type(model)):
-                program = _packed(model, granularity, max_blocking_ms, weights, verify)
+                program = _packed(model, granularity, max_blocking_ms, weights, backend, verify)
             if max_blocking_ms is not None and program.device.type != "meta":
                 program.calibrate()
             return program
@@ -99,6 +103,7 @@ def segment(
             blocked=blocked,
             verify=verify,
             dynamic_shapes=dynamic_shapes,
+            backend=backend,
         )
 
 
@@ -107,7 +112,12 @@ def _device_type(model: nn.Module) -> str:
 
 
 def _packed(
-    model: nn.Module, granularity: str, max_blocking_ms: float | None, weights: str, verify: bool
+    model: nn.Module,
+    granularity: str,
+    max_blocking_ms: float | None,
+    weights: str,
+    backend: str,
+    verify: bool,
 ) -> PackedProgram:
     inner = _without_adapters(model)
     if not isinstance(inner, PreTrainedModel):
@@ -117,9 +127,12 @@ def _packed(
     captured = capture(inner)
     partitioned = compile_packed(captured, Granularity(granularity), packed_weights=weights == "packed")
     program = PackedProgram(partitioned, captured, inner, max_blocking_ms=max_blocking_ms)
-    if verify:
+    if verify:  # of the generated code: other rounding may turn a choice of experts, and look like mixing
         self_check(program, model)
-    return program
+    if backend == "eager":
+        return program
+    lowered = Partitioned(*lower(partitioned.plan, partitioned.functions, backend, verify=verify))
+    return PackedProgram(lowered, captured, inner, max_blocking_ms=max_blocking_ms)
 
 
 def _without_adapters(model: nn.Module) -> nn.Module:

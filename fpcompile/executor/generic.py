@@ -35,6 +35,7 @@ from fpcompile.models.generic_shapes import promises
 from fpcompile.models.generic_tree import unflatten
 from fpcompile.passes.generic_capture import capture_generic
 from fpcompile.passes.generic_partition import Compiled, compile_generic
+from fpcompile.passes.lower import lower
 
 if TYPE_CHECKING:
     from fpcompile.executor.checkpoint import Checkpoint
@@ -101,6 +102,8 @@ class Variant(Program):
         max_blocking_ms: float | None,
     ) -> None:
         compiled = compile_generic(captured, granularity, architecture, owner.notes)
+        plan, functions = lower(compiled.plan, compiled.functions, owner.backend)
+        compiled = dataclasses.replace(compiled, plan=plan, functions=functions)
         self.owner, self.captured = owner, captured
         self.outputs, self.length_names = compiled.outputs, compiled.lengths
         weights = dict(captured.weights.values())
@@ -186,8 +189,10 @@ class GenericProgram(Program):
         max_blocking_ms: float | None = None,
         notes: tuple[str, ...] = (),
         dynamic_shapes: Mapping[str, Any] | None = None,
+        backend: str = "eager",
     ) -> None:
         self.model = model
+        self.backend = backend
         self.watch = WeightWatch(model)
         self.dynamic_shapes = dynamic_shapes or {}
         self.granularity = granularity

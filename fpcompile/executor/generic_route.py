@@ -29,6 +29,7 @@ def compile_generic_program(
     blocked: str | None,
     verify: bool,
     dynamic_shapes: Any = None,
+    backend: str = "eager",
 ) -> GenericProgram:
     """A program of the generic route. ``blocked`` says why the packed route was not taken.
 
@@ -46,6 +47,7 @@ def compile_generic_program(
         max_blocking_ms=max_blocking_ms,
         notes=notes,
         dynamic_shapes=None if dynamic_shapes is None else by_name(model, dynamic_shapes),
+        backend=backend,
     )
     if verify:
         self_check(program, model, example)

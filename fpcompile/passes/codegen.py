@@ -22,11 +22,18 @@ from torch import Tensor, fx, nn
 class Function:
     """A generated callable ``([*values, *weights, *lengths]) -> tuple of outputs``, which empties the list.
 
-    ``names`` are its local names for the part's nodes, in their order: they locate an error.
+    ``names`` are its local names for the part's nodes, in their order: they locate an error. ``graph`` is
+    what it was generated from, with fake tensors and symbolic lengths: what other backends compile.
     """
 
-    call: Callable[[list[Any]], tuple[Tensor, ...]]
+    call: Callable[[list[Any]], Sequence[Tensor]]
     names: tuple[str, ...]
+    graph: fx.Graph
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """What the list holds, in order: placeholders ``x..`` (values), ``w..`` (weights) and lengths."""
+        return tuple(n for n in self.graph.nodes if n.op == "placeholder")
 
 
 class _Boxed(fx.graph.CodeGen):
@@ -72,7 +79,7 @@ class Functions:
         key = hashlib.sha256(f"{text}\n{shapes}".encode()).hexdigest()[:16]
         if key not in self.found:
             names = tuple(env[n].name for n in nodes)
-            self.found[key] = Function(fx.GraphModule(nn.Module(), graph).forward, names)
+            self.found[key] = Function(fx.GraphModule(nn.Module(), graph).forward, names, graph)
         return key
 
 

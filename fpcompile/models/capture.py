@@ -24,6 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from fpcompile.errors import UnsupportedModelError
 from fpcompile.models import attention, leaves
+from fpcompile.models.generic_shapes import readable
 from fpcompile.models.lengths import LengthWatch
 from fpcompile.models.shadow import shadow
 
@@ -232,7 +233,13 @@ def _explain(model: PreTrainedModel, error: Exception, watch: LengthWatch) -> Un
             break
     reason = _in_words(error, line or "")
     if "Constraints violated" in reason:
-        reason = "the model's code makes the number of tokens a constant (it loops over positions)"
+        guard = re.search(r"generated guard (.+?)\.?$", str(error), re.MULTILINE)
+        if watch.specialised is not None or guard is None:
+            reason = "the model's code makes the number of tokens a constant (it loops over positions)"
+        else:
+            reason = (
+                f"torch.export cannot prove a condition on the number of tokens: {readable(guard[1], {})}"
+            )
         line, path = None, watch.specialised
     return UnsupportedModelError(
         f"{type(model).__name__} cannot be traced with symbolic lengths",

@@ -2,8 +2,9 @@
 
 Words: the *axis* of a value is the dimension that runs over tokens (or over the kept rows, behind the
 selection of ``logits_to_keep``), or None for a value that depends on no token. A rule per operator derives
-the axis of the result from those of the arguments, or refuses. An operator without a rule is *not proven*:
-the packed route is then refused, since packing sequences would silently mix them.
+the axis of the result from those of the arguments, or refuses. An operator without a rule that is given a
+value with an axis is *not proven*: the packed route is then refused, since packing sequences would silently
+mix them.
 
 What would change this design: rules for merged axes ([tokens * heads, d]); none of the models that the
 route serves needs them so far.
@@ -18,6 +19,7 @@ from torch import fx
 
 from fpcompile.errors import UnsupportedModelError
 from fpcompile.ir import ROWS, TOKENS
+from fpcompile.models.draws import may_draw
 from fpcompile.passes.context import Context, body, source, tensors_of
 from fpcompile.passes.tokenwise_rules import POINTWISE, RULES, SIZES, Axis, AxisOrNone, Facts, NotProvenError
 
@@ -40,6 +42,8 @@ class Proof(Facts):
         if found is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
             found = POINTWISE
         if found is None:
+            if self._of_constants(node):
+                return None
             raise NotProvenError(f"operator {node.target} has no token-wise rule")
         axis = found(self, node)
         shape = self.shape(node)
@@ -51,6 +55,12 @@ class Proof(Facts):
         if axis is not None and any(size.free_symbols for d, size in enumerate(shape) if d != axis.dim):
             raise NotProvenError(f"operator {node.target} makes rows whose width is the number of tokens")
         return axis
+
+    def _of_constants(self, node: fx.Node) -> bool:
+        """Whether an operator without a rule is given nothing that depends on tokens: its results do not."""
+        if may_draw(node):
+            raise NotProvenError(f"operator {node.target} draws random numbers")
+        return all(self.axis(argument) is None for argument in node.all_input_nodes)
 
     def _lengths_are_sizes(self, node: fx.Node) -> None:
         """Refuse a node that computes with a number of tokens; sizes of its result are all that it may be."""

@@ -102,6 +102,7 @@ POINTWISE: Rule = _pointwise  # of every operator that torch tags so
 
 rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar, aten.__or__.Tensor,
      aten.__and__.Tensor, aten.__xor__.Tensor, aten.__or__.Scalar, aten.__and__.Scalar, aten.polar.default,
+     aten.multiply.Tensor, aten.divide.Tensor, aten.subtract.Tensor, aten.true_divide.Tensor,
      aten.copy_.default, aten.complex.default, aten.lerp.Tensor, aten.lerp.Scalar)(_pointwise)  # fmt: skip
 
 
@@ -150,25 +151,21 @@ for _target, _position, _name in (
     rule(_target)(_along(_position, _name))
 
 
-def _reduction(position: int, name: str, keep: int) -> Rule:
-    along = _along(position, name)
-
-    def check(p: Facts, node: fx.Node) -> AxisOrNone:
-        axis = along(p, node)
-        if axis is None or bool(
-            node.args[keep] if len(node.args) > keep else node.kwargs.get("keepdim", False)
-        ):
-            return axis
-        gone = _dims(node, position, name, len(p.shape(node.args[0])))
-        return Axis(axis.dim - sum(d < axis.dim for d in gone), axis.over)
-
-    return check
+_along_dim = _along(1, "dim")
 
 
-for _target in (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.var.dim):
-    rule(_target)(_reduction(1, "dim", 2))
-for _target in (aten.max.dim, aten.min.dim, aten.argmax.default):
-    rule(_target)(_reduction(1, "dim", 2))
+@rule(
+    aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim,
+    aten.argmax.default, aten.var.dim, aten.var.correction, aten.std.dim, aten.std.correction,
+)  # fmt: skip
+def _reduction(p: Facts, node: fx.Node) -> AxisOrNone:
+    axis = _along_dim(p, node)
+    arguments = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    keep = arguments.index("keepdim")
+    if axis is None or bool(node.args[keep] if len(node.args) > keep else node.kwargs.get("keepdim", False)):
+        return axis
+    gone = _dims(node, 1, "dim", len(p.shape(node.args[0])))
+    return Axis(axis.dim - sum(d < axis.dim for d in gone), axis.over)
 
 
 @rule(aten.layer_norm.default, aten.rms_norm.default)
@@ -298,6 +295,18 @@ def _t(p: Facts, node: fx.Node) -> AxisOrNone:
 def _expand(p: Facts, node: fx.Node) -> AxisOrNone:
     axis = p.axis(node.args[0])
     return axis and Axis(axis.dim + len(p.shape(node)) - len(p.shape(node.args[0])), axis.over)
+
+
+@rule(aten.repeat.default)
+def _repeat(p: Facts, node: fx.Node) -> AxisOrNone:
+    axis = p.axis(node.args[0])
+    times: list[Any] = list(node.args[1])  # type: ignore[arg-type]
+    if axis is None:
+        return None
+    at = axis.dim + len(times) - len(p.shape(node.args[0]))
+    if times[at] != 1:
+        raise NotProvenError("tokens are repeated")
+    return Axis(at, axis.over)
 
 
 @rule(aten.select.int)

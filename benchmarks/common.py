@@ -11,8 +11,9 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import fpcompile
-from fpcompile.cli.interleave import busy_note
+from fpcompile.cli.interleave import Spread, busy_note
 from fpcompile.cli.load import describe, load_model
 from fpcompile.executor.device import make_device
 
@@ -107,6 +108,19 @@ def fail_if_different(differing: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
+def spread(value: Spread) -> dict[str, float]:
+    """A spread as plain data."""
+    return {name: getattr(value, name) for name in ("median", "q1", "q3", "low", "high", "count")}
+
+
+def verdict(ratio: Mapping[str, float], control: Mapping[str, float], target: float) -> str:
+    """Whether a ratio meets its target, or that the machine's noise (A/A) does not let us say."""
+    margin = max(abs(target - 1), 0.02)
+    if abs(control["median"] - 1) > margin / 2 or control["q3"] - control["q1"] > 2 * margin:
+        return "too noisy to say (see A/A)"
+    return "met" if ratio["median"] <= target else "MISSED"
+
+
 def matmul_rate(rows: int, columns: int, inner: int, *, dtype: torch.dtype, device: torch.device) -> float:
     """Operations per second of ``linear``, ``[rows, inner] x [inner, columns]``: best of 7."""
     a = torch.randn(rows, inner, device=device).to(dtype)
@@ -142,6 +156,27 @@ def canvas(title: str, subtitle: str, *, x: str, y: str) -> tuple[Figure, Axes]:
     ax.set_axisbelow(True)
     ax.spines[:].set_visible(False)
     return figure, ax
+
+
+def plot_ratios(
+    ax: Axes, rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], baseline: str, target: float
+) -> None:
+    """Ratio to ``baseline`` of every round as a dot, medians as bars, by length; ``names``: name -> label."""
+    width = 0.6 / len(names)
+    for place, row in enumerate(rows):
+        for number, (name, label) in enumerate(names.items()):
+            colour = COLOURS[number % len(COLOURS)]
+            pairs = zip(row["seconds"][name], row["seconds"][baseline], strict=True)
+            ratios = [a / b for a, b in pairs]
+            x = place + (number - (len(names) - 1) / 2) * width
+            ax.plot([x] * len(ratios), ratios, "o", color=colour, alpha=0.45, markersize=4, markeredgewidth=0)
+            middle = statistics.median(ratios)
+            ends = [x - width / 3, x + width / 3]
+            ax.plot(ends, [middle, middle], color=colour, linewidth=2.5, label="" if place else label)
+    ax.axhline(1.0, color=INK, linewidth=0.8)
+    ax.axhline(target, color="#b91c1c", linewidth=0.8, linestyle="--")
+    ax.set_xticks(range(len(rows)), [str(row["tokens"]) for row in rows])
+    ax.legend(frameon=False, fontsize=8, labelcolor=MUTED)
 
 
 def save_plot(figure: Figure, path: Path) -> None:

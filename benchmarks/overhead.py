@@ -31,7 +31,7 @@ from benchmarks import common
 from fpcompile import segment
 from fpcompile.cli.bits import compare_outputs
 from fpcompile.cli.guard import quiet, remedied
-from fpcompile.cli.interleave import Spread, interleave, ratio
+from fpcompile.cli.interleave import interleave, ratio
 from fpcompile.cli.load import describe, forward_arguments, load_model, random_ids
 from fpcompile.executor.device import make_device
 from fpcompile.ir import evaluate
@@ -86,8 +86,8 @@ def measure(model: Any, program: Any, tokens: int, options: argparse.Namespace) 
     flops = evaluate(program.plan.cost.flops, tokens=tokens, rows=1)
     return {
         "tokens": tokens,
-        "ratio": spread(ratio(seconds, "program", "model")),
-        "control": spread(ratio(seconds, "control", "model")),
+        "ratio": common.spread(ratio(seconds, "program", "model")),
+        "control": common.spread(ratio(seconds, "control", "model")),
         "ratio_of_fastest": min(seconds["program"]) / min(seconds["model"]),
         "model_seconds": statistics.median(seconds["model"]),
         "program_seconds": statistics.median(seconds["program"]),
@@ -99,18 +99,9 @@ def measure(model: Any, program: Any, tokens: int, options: argparse.Namespace) 
     }
 
 
-def spread(value: Spread) -> dict[str, float]:
-    """A spread as plain data."""
-    return {name: getattr(value, name) for name in ("median", "q1", "q3", "low", "high", "count")}
-
-
 def verdict(row: dict[str, Any]) -> str:
     """Whether the target is met, or that the machine's noise does not let us say."""
-    control = row["control"]
-    margin = TARGET - 1
-    if abs(control["median"] - 1) > margin / 2 or control["q3"] - control["q1"] > 2 * margin:
-        return "too noisy to say (see A/A)"
-    return "met" if row["ratio"]["median"] <= TARGET else "MISSED"
+    return common.verdict(row["ratio"], row["control"], TARGET)
 
 
 def report(rows: list[dict[str, Any]]) -> None:
@@ -155,23 +146,8 @@ def plot(rows: list[dict[str, Any]], title: str, options: argparse.Namespace) ->
         x="tokens",
         y="ratio",
     )
-    pairs = (
-        ("control", "unmodified / itself", common.COLOURS[2]),
-        ("program", "segmented", common.COLOURS[0]),
-    )
-    for place, row in enumerate(rows):
-        for shift, (name, label, colour) in zip((-0.15, 0.15), pairs, strict=True):
-            ratios = [a / b for a, b in zip(row["seconds"][name], row["seconds"]["model"], strict=True)]
-            x = place + shift
-            ax.plot([x] * len(ratios), ratios, "o", color=colour, alpha=0.45, markersize=4, markeredgewidth=0)
-            middle = statistics.median(ratios)
-            ax.plot([x - 0.1, x + 0.1], [middle, middle], color=colour, linewidth=2.5, label=label)
-            label = ""
-    ax.axhline(1.0, color=common.INK, linewidth=0.8)
-    ax.axhline(TARGET, color="#b91c1c", linewidth=0.8, linestyle="--")
-    ax.set_xticks(range(len(rows)), [str(row["tokens"]) for row in rows])
-    handles = {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    ax.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, labelcolor=common.MUTED)
+    names = {"control": "unmodified / itself", "program": "segmented"}
+    common.plot_ratios(ax, rows, names, "model", TARGET)
     common.save_plot(figure, options.output / "overhead.png")
 
 

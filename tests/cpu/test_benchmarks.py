@@ -200,3 +200,29 @@ def test_the_gpu_script_passes_when_all_do(tmp_path: Path) -> None:
     done = gpu_script(tmp_path, rc=0, missed=False)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "all passed")
     assert "target missed" not in done.stdout
+
+
+@pytest.mark.slow
+def test_backends_writes_ratios_to_torch_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arguments = ["--model", "tiny:qwen3", "--tokens", "16", "--repeats", "3", "--output", str(tmp_path)]
+    module = benchmark("backends", monkeypatch, *arguments, "--granularities", "layer", "--device", "cpu")
+    module.main()
+    (row,) = written(tmp_path / "backends.json")["rows"]
+    assert set(row["seconds"]) == {"model", "compiled", "control", "layer"}
+    ratios = [a / b for a, b in zip(row["seconds"]["layer"], row["seconds"]["compiled"], strict=True)]
+    assert row["ratio"]["layer"]["median"] == pytest.approx(sorted(ratios)[1])
+    assert 0 < row["relative_difference"]["layer"] < 0.1
+    assert (tmp_path / "backends.png").read_bytes().startswith(PNG)
+
+
+def test_the_compilers_time_is_compared_at_two_depths(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = benchmark("backends", monkeypatch, "--compile-time", "--repeats", "2", "--output", str(tmp_path))
+    spent = iter([9.0, 2.0, 3.0, 2.0, 5.0])
+    monkeypatch.setattr(module, "compiling", lambda layers, options: (next(spent), 11))
+    module.main()
+    content = written(tmp_path / "backends_compile_time.json")
+    assert content["seconds"] == {"8": [2.0, 2.0], "80": [3.0, 5.0]}
+    assert content["ratio"] == pytest.approx(2.0)
+    assert "TARGET MISSED" in capsys.readouterr().out

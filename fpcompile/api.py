@@ -45,8 +45,8 @@ def segment(
     each segment. ``weights="packed"`` keeps a second copy of linear weights in the layout of the CPU's bf16
     kernel: the same bits, faster, above all for short prompts and tiles; it has no effect elsewhere.
     ``backend="inductor"`` compiles each distinct function between attention calls once, now, whatever the
-    depth (seconds; TorchInductor needs a C++ compiler, on CUDA Triton); what it cannot compile stays eager and
-    is named in ``explain()``. Fused code rounds differently: the model's numbers, not its bits.
+    depth (seconds; TorchInductor needs a C++ compiler, on CUDA Triton); what it cannot compile stays eager
+    and is named in ``explain()``. Fused code rounds differently: the model's numbers, not its bits.
     ``route="auto"`` packs sequences where the model is proven to allow it (:mod:`fpcompile.models.capture`)
     and else takes any model as it is (:mod:`fpcompile.models.generic`); ``"packed"`` and ``"generic"`` ask
     for one. ``example_inputs`` are the arguments of one call (a mapping, a tuple or a tensor); models whose

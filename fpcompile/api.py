@@ -126,13 +126,13 @@ def _packed(
         )
     captured = capture(inner)
     partitioned = compile_packed(captured, Granularity(granularity), packed_weights=weights == "packed")
-    program = PackedProgram(partitioned, captured, inner, max_blocking_ms=max_blocking_ms)
+    program = PackedProgram(partitioned, captured.bindings, inner, max_blocking_ms=max_blocking_ms)
     if verify:  # of the generated code: other rounding may turn a choice of experts, and look like mixing
         self_check(program, model)
     if backend == "eager":
         return program
     lowered = Partitioned(*lower(partitioned.plan, partitioned.functions, backend, verify=verify))
-    return PackedProgram(lowered, captured, inner, max_blocking_ms=max_blocking_ms)
+    return PackedProgram(lowered, captured.bindings, inner, max_blocking_ms=max_blocking_ms)
 
 
 def _without_adapters(model: nn.Module) -> nn.Module:

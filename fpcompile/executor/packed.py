@@ -23,7 +23,7 @@ from fpcompile.executor.schedule import Launch, Shape
 from fpcompile.executor.stages import Executable, build_stages
 from fpcompile.executor.weights import WeightWatch
 from fpcompile.ir import Part, PartKind
-from fpcompile.models.capture import Capture
+from fpcompile.models.capture import Bindings
 from fpcompile.passes.codegen import Function
 from fpcompile.passes.partition import Partitioned
 from fpcompile.passes.prepack import PACKED, pack
@@ -122,7 +122,7 @@ class PackedProgram(Program):
     def __init__(
         self,
         partitioned: Partitioned,
-        captured: Capture,
+        captured: Bindings,
         model: nn.Module,
         *,
         max_blocking_ms: float | None = None,
@@ -132,6 +132,7 @@ class PackedProgram(Program):
             if path.endswith(PACKED):
                 weights[path] = pack(weights[path.removesuffix(PACKED)])
         self._packed_at = WeightWatch(model).version if any(p.endswith(PACKED) for p in weights) else None
+        self.functions, self.bindings = partitioned.functions, captured
         self.output_type = captured.output_type
         self.attention = captured.attention
         self.last_reader = {c.layer: i for i, c in enumerate(captured.attention)}
@@ -271,7 +272,7 @@ def position_limit(config: Any) -> int | None:
 
 
 def _bind(
-    partitioned: Partitioned, captured: Capture, weights: dict[str, Tensor], part: Part
+    partitioned: Partitioned, captured: Bindings, weights: dict[str, Tensor], part: Part
 ) -> tuple[Executable, tuple[str, ...]]:
     """What executes a part, and the local names of its nodes."""
     if part.kind is PartKind.GRAPH:
@@ -293,7 +294,7 @@ def graph_step(part: Part, function: Function, weights: dict[str, Tensor]) -> Ex
     return execute
 
 
-def _attention_step(captured: Capture, part: Part) -> Executable:
+def _attention_step(captured: Bindings, part: Part) -> Executable:
     call = captured.attention[part.call]
 
     def execute(run: Run, arguments: list[Tensor], lengths: Mapping[str, int]) -> Sequence[Tensor]:
@@ -309,7 +310,7 @@ def _attention_step(captured: Capture, part: Part) -> Executable:
     return execute
 
 
-def _leaf_step(captured: Capture, part: Part) -> Executable:
+def _leaf_step(captured: Bindings, part: Part) -> Executable:
     leaf = captured.leaves[part.call]
 
     def execute(run: Run, arguments: list[Tensor], lengths: Mapping[str, int]) -> Sequence[Tensor]:

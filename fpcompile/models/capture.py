@@ -33,14 +33,13 @@ _DESIGN_TOKENS, _DESIGN_ROWS = 37, 11  # any two distinct sizes that no model di
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Capture:
-    """A traced model: its graph, the weights behind the graph's placeholders, and the marked calls.
+class Bindings:
+    """What the parts of a program are bound to: weights, attention calls and leaves of a shadow ``model``.
 
     ``weights`` maps a placeholder's name to (path in the model, tensor). ``output_type`` is the class of
     output that the model itself returns.
     """
 
-    graph: fx.GraphModule
     weights: dict[str, tuple[str, Tensor]]
     attention: tuple[attention.AttentionCall, ...]
     leaves: tuple[leaves.Leaf, ...]
@@ -53,6 +52,18 @@ class Capture:
         table = self.model.get_input_embeddings().weight
         assert isinstance(table, Tensor)
         return int(table.shape[0])
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Capture(Bindings):
+    """A traced model: its graph, the weights behind the graph's placeholders, and the marked calls."""
+
+    graph: fx.GraphModule
+
+    @property
+    def bindings(self) -> Bindings:
+        """What stays when the graph has become segments."""
+        return Bindings(self.weights, self.attention, self.leaves, self.output_type, self.model)
 
 
 class _Wrapper(nn.Module):
@@ -92,8 +103,8 @@ def attention_implementation(model: PreTrainedModel) -> str:
     return str(model.config._attn_implementation or "eager")
 
 
-def _prepare(model: PreTrainedModel) -> PreTrainedModel:
-    """A shadow of ``model`` whose attention, experts and length-dependent rotary modules are marked."""
+def marked(model: PreTrainedModel) -> PreTrainedModel:
+    """A shadow of ``model`` whose attention and experts modules call fpcompile's functions."""
     traced = shadow(model)
     for module in traced.modules():
         config = getattr(module, "config", None)
@@ -103,8 +114,6 @@ def _prepare(model: PreTrainedModel) -> PreTrainedModel:
                     _mark(sub)
         if hasattr(type(module).forward, "__wrapped__") and hasattr(module, "_is_expert_parallel"):
             module._fpcompile_experts = getattr(config, "_fpcompile_experts", None) or "eager"  # type: ignore[assignment]
-        if leaves.needs_rotary_leaf(module):
-            leaves.install_rotary_leaf(module)
     return traced
 
 
@@ -168,7 +177,10 @@ def capture(model: PreTrainedModel) -> Capture:
     """
     _refuse_positions_from_ids(model)
     _refuse_settings(model)
-    traced = _prepare(model)
+    traced = marked(model)
+    for module in traced.modules():
+        if leaves.needs_rotary_leaf(module):
+            leaves.install_rotary_leaf(module)
     returned: list[type[Any]] = []
     device = next(model.parameters()).device
     example = (

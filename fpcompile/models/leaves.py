@@ -25,11 +25,19 @@ LeafFunction = Callable[[Sequence[Tensor], tuple[int, ...]], tuple[Tensor, ...]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Recipe:
+    """How a leaf is made again without a trace: the shadow's ``module`` and plain ``arguments``."""
+
+    module: nn.Module
+    arguments: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Leaf:
     """One opaque leaf. ``run(tensors, lengths)`` takes the lengths of the packed sequences, in tokens.
 
     ``flops_per_token`` and ``weight_bytes`` feed the cost model. ``tokenwise`` says that any range of tokens
-    may be computed by itself.
+    may be computed by itself. Without a ``recipe`` a leaf cannot be saved.
     """
 
     name: str
@@ -39,6 +47,7 @@ class Leaf:
     flops_per_token: int
     weight_bytes: int
     tokenwise: bool
+    recipe: Recipe | None = None
 
 
 @torch.library.custom_op("fpcompile::leaf", mutates_args=())
@@ -91,6 +100,7 @@ def experts_leaf(module: nn.Module, implementation: str, top_k: int) -> Leaf:
         flops_per_token=2 * top_k * per_expert,
         weight_bytes=sum(p.numel() * p.element_size() for p in weights),
         tokenwise=True,
+        recipe=Recipe(module, {"implementation": implementation, "top_k": top_k}),
     )
 
 
@@ -111,38 +121,50 @@ def needs_rotary_leaf(module: nn.Module) -> bool:
 
 
 def install_rotary_leaf(module: nn.Module) -> None:
-    """Make ``module.forward`` emit a leaf. ``module`` belongs to a shadow: its state is its own.
+    """Make ``module.forward`` emit a leaf. ``module`` belongs to a shadow: its state is its own."""
+    kept = copy.deepcopy(module)
+
+    def forward(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        with disable_proxy_modes_tracing(), unset_fake_temporarily():
+            leaf = rotary_leaf(kept, x.dtype, args, kwargs)
+        recipe = Recipe(module, {"dtype": x.dtype, "args": args, "kwargs": kwargs})
+        return tuple(emit(dataclasses.replace(leaf, recipe=recipe), [position_ids]))
+
+    module.forward = forward
+
+
+def rotary_leaf(module: nn.Module, dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Leaf:
+    """Leaf of a rotary module called with further ``args`` and ``kwargs``; its outputs have ``dtype``.
 
     Each call begins with a copy that forgot the longest call of the model's past: one position alone makes
     transformers' dynamic frequencies start over.
     """
     kept = copy.deepcopy(module)
 
-    def call(
-        x: Tensor, position_ids: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, ...]:
+    def call(x: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
         fresh = copy.deepcopy(kept)
         fresh(x, position_ids.new_zeros(1, 1), *args, **kwargs)
         return tuple(fresh(x, position_ids, *args, **kwargs))
 
-    def forward(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        with disable_proxy_modes_tracing(), unset_fake_temporarily():
-            device = next(kept.buffers()).device
-            probe = call(torch.zeros(1, device=device), torch.arange(2, device=device)[None], args, kwargs)
-        dtype, dims = x.dtype, [p.shape[-1] for p in probe]
+    device = next(kept.buffers()).device
+    dims = [p.shape[-1] for p in call(torch.zeros(1, device=device), torch.arange(2, device=device)[None])]
 
-        def fake(tensors: Sequence[Tensor]) -> list[Tensor]:
-            ids = tensors[0]
-            return [ids.new_empty(*ids.shape, dim, dtype=dtype) for dim in dims]
+    def fake(tensors: Sequence[Tensor]) -> list[Tensor]:
+        ids = tensors[0]
+        return [ids.new_empty(*ids.shape, dim, dtype=dtype) for dim in dims]
 
-        def run(tensors: Sequence[Tensor], lengths: tuple[int, ...]) -> tuple[Tensor, ...]:
-            like = torch.zeros(1, dtype=dtype, device=tensors[0].device)
-            parts = [call(like, ids, args, kwargs) for ids in torch.split(tensors[0], list(lengths), dim=1)]
-            return (
-                parts[0] if len(parts) == 1 else tuple(torch.cat(p, dim=1) for p in zip(*parts, strict=True))
-            )
+    def run(tensors: Sequence[Tensor], lengths: tuple[int, ...]) -> tuple[Tensor, ...]:
+        like = torch.zeros(1, dtype=dtype, device=tensors[0].device)
+        parts = [call(like, ids) for ids in torch.split(tensors[0], list(lengths), dim=1)]
+        return parts[0] if len(parts) == 1 else tuple(torch.cat(p, dim=1) for p in zip(*parts, strict=True))
 
-        leaf = Leaf("rotary", "rotary", run, fake, flops_per_token=0, weight_bytes=0, tokenwise=False)
-        return tuple(emit(leaf, [position_ids]))
+    recipe = Recipe(module, {"dtype": dtype, "args": args, "kwargs": kwargs})
+    return Leaf(
+        "rotary", "rotary", run, fake, flops_per_token=0, weight_bytes=0, tokenwise=False, recipe=recipe
+    )
 
-    module.forward = forward
+
+def remake(kind: str, module: nn.Module, arguments: dict[str, Any]) -> Leaf:
+    """The leaf that a :class:`Recipe` describes."""
+    made: dict[str, Callable[..., Leaf]] = {"experts": experts_leaf, "rotary": rotary_leaf}
+    return made[kind](module, **arguments)

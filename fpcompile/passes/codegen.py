@@ -24,11 +24,13 @@ class Function:
 
     ``names`` are its local names for the part's nodes, in their order: they locate an error. ``graph`` is
     what it was generated from, with fake tensors and symbolic lengths: what other backends compile.
+    ``shapes`` are dtypes and shapes of its values and weights: with the code they make its key.
     """
 
     call: Callable[[list[Any]], Sequence[Tensor]]
     names: tuple[str, ...]
     graph: fx.Graph
+    shapes: str = ""
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
@@ -73,14 +75,23 @@ class Functions:
         graph.output(tuple(env[n] for n in outputs))
         for node, copied in env.items():
             copied.meta = {"val": node.meta.get("val")}
-        graph.set_codegen(_Boxed())
-        text = graph.python_code("self").src
         shapes = ";".join(self.spec(n) for n in (*values, *weights))
-        key = hashlib.sha256(f"{text}\n{shapes}".encode()).hexdigest()[:16]
+        key = key_of(graph, shapes)
         if key not in self.found:
-            names = tuple(env[n].name for n in nodes)
-            self.found[key] = Function(fx.GraphModule(nn.Module(), graph).forward, names, graph)
+            self.found[key] = function_of(graph, tuple(env[n].name for n in nodes), shapes)
         return key
+
+
+def key_of(graph: fx.Graph, shapes: str) -> str:
+    """The key of a function: a digest of its code and of its arguments' dtypes and shapes."""
+    graph.set_codegen(_Boxed())
+    text = graph.python_code("self").src
+    return hashlib.sha256(f"{text}\n{shapes}".encode()).hexdigest()[:16]
+
+
+def function_of(graph: fx.Graph, names: tuple[str, ...], shapes: str) -> Function:
+    """The callable of a graph that :func:`key_of` has been asked for."""
+    return Function(fx.GraphModule(nn.Module(), graph).forward, names, graph, shapes)
 
 
 def _copy(graph: fx.Graph, node: fx.Node, env: dict[fx.Node, fx.Node]) -> None:

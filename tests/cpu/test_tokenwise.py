@@ -72,7 +72,7 @@ def traced(body: Body) -> tuple[fx.GraphModule, Context]:
         exported = torch.export.export(
             Small(body).eval(), example, dynamic_shapes=({1: tokens}, {1: tokens}, {0: rows}), strict=False
         )
-    capture = Capture(exported.graph_module, {}, (), (), object, cast("Any", None))
+    capture = Capture({}, (), (), object, cast("Any", None), graph=exported.graph_module)
     ctx = Context(capture)
     normalise(exported.graph_module.graph, ctx)
     return exported.graph_module, ctx

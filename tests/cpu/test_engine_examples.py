@@ -31,3 +31,10 @@ def test_asyncio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert [line[:2] for line in lines] == ["1.", "2.", "3."]
     assert "2 completed, 1 cancelled" in lines[0]
     assert lines[2].endswith("bits equal: True")
+
+
+def test_fastapi(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = _run("embed_fastapi.py", monkeypatch, capsys)
+    assert sum(line.startswith("urgent: token") for line in lines) == 3
+    assert lines[3].endswith("overtaken: True")
+    assert "'completed': 4, 'cancelled': 1" in lines[4]

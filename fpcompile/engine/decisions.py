@@ -14,6 +14,7 @@ Invariants
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class DecisionLog:
                 "the log of decisions cannot be written", expected="a file to write", got=str(error)
             ) from error
         self._path = path
+        weakref.finalize(self, self._recorder.close)  # for an engine that nobody closed
 
     def record(self, events: Iterable[Event], commands: Iterable[Command]) -> None:
         """What the core was told, and what it answered."""

@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from fpcompile.engine.decisions import DecisionLog
-from fpcompile.engine.errors import SchedulerFailedError
+from fpcompile.engine.errors import SchedulerFailedError, twin
 from fpcompile.engine.inbox import Inbox
+from fpcompile.engine.loads import UNFINISHED, Load, alone, pack, step
 from fpcompile.engine.metrics import Ended, Ticket
 from fpcompile.engine.pilot import Ending, Pilot
 from fpcompile.engine.prices import Prices
@@ -67,8 +68,9 @@ _SHORTEST = 1e-3  # seconds; nobody is told to come back sooner
 class _Flight:
     """``quota``: segments left of the launch. ``requested``: when its pause was asked for."""
 
-    ticket: Ticket
+    load: Load
     quota: int | None
+    launched: float
     pause: bool = False
     requested: float | None = None
 
@@ -83,6 +85,7 @@ class Driver:
         device: Device,
         *,
         registry: Registry,
+        prices: Prices,
         clock: Callable[[], float],
         max_blocking: float | None = None,
         recorder: Recorder | None = None,
@@ -96,7 +99,7 @@ class Driver:
         self.inbox = Inbox()
         self.clock = clock
         self.counts = Counts()
-        self.prices = Prices(programs.names)
+        self.prices = prices
         self.recorder = recorder
         self.abandoned = False
         """Whether the engine is closed without waiting for its requests."""
@@ -130,7 +133,11 @@ class Driver:
     def retry_after(self) -> float:
         """Estimated seconds until the next request is launched: what the present run has left."""
         flight = self._flight
-        return max(flight.ticket.left(self.clock()), _SHORTEST) if flight is not None else _SHORTEST
+        if flight is None:
+            return _SHORTEST
+        load = flight.load
+        whole = self.prices.corrected(load.owner, load.tokens, load.seconds)
+        return max(whole - load.executed - (self.clock() - flight.launched), _SHORTEST)
 
     def statistics(self) -> EngineStatistics:
         """A snapshot; from any thread."""
@@ -176,41 +183,38 @@ class Driver:
     def validate(self) -> None:
         """Check the invariants; raises :class:`InternalError` or the scheduler's own error."""
         self.core.validate()
-        flown = self._flight.ticket.id if self._flight is not None else None
+        flown = self._flight.load.name if self._flight is not None else None
         if flown != self.core.in_flight:
             raise InternalError(
                 "driver and scheduler disagree", expected=repr(self.core.in_flight), got=repr(flown)
             )
-        if set(self._known) != set(self.core.jobs):
+        held = {name for name, job in self.core.jobs.items() if not job.withdrawn}
+        if set(self._known) != held:
             raise InternalError(
                 "the scheduler holds other requests than the driver",
-                expected=str(sorted(self.core.jobs)),
+                expected=str(sorted(held)),
                 got=str(sorted(self._known)),
             )
 
     # ---- the flight
 
     def _fly(self, flight: _Flight, max_segments: int | None) -> None:
-        ticket, quota = flight.ticket, flight.quota
+        load, quota = flight.load, flight.quota
         limit = min((n for n in (quota, max_segments) if n is not None), default=None)
         last = quota is not None and limit == quota
-        landing = self.pilot.fly(ticket.run, self._stop, limit, cost=ticket.cost, gives_back=last)
+        landing = self.pilot.fly(load.run, self._stop, limit, cost=load.cost, gives_back=last)
         if self._flight is not flight:
-            return  # the scheduler failed meanwhile, and this request with it
+            return  # the scheduler failed meanwhile, and these requests with it
         if landing.ending is Ending.UNDERWAY:
             flight.quota = None if quota is None or limit is None else quota - limit
             return
         self._land(flight)
         if landing.ending is Ending.STOPPED:
-            self._yield(ticket)
+            self._yield(load)
         elif landing.error is not None:
-            self._finish(ticket, "failed", error=landing.error)
-            reason = f"{type(landing.error).__name__}: {landing.error}"
-            self._hear(Failed(self._now(), ticket.id, reason))
+            self._failed(load, landing.error)
         else:
-            self.prices.learn(ticket.program, ticket.request.tokens, ticket.predicted, ticket.executed)
-            self._finish(ticket, "completed", landing.value)
-            self._hear(Completed(self._now(), ticket.id))
+            self._completed(load, landing.value)
 
     def _stop(self) -> bool:
         """The question between two segments: has anything come that takes the device away?"""
@@ -221,30 +225,65 @@ class Driver:
 
     def _land(self, flight: _Flight) -> None:
         now = self._now()
-        flight.ticket.stopped(now)
+        flight.load.executed += now - flight.launched
+        for ticket in flight.load.served:
+            ticket.stopped(now)
         if flight.requested is not None:
             self.counts.blocking.append(now - flight.requested)
         self._flight = None
 
-    def _yield(self, ticket: Ticket) -> None:
-        program = self.programs[ticket.program]
-        remaining = program.predict(
-            tokens=ticket.request.tokens, rows=ticket.rows, context=ticket.context, start=ticket.run.cursor
-        )
-        remaining = self.prices.corrected(ticket.program, ticket.request.tokens, max(remaining, 0.0))
+    def _yield(self, load: Load) -> None:
+        """Stopped at a cut: by a pause, or at the end of its quota; a step only to be cancelled."""
+        left = None if load.slices else self.prices.corrected(load.owner, load.tokens, load.left())
         now = self._now()
-        self._hear(Yielded(now, ticket.id, remaining))
-        if ticket.id not in self._known or self._has_device(ticket):
+        self._hear(Yielded(now, load.name, left), landed=load.tickets)
+        served = load.served
+        if not served:
+            load.release()
+        if not served or self._has_device(load):
             return
-        ticket.run.suspend()
-        next_one = self._flight.ticket.id if self._flight is not None else None
-        ticket.paused(ticket.run.live_bytes + ticket.run.kv_bytes, next_one)
+        load.run.suspend()
+        nbytes = load.run.live_bytes + load.run.kv_bytes
+        next_one = self._flight.load.name if self._flight is not None else None
         self.counts.preemptions += 1
-        if self.recorder is not None:
-            self.recorder.preempted(ticket, now)
+        for ticket in served:
+            ticket.paused(nbytes, next_one)
+            nbytes = 0  # what they share is counted once
+            if self.recorder is not None:
+                self.recorder.preempted(ticket, now)
 
-    def _has_device(self, ticket: Ticket) -> bool:
-        return self._flight is not None and self._flight.ticket is ticket
+    def _failed(self, load: Load, error: Exception) -> None:
+        """The run raised: that ends everybody in it, each with an error of its own."""
+        for number, ticket in enumerate(load.served):
+            self._finish(ticket, "failed", error=twin(error) if number else error)
+        load.release()
+        reason = f"{type(error).__name__}: {error}"
+        self._hear(Failed(self._now(), load.name, reason), landed=load.tickets)
+
+    def _completed(self, load: Load, value: Any) -> None:
+        """The run is done: hand out results; a step may leave requests that go on."""
+        self.prices.learn(load.owner, load.tokens, load.whole(), load.executed)
+        going_on: list[Ticket] = []
+        for ticket, result in zip(load.tickets, load.results(value), strict=True):
+            if ticket.ended is not None:
+                continue
+            if result is UNFINISHED:
+                going_on.append(ticket)
+            elif isinstance(result, Exception):
+                self._finish(ticket, "failed", error=result)
+            else:
+                self._finish(ticket, "completed", result)
+        ended = Yielded if going_on else Completed
+        self._hear(ended(self._now(), load.name), landed=load.tickets)
+        for ticket in going_on:
+            if ticket.ended is None and ticket.state == "running" and not self._serves(ticket):
+                ticket.rested(ticket.run.live_bytes + ticket.run.kv_bytes)
+
+    def _has_device(self, load: Load) -> bool:
+        return self._flight is not None and self._flight.load is load
+
+    def _serves(self, ticket: Ticket) -> bool:
+        return self._flight is not None and ticket in self._flight.load.tickets
 
     # ---- events and commands
 
@@ -252,8 +291,11 @@ class Driver:
         """The clock, never earlier than what the scheduler has been told."""
         return max(self.clock(), self._last)
 
-    def _hear(self, *extra: Event) -> None:
-        """Tell the scheduler what has happened since it was last told, and do what it says."""
+    def _hear(self, *extra: Event, landed: Sequence[Ticket] = ()) -> None:
+        """Tell the scheduler what has happened since it was last told, and do what it says.
+
+        ``landed``: whom the run served that has just given the device back.
+        """
         events: list[Event] = [*(self.inbox.take() if self.inbox.flag else ()), *extra]
         if self.clock() >= self._timer:
             self._timer = inf
@@ -271,9 +313,9 @@ class Driver:
                 self.log.record(told, commands)
             for command in commands:
                 self._carry_out(command, events)
-            for event in events:
-                name = _may_have_cancelled(event)
-                if name is not None and name in self._known and self.core.state(name) is State.CANCELLED:
+            names = [event.request for event in events if isinstance(event, Cancelled)]
+            for name in (*names, *(ticket.id for ticket in landed)):
+                if name in self._known and self.core.state(name) is State.CANCELLED:
                     self._cancelled(self._known[name])
         except Exception as error:
             self._scheduler_failed(error)
@@ -319,25 +361,43 @@ class Driver:
             raise InternalError("a command that this engine does not know", got=repr(command))
 
     def _launch(self, command: Launch) -> None:
-        if len(command.requests) != 1 or command.tokens is not None:
-            raise InternalError("a launch of several requests or of slices", got=repr(command))
-        ticket, now = self._known[command.run], self._now()
+        now = self._now()
+        tickets = [self._known[name] for name in command.requests if name in self._known]
+        for ticket in tickets:
+            if self.recorder is not None:
+                self.recorder.launched(ticket, now)
+            if ticket.started is None:
+                self.registry.started()
+                if ticket.ready is not None:
+                    self.pilot.take(ticket.run, ticket.ready)
+            ticket.launched(now)
         if self.recorder is not None:
-            self.recorder.launched(ticket, now)
-        if ticket.started is None:
-            self.registry.started()
-            if ticket.ready is not None:
-                self.pilot.take(ticket.run, ticket.ready)
-            ticket.cost = self.pilot.cost(self.programs[ticket.program], ticket.run)
-        ticket.launched(now)
-        self._flight = _Flight(ticket, command.max_segments)
+            self.recorder.lanes = tuple(ticket.id for ticket in tickets)
+        self._flight = _Flight(self._load(command, tickets), command.max_segments, now)
+
+    def _load(self, command: Launch, tickets: list[Ticket]) -> Load:
+        """What was launched before under this name, or a new load."""
+        program = self.programs[tickets[0].program]
+        if command.tokens is not None:
+            return step(command.run, tickets, command.tokens, program, self.pilot.cost)
+        load = tickets[0].load
+        if load is None:
+            load = (
+                pack(command.run, tickets, program, self.pilot.cost)
+                if len(tickets) > 1
+                else alone(tickets[0], program, self.pilot.cost)
+            )
+            for ticket in tickets:
+                ticket.load = load
+        return load
 
     def _pause(self, command: Pause, events: Sequence[Event]) -> None:
         flight = self._flight
-        if flight is None or flight.ticket.id != command.run:
+        if flight is None or flight.load.name != command.run:
             return  # it has landed already
         flight.pause = True
-        if not any(isinstance(event, Cancelled) and event.request == command.run for event in events):
+        members = {ticket.id for ticket in flight.load.tickets}
+        if not any(isinstance(event, Cancelled) and event.request in members for event in events):
             flight.requested = min(event.time for event in events)
 
     # ---- ends
@@ -356,11 +416,14 @@ class Driver:
             error = RequestCancelledError(ticket.id)
         if self.recorder is not None:
             self.recorder.ended(ticket, outcome, now)
-        if outcome != "completed":
-            run.release()
+        load = ticket.load
+        if outcome != "completed" and (load is None or not load.shared):
+            run.release()  # a pack goes on for the others, with the inputs of all
         self._known.pop(ticket.id, None)
         self.registry.remove(ticket)
         ticket.end(outcome, now)
+        if load is not None and not load.served and not self._has_device(load):
+            load.release()
         self.counts.ended[outcome] += 1
         if error is None:
             handle.resolve(value)
@@ -381,10 +444,3 @@ class Driver:
         for ticket in list(self._known.values()):
             failed = SchedulerFailedError(policy, cause=error, request_id=ticket.id)
             self._finish(ticket, "failed", error=failed)
-
-
-def _may_have_cancelled(event: Event) -> str | None:
-    """The request that this event may have brought to its end as cancelled."""
-    if isinstance(event, Cancelled):
-        return event.request
-    return event.run if isinstance(event, Yielded) else None

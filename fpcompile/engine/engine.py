@@ -32,7 +32,8 @@ from fpcompile.engine.driver import Driver
 from fpcompile.engine.errors import Home
 from fpcompile.engine.handle import Handle
 from fpcompile.engine.metrics import Ticket
-from fpcompile.engine.prices import context_of
+from fpcompile.engine.modes import shape_of
+from fpcompile.engine.prices import PackPredictor, Prices, seconds_left
 from fpcompile.engine.programs import ProgramLike, Programs, RunLike
 from fpcompile.engine.recorder import Recorder, Timeline
 from fpcompile.engine.registry import Registry
@@ -42,9 +43,11 @@ from fpcompile.engine.thread import let_go, start_device_thread
 from fpcompile.errors import InvalidInputError, UsageError
 from fpcompile.executor.device import Device, make_device
 from fpcompile.executor.loop import Hook
+from fpcompile.executor.slices import Chunks
 from fpcompile.scheduler.core import Scheduler
 from fpcompile.scheduler.events import Arrival, Cancelled, Request
-from fpcompile.scheduler.policy import Policy, StepPolicy, make_policy
+from fpcompile.scheduler.policy import Policy, make_policy
+from fpcompile.scheduler.record import Answers
 
 __all__ = ["Engine"]
 
@@ -62,7 +65,8 @@ class Engine:
     those of :class:`fpcompile.scheduler.options.SchedulerOptions`.
 
     Raises :class:`UnknownNameError` for an unknown policy, :class:`InvalidInputError` for what is no program,
-    for wrong options, and for policies that pack or slice requests, which this engine cannot execute yet.
+    for wrong options, and for policies that pack or slice requests where a program is not of the packed
+    route, or (except chunks) where there are several programs.
     """
 
     def __init__(
@@ -82,17 +86,20 @@ class Engine:
     ) -> None:
         self._home = Home()
         self._programs = Programs(programs)
-        make_core = _core_factory(policy, scheduler_options)
         if record is not None:
             check_recordable(policy)
+        prices = Prices(self._programs.names)
+        plan = _Plan(policy, scheduler_options, self._programs, prices, recorded=record is not None)
+        self._shape = plan.shape
         self._registry = Registry(max_queue)
         self._recorder = Recorder() if record_timeline else None
         self._clock = clock
         self._driver = Driver(
             self._programs,
-            make_core,
+            plan.make_core,
             device or make_device(self._programs.device),
             registry=self._registry,
+            prices=prices,
             clock=clock,
             max_blocking=None if max_blocking_ms is None else max_blocking_ms / 1e3,
             recorder=self._recorder,
@@ -163,15 +170,17 @@ class Engine:
         name, chosen = self._programs.resolve(program)
         self._registry.check(terms.request_id, self._driver.retry_after)
         run = chosen.start(input_ids, **model_inputs)
-        ticket = self._ticket(name, chosen, run, terms)
+        ticket = self._ticket(name, chosen, run, terms, model_inputs.get("max_blocking_ms"))
         if (device := self._driver.pilot.device).asynchronous:
             ticket.ready = device.caller_event()
         self._registry.admit(ticket, self._driver.retry_after, lambda: self._enter(ticket))
         return ticket.handle
 
-    def _ticket(self, name: str, program: ProgramLike, run: RunLike, terms: Terms) -> Ticket:
-        context = context_of(run)
-        predicted = max(program.predict(tokens=run.tokens, rows=run.rows, context=context), 0.0)
+    def _ticket(
+        self, name: str, program: ProgramLike, run: RunLike, terms: Terms, budget: float | None
+    ) -> Ticket:
+        kept = self._shape(run, budget)
+        predicted = seconds_left(program, kept if isinstance(kept, Chunks) else run)
         request = Request(
             id=terms.request_id or self._registry.new_id(),
             arrival=terms.arrival,
@@ -184,8 +193,7 @@ class Engine:
             klass=terms.slo_class or name,
         )
         handle = Handle(request.id, ask_cancel=self._ask_cancel, home=self._home)
-        ticket = Ticket(request, program=name, run=run, handle=handle, rows=run.rows, context=context)
-        ticket.predicted = predicted
+        ticket = Ticket(request, program=name, run=kept, handle=handle, predicted=predicted, budget=budget)
         handle.bind(ticket.snapshot)
         return ticket
 
@@ -261,24 +269,31 @@ class Engine:
         self._driver.close_log()
 
 
-def _core_factory(policy: Policy | str, options: dict[str, Any]) -> Callable[[], Scheduler]:
-    """Makes schedulers under ``policy``; the first one is made here, to raise what is wrong with it."""
+class _Plan:
+    """What a policy and its options ask of an engine: checked here, before anything else is made."""
 
-    def make() -> Scheduler:
-        return Scheduler(make_policy(policy), **options)
+    def __init__(
+        self,
+        policy: Policy | str,
+        options: dict[str, Any],
+        programs: Programs,
+        prices: Prices,
+        *,
+        recorded: bool,
+    ) -> None:
+        self._policy, self._options, self._recorded = policy, options, recorded
+        first = programs.names[0]
+        self._predictor = PackPredictor(programs[first], prices.correction(first))
+        core = self.make_core()
+        if core.options.kv_blocks is not None:
+            raise InvalidInputError(
+                "scheduler option kv_blocks is not supported by this engine",
+                expected="None: each run owns its cache",
+                got=repr(core.options.kv_blocks),
+            )
+        self.shape = shape_of(core.policy, core.packs, programs)
 
-    checked = make_policy(policy)
-    if isinstance(checked, StepPolicy) or checked.batching is not None:
-        raise InvalidInputError(
-            f"policy {checked.name!r} cannot be executed by this engine",
-            expected="a policy that runs one whole request at a time, such as 's-edf', 'edf' or 'fcfs'",
-            got="one that packs requests or slices prompts",
-            remedy="use it in the simulator, or choose another",
-        )
-    if make().options.kv_blocks is not None:
-        raise InvalidInputError(
-            "scheduler option kv_blocks is not supported by this engine",
-            expected="None: each run owns its cache",
-            got=repr(options["kv_blocks"]),
-        )
-    return make
+    def make_core(self) -> Scheduler:
+        """A fresh scheduler under the policy."""
+        predictor = Answers(self._predictor) if self._recorded else self._predictor
+        return Scheduler(make_policy(self._policy), predictor=predictor, **self._options)

@@ -6,7 +6,7 @@ import os
 
 from fpcompile.errors import FpcompileError, UsageError
 
-__all__ = ["Home", "SchedulerFailedError", "WrongProcessError"]
+__all__ = ["Home", "SchedulerFailedError", "WrongProcessError", "twin"]
 
 
 class SchedulerFailedError(FpcompileError, RuntimeError):
@@ -52,3 +52,12 @@ class Home:
                 got=f"use in process {os.getpid()}, after a fork",
                 remedy="create the Engine in the process that uses it, after forking",
             )
+
+
+def twin(error: Exception) -> Exception:
+    """The same error once more, for another request that it ends: raising one does not change the other."""
+    other = type(error).__new__(type(error), *error.args)
+    other.args = error.args
+    vars(other).update(vars(error))
+    other.__cause__ = error.__cause__
+    return other.with_traceback(error.__traceback__)

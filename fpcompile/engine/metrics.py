@@ -3,7 +3,8 @@
 Words
     *queued*     from arrival to the first launch.
     *suspended*  from being stopped to being launched again, summed over all preemptions.
-    *executed*   on the device, between launches and stops, by the host's clock.
+    *executed*   on the device, between launches and stops, by the host's clock; of what it shared with
+                 others, all of it.
     *TTFT*       from arrival to the result (of a prefill: the first token).
 
 All times are seconds on the engine's clock. A ticket is written by the engine's driver only; snapshots may be
@@ -13,7 +14,6 @@ taken from any thread.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +21,7 @@ from fpcompile.engine.handle import Handle
 from fpcompile.scheduler.events import Request
 
 if TYPE_CHECKING:
+    from fpcompile.engine.loads import Load
     from fpcompile.executor.device import Event
 
 __all__ = ["Ended", "RequestMetrics", "RequestState", "Ticket"]
@@ -64,24 +65,31 @@ class Ticket:
     """The engine's record of one request, from submission to its end."""
 
     __slots__ = (
-        "_launched", "_stopped", "context", "cost", "ended", "executed", "handle", "paused_bytes",
-        "predicted", "preempted_by", "preemptions", "program", "ready", "request", "rows", "run", "started",
-        "state", "suspended",
+        "_launched", "_stopped", "budget", "ended", "executed", "handle", "load", "paused_bytes", "predicted",
+        "preempted_by", "preemptions", "program", "ready", "request", "run", "started", "state", "suspended",
     )  # fmt: skip
 
     def __init__(
-        self, request: Request, *, program: str, run: Any, handle: Handle, rows: int, context: float
+        self,
+        request: Request,
+        *,
+        program: str,
+        run: Any,
+        handle: Handle,
+        predicted: float,
+        budget: float | None = None,
     ) -> None:
         self.request = request
         self.program = program
         self.run = run
         """The run; dropped (None) when the request ends."""
         self.handle = handle
-        self.rows, self.context = rows, context
-        self.predicted = request.cost
+        self.predicted = predicted
         """Device seconds that the program's cost model says, without what the engine has learnt."""
-        self.cost: Callable[[], float] | None = None
-        """Predicted seconds of the next launch, on asynchronous devices."""
+        self.budget = budget
+        """``max_blocking_ms`` of this request, if it has one of its own."""
+        self.load: Load | None = None
+        """What it was launched in, while that lives."""
         self.state: RequestState = "waiting"
         self.ready: Event | None = None
         """On asynchronous devices: when the caller's stream has the inputs."""
@@ -121,9 +129,9 @@ class Ticket:
         if by is not None:
             self.preempted_by = (*self.preempted_by, by)
 
-    def left(self, now: float) -> float:
-        """Predicted device seconds that are left, while it runs."""
-        return self.request.cost - self.executed - (now - self._launched)
+    def rested(self, nbytes: int) -> None:
+        """It keeps ``nbytes`` until its next slice; nobody preempted it."""
+        self.state, self.paused_bytes = "paused", nbytes
 
     @property
     def paused_since(self) -> float | None:
@@ -135,7 +143,7 @@ class Ticket:
         if self.state == "paused":
             self.suspended += now - self._stopped
         self.state, self.ended, self.paused_bytes = outcome, now, 0
-        self.run = self.cost = None
+        self.run = self.load = None
 
     def snapshot(self) -> RequestMetrics:
         """The metrics so far."""

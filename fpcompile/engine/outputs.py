@@ -10,12 +10,17 @@ from transformers import Cache
 
 from fpcompile.engine.programs import RunLike
 from fpcompile.executor.run import Run
+from fpcompile.executor.slices import Chunks, Sliced
 
 __all__ = ["inputs_of", "tensors_in"]
 
 
-def inputs_of(run: RunLike) -> Iterator[Tensor]:
+def inputs_of(run: RunLike | Sliced) -> Iterator[Tensor]:
     """Every tensor that a compiled run holds before its first launch: made or given by who started it."""
+    if isinstance(run, Chunks):
+        run = run.sliced.run
+    elif isinstance(run, Sliced):
+        run = run.run
     if isinstance(run, Run):
         yield from tensors_in((run.values, run.partial, run.call.tensors()))
         for layers in run.kv:

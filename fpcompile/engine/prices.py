@@ -11,15 +11,37 @@ from collections.abc import Callable, Iterable
 
 from fpcompile.engine.programs import ProgramLike, RunLike
 from fpcompile.executor.run import Run
-from fpcompile.executor.schedule import launch_seconds
+from fpcompile.executor.schedule import Shape, launch_seconds
+from fpcompile.executor.slices import Chunks
+from fpcompile.executor.together import Together
 from fpcompile.scheduler.predictor import Correction, PredictionError, overall_error
 
-__all__ = ["Prices", "context_of", "next_cost"]
+__all__ = ["PackPredictor", "Prices", "context_of", "next_cost", "seconds_left", "seconds_whole"]
 
 
 def context_of(run: RunLike) -> float:
     """The context to predict a run with, in tokens; see :attr:`Shape.mean_context`."""
+    if isinstance(run, Together):
+        return run.joined.call.shape.mean_context
     return run.call.shape.mean_context if isinstance(run, Run) else run.tokens
+
+
+def seconds_left(program: ProgramLike, run: RunLike) -> float:
+    """Predicted seconds until ``run`` is done."""
+    if isinstance(run, Chunks):
+        return sum(_seconds(program, shape) for shape in run.left())
+    start = run.cursor
+    left = program.predict(tokens=run.tokens, rows=run.rows, context=context_of(run), start=start)
+    return max(left, 0.0)
+
+
+def seconds_whole(program: ProgramLike, run: RunLike) -> float:
+    """Predicted seconds of a run from its beginning, wherever it is now."""
+    return max(program.predict(tokens=run.tokens, rows=run.rows, context=context_of(run)), 0.0)
+
+
+def _seconds(program: ProgramLike, shape: Shape) -> float:
+    return max(program.predict(tokens=shape.tokens, rows=shape.rows, context=shape.mean_context), 0.0)
 
 
 def next_cost(program: ProgramLike, run: RunLike) -> Callable[[], float]:
@@ -29,12 +51,53 @@ def next_cost(program: ProgramLike, run: RunLike) -> Callable[[], float]:
         shape, costs, heads = run.call.shape, owner.costs, owner.kv_heads()
         by_launch = tuple(launch_seconds(n, owner.stages, shape, costs, heads) for n in run.schedule)
         return lambda: by_launch[compiled.at]
+    if isinstance(run, Chunks):
+        chunks = run
+        return lambda: _seconds(program, chunks.left()[0])
+    if isinstance(run, Together):
+        return _once_joined(program, run)
     context = context_of(run)
     by_segment = tuple(
         program.segment_seconds(index, tokens=run.tokens, rows=run.rows, context=context)
         for index in range(len(program.segments))
     )
     return lambda: by_segment[run.cursor]
+
+
+def _once_joined(program: ProgramLike, run: Together) -> Callable[[], float]:
+    """Joining launches work: it waits until the run is executed."""
+    made: list[Callable[[], float]] = []
+
+    def cost() -> float:
+        if not made:
+            made.append(next_cost(program, run.joined))
+        return made[0]()
+
+    return cost
+
+
+class PackPredictor:
+    """What a core that packs asks: seconds of whole prompts alone and together, corrected."""
+
+    def __init__(self, program: ProgramLike, correction: Correction) -> None:
+        self._program, self._correction = program, correction
+
+    def predict(self, tokens: int, context: int = 0) -> float:
+        """Of ``tokens`` new tokens behind ``context`` cached ones."""
+        return self._of(Shape(tokens, 1, ((1, tokens, context + tokens),)))
+
+    def predict_pack(self, lengths: Iterable[int]) -> float:
+        """Of several whole prompts, one row of logits for each."""
+        groups = tuple((1, length, length) for length in lengths)
+        return self._of(Shape(sum(length for _, length, _ in groups), len(groups), groups))
+
+    def correct(self, tokens: int, measured: float) -> None:
+        """A prompt took so long."""
+        predicted = _seconds(self._program, Shape(tokens, 1, ((1, tokens, tokens),)))
+        self._correction.learn(tokens, predicted, measured)
+
+    def _of(self, shape: Shape) -> float:
+        return self._correction.factor(shape.tokens) * _seconds(self._program, shape)
 
 
 class Prices:

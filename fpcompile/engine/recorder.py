@@ -36,10 +36,10 @@ class Timeline:
 class Recorder:
     """The spans and marks of one engine. Written by its driver only."""
 
-    __slots__ = ("_marks", "_slos", "_spans", "lane")
+    __slots__ = ("_marks", "_slos", "_spans", "lanes")
 
     def __init__(self) -> None:
-        self.lane = ""
+        self.lanes: tuple[str, ...] = ()
         """Whose segments are launched now."""
         self._spans: deque[tuple[str, str, float, float, SpanKind]] = deque(maxlen=KEPT)
         self._marks: deque[tuple[str, str, float, MarkKind]] = deque(maxlen=KEPT)
@@ -47,7 +47,8 @@ class Recorder:
 
     def segment(self, run: object, segment: Named, start: float, end: float) -> None:
         """A hook for the loop."""
-        self._spans.append((self.lane, segment.name, start, end, "segment"))
+        for lane in self.lanes:
+            self._spans.append((lane, segment.name, start, end, "segment"))
 
     def arrived(self, ticket: Ticket) -> None:
         """It was given to the scheduler."""
@@ -58,7 +59,6 @@ class Recorder:
 
     def launched(self, ticket: Ticket, now: float) -> None:
         """It has the device: it waited, or was paused, until now."""
-        self.lane = ticket.id
         self._idle(ticket, now)
 
     def preempted(self, ticket: Ticket, now: float) -> None:

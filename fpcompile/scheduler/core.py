@@ -152,6 +152,11 @@ class Scheduler:
         return len(self.queue)
 
     @property
+    def packs(self) -> bool:
+        """Whether several new requests may become one run."""
+        return self._books.batching is not None
+
+    @property
     def may_idle(self) -> bool:
         """Whether the policy may leave the device idle while runs wait."""
         return not isinstance(self.policy, KeyedPolicy)

@@ -103,12 +103,6 @@ def test_wrong_engines_are_refused() -> None:
         Engine({"a": program, "b": FakeProgram(1, device="meta")})
 
 
-@pytest.mark.parametrize("policy", ["flowprefill", "vllm:2048,512"])
-def test_policies_that_this_engine_cannot_execute_are_refused(policy: str) -> None:
-    with pytest.raises(InvalidInputError, match="one whole request at a time"):
-        Engine(FakeProgram(1), policy=policy)
-
-
 def test_turn_belongs_to_hosts_and_to_one_of_them() -> None:
     with Engine(FakeProgram(1)) as engine, pytest.raises(UsageError, match="has a device thread"):
         engine.turn()

@@ -60,7 +60,8 @@ def test_an_engines_log_replays_to_identical_decisions(tmp_path: Path, policy: s
         if handle.request_id in completed:
             assert seen[handle.request_id].request.klass == handle.metrics.slo_class
             assert seen[handle.request_id].ttft == pytest.approx(handle.metrics.ttft, abs=1e-3)
-    result = CliRunner().invoke(app, ["replay", str(path), "--policy", "srpt", "--rate-scale", "1.5"])
+    command = ["replay", str(path), "--policy", "srpt", "--rate-scale", "1.5"]
+    result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert "identical" in result.output
     assert "c0.02" in result.output

@@ -1,0 +1,161 @@
+"""What one launch command executes: a request's run, a pack of several, or a step of their slices.
+
+Words
+    *load*    the run on the device with the tickets that it serves, under the core's name of the run.
+    *served*  a ticket of the load that has not ended; others go on when one of them is cancelled.
+
+The load of one request, or of a pack, lives until that ends; the load of a step, for one launch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Final, final
+
+from fpcompile.engine.metrics import Ticket
+from fpcompile.engine.prices import seconds_left, seconds_whole
+from fpcompile.engine.programs import ProgramLike, RunLike
+from fpcompile.executor.run import Run
+from fpcompile.executor.slices import Sliced
+from fpcompile.executor.together import Together
+
+__all__ = ["UNFINISHED", "Load", "alone", "pack", "step"]
+
+UNFINISHED: Final = object()
+"""In place of a result: more slices of this request follow."""
+
+
+@final
+class Load:
+    """``tokens`` new tokens; ``seconds`` predicted when launched first, without corrections.
+
+    ``executed``: device seconds so far. ``shared``: the run is none of a ticket's own.
+    """
+
+    __slots__ = (
+        "cost",
+        "executed",
+        "name",
+        "program",
+        "run",
+        "seconds",
+        "shared",
+        "slices",
+        "tickets",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        tickets: Sequence[Ticket],
+        run: RunLike,
+        program: ProgramLike,
+        *,
+        tokens: int,
+        seconds: float,
+        cost: Callable[[], float] | None,
+        shared: bool,
+        slices: bool = False,
+    ) -> None:
+        self.name, self.tickets = name, tuple(tickets)
+        self.run, self.program = run, program
+        self.tokens, self.seconds, self.cost = tokens, seconds, cost
+        self.shared, self.slices = shared, slices
+        self.executed = 0.0
+
+    @property
+    def served(self) -> list[Ticket]:
+        """Tickets that have not ended."""
+        return [ticket for ticket in self.tickets if ticket.ended is None]
+
+    @property
+    def owner(self) -> str:
+        """Name of the program."""
+        return self.tickets[0].program
+
+    def left(self) -> float:
+        """Predicted seconds that are left, without corrections."""
+        return seconds_left(self.program, self.run)
+
+    def whole(self) -> float:
+        """Predicted seconds of the whole load, without corrections, once its run is done."""
+        return seconds_whole(self.program, self.run) if self.shared else self.seconds
+
+    def results(self, value: Any) -> list[Any]:
+        """What the run's result is for each ticket: an output, an error, or :data:`UNFINISHED`."""
+        return list(value) if self.shared else [value]
+
+    def release(self) -> None:
+        """Drop what belongs to no ticket."""
+        if self.shared:
+            self.run.release()
+
+
+Price = Callable[[ProgramLike, RunLike], Callable[[], float] | None]
+"""Predicts the next launch, where that is needed."""
+
+
+def alone(ticket: Ticket, program: ProgramLike, price: Price) -> Load:
+    """The run of one request."""
+    run = ticket.run
+    return Load(
+        ticket.id, [ticket], run, program,
+        tokens=run.tokens, seconds=ticket.predicted, cost=price(program, run), shared=False,
+    )  # fmt: skip
+
+
+def pack(name: str, tickets: Sequence[Ticket], program: ProgramLike, price: Price) -> Load:
+    """Several new requests as one run."""
+    runs: list[Run] = [ticket.run for ticket in tickets]
+    budgets = [ticket.budget for ticket in tickets if ticket.budget is not None]
+    if len(budgets) < len(tickets) and budgets:
+        own = runs[0].program.max_blocking_ms
+        budgets.append(math.inf if own is None else own)
+    run = Together(runs, [_caught(run.result) for run in runs], max_blocking_ms=min(budgets, default=None))
+    return _shared(name, tickets, run, program, price)
+
+
+def step(
+    name: str, tickets: Sequence[Ticket], sizes: Sequence[int], program: ProgramLike, price: Price
+) -> Load:
+    """The next slice of each request, as one run."""
+    sliced: list[Sliced] = [ticket.run for ticket in tickets]
+    slices = [one.take(size) for one, size in zip(sliced, sizes, strict=True)]
+    collect = [_put(one, part) for one, part in zip(sliced, slices, strict=True)]
+    budgets = [ticket.budget for ticket in tickets if ticket.budget is not None]
+    run = Together(slices, collect, max_blocking_ms=min(budgets, default=None))
+    return _shared(name, tickets, run, program, price, slices=True)
+
+
+def _shared(
+    name: str, tickets: Sequence[Ticket], run: Together, program: ProgramLike, price: Price, **more: bool
+) -> Load:
+    seconds = sum(ticket.predicted for ticket in tickets)
+    return Load(
+        name, tickets, run, program,
+        tokens=run.tokens, seconds=seconds, cost=price(program, run), shared=True, **more,
+    )  # fmt: skip
+
+
+def _caught(result: Callable[[], Any]) -> Callable[[], Any]:
+    """An error in making one member's result is that member's."""
+
+    def collect() -> Any:
+        try:
+            return result()
+        except Exception as error:
+            return error
+
+    return collect
+
+
+def _put(sliced: Sliced, part: Run) -> Callable[[], Any]:
+    finish = _caught(sliced.result)
+
+    def collect() -> Any:
+        sliced.put(part)
+        return finish() if sliced.done else UNFINISHED
+
+    return collect

@@ -1,0 +1,269 @@
+"""A run executed in slices of its tokens: each slice continues the cache of the one before.
+
+This is chunked prefill as a way to execute a run that was started whole. The result is that of the run: the
+positions that its ``start`` asked for are collected from the slices, and the cache grows from slice to slice.
+The numbers are those of a prompt that is continued piece by piece, which the model itself would give to
+rounding; a model whose rotary frequencies follow the length of the call (longrope) gives each slice those of
+the tokens so far, as it would when continued.
+
+Words
+    *slice*  a range of the run's packed row of tokens, executed as a run of its own. Of a batch, the
+             sequences are sliced one behind the other.
+    *chunk*  a slice of fixed size.
+
+Invariants
+    At most one slice of a run is under way. A slice in which no position was asked for computes the logits of
+    its last one, and drops them: the graph has at least one row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from fpcompile.errors import InternalError, UsageError
+from fpcompile.executor.inputs import Group, Layout
+from fpcompile.executor.kv import LayerKV
+from fpcompile.executor.packed import PackedCall
+from fpcompile.executor.run import Run
+from fpcompile.executor.schedule import Shape
+
+__all__ = ["Chunks", "Sliced"]
+
+
+@final
+class Sliced:
+    """A run of a packed program that nobody has stepped, to be executed by :meth:`take` and :meth:`put`."""
+
+    __slots__ = ("_keep", "_kv", "_max_blocking_ms", "_pieces", "_sequences", "at", "call", "run")
+
+    def __init__(self, run: Run, max_blocking_ms: float | None = None) -> None:
+        call = run.call
+        if not isinstance(call, PackedCall) or run.at:
+            raise InternalError("a run that cannot be sliced", got=repr(run))
+        self.run, self.call = run, call
+        self.at = 0
+        """Tokens executed."""
+        self._max_blocking_ms = max_blocking_ms
+        self._keep: list[int] = run.values["logits_to_keep"].tolist()
+        self._pieces: list[tuple[list[int], Tensor]] = []
+        self._sequences = [
+            (g.start + i * g.length, g.length, g.past) for g in call.layout.groups for i in range(g.batch)
+        ]
+        self._kv = [
+            {layer: _part(kv, i) for layer, kv in layers.items()}
+            for group, layers in zip(call.layout.groups, run.kv, strict=True)
+            for i in range(group.batch)
+        ]
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of the whole run."""
+        return self.run.tokens
+
+    @property
+    def rows(self) -> int:
+        """Positions whose logits are asked for."""
+        return self.run.rows
+
+    @property
+    def done(self) -> bool:
+        """Whether every token was executed."""
+        return self.at == self.tokens
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of the logits so far."""
+        return sum(piece.nbytes for _, piece in self._pieces)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the cache so far."""
+        return sum(kv.keys.nbytes + kv.values.nbytes for layers in self._kv for kv in layers.values())
+
+    def shape(self, start: int, stop: int) -> Shape:
+        """What a slice from ``start`` to ``stop`` computes."""
+        groups = tuple((1, g.length, g.context) for g, _ in self._groups(start, stop))
+        return Shape(stop - start, max(1, len(self._wanted(start, stop))), groups)
+
+    def take(self, tokens: int) -> Run:
+        """The next ``tokens`` tokens as a run of which nothing is executed; :meth:`put` it when done."""
+        start, stop = self.at, self.at + tokens
+        if not 0 < tokens <= self.tokens - start:
+            raise InternalError(
+                "a slice beyond the run", expected=f"1 to {self.tokens - start}", got=str(tokens)
+            )
+        parts = self._groups(start, stop)
+        rows = [self._keep[i] - start for i in self._wanted(start, stop)] or [tokens - 1]
+        values = {
+            name: torch.tensor(rows, device=value.device)
+            if name == "logits_to_keep"
+            else value[:, start:stop]
+            for name, value in self.run.values.items()
+        }
+        call = PackedCall(
+            self.call.program,
+            Layout(tuple(group for group, _ in parts), tokens),
+            rows=len(rows),
+            kept=len(rows),
+            use_cache=stop < self.tokens or self.call.use_cache,
+        )
+        program = self.run.program
+        kv = [dict(self._kv[i]) for _, i in parts]
+        return Run(program, call, values, kv, program.tile_plan(call.shape, self._max_blocking_ms))
+
+    def put(self, done: Run) -> None:
+        """The slice that was taken is done."""
+        start, stop = self.at, self.at + done.tokens
+        wanted = self._wanted(start, stop)
+        if wanted:
+            self._pieces.append((wanted, done.values[done.program.plan.output]))
+        for (_, i), layers in zip(self._groups(start, stop), done.kv, strict=True):
+            self._kv[i] = layers
+        self.at = stop
+
+    def result(self) -> Any:
+        """What the run's own :meth:`Run.result` gives, once every token was executed."""
+        if not self.done:
+            raise UsageError(
+                "the run is not done", got=f"{self.at} of {self.tokens} tokens", remedy="execute the rest"
+            )
+        run = self.run
+        logits = [piece for _, piece in self._pieces]
+        order = torch.tensor([i for wanted, _ in self._pieces for i in wanted], device=logits[0].device)
+        packed = torch.cat(logits, dim=1)
+        run.values = {run.program.plan.output: torch.empty_like(packed).index_copy_(1, order, packed)}
+        run.kv, begun = [], 0
+        for group in self.call.layout.groups:
+            run.kv.append(_joined(self._kv[begun : begun + group.batch]) if self.call.use_cache else {})
+            begun += group.batch
+        run.at = len(run.schedule)
+        return run.result()
+
+    def suspend(self) -> None:
+        """Nothing is held that could be computed again."""
+
+    def release(self) -> None:
+        """Drop every tensor."""
+        self.run.release()
+        self._pieces = []
+        self._kv = [{} for _ in self._kv]
+
+    def _groups(self, start: int, stop: int) -> list[tuple[Group, int]]:
+        """The parts of sequences that lie between ``start`` and ``stop``, and of which sequence each is."""
+        found = []
+        for i, (begin, length, past) in enumerate(self._sequences):
+            low, high = max(start, begin), min(stop, begin + length)
+            if low < high:
+                found.append((Group(low - start, 1, high - low, past + low - begin), i))
+        return found
+
+    def _wanted(self, start: int, stop: int) -> list[int]:
+        """Which of the kept rows lie between ``start`` and ``stop``."""
+        return [i for i, token in enumerate(self._keep) if start <= token < stop]
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """A chunk as a hook sees it."""
+
+    index: int
+    name: str
+
+
+@final
+class Chunks:
+    """A run that steps in chunks of ``size`` tokens: it can stop behind each of them, and nowhere else."""
+
+    __slots__ = ("size", "sliced")
+
+    def __init__(self, sliced: Sliced, size: int) -> None:
+        self.sliced, self.size = sliced, size
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of the whole run."""
+        return self.sliced.tokens
+
+    @property
+    def rows(self) -> int:
+        """Positions whose logits are asked for."""
+        return self.sliced.rows
+
+    @property
+    def done(self) -> bool:
+        """Whether every chunk was executed."""
+        return self.sliced.done
+
+    @property
+    def cursor(self) -> int:
+        """Index of the next chunk."""
+        return -(-self.sliced.at // self.size)
+
+    @property
+    def next_segment(self) -> _Chunk:
+        """The next chunk."""
+        start, stop = self.sliced.at, self._stop(self.sliced.at)
+        return _Chunk(self.cursor, f"tokens {start} to {stop}")
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of the logits so far."""
+        return self.sliced.live_bytes
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the cache so far."""
+        return self.sliced.kv_bytes
+
+    def step(self) -> None:
+        """Execute the next chunk, all launches of it."""
+        part = self.sliced.take(self._stop(self.sliced.at) - self.sliced.at)
+        try:
+            while not part.done:
+                part.step()
+        except BaseException:
+            self.release()
+            raise
+        self.sliced.put(part)
+
+    def left(self) -> list[Shape]:
+        """What each of the chunks that are left computes."""
+        starts = range(self.sliced.at, self.tokens, self.size)
+        return [self.sliced.shape(start, self._stop(start)) for start in starts]
+
+    def result(self) -> Any:
+        """The run's result."""
+        return self.sliced.result()
+
+    def suspend(self) -> None:
+        """Nothing is held that could be computed again."""
+
+    def release(self) -> None:
+        """Drop every tensor."""
+        self.sliced.release()
+
+    def _stop(self, start: int) -> int:
+        return min(start + self.size, self.tokens)
+
+
+def _part(kv: LayerKV, i: int) -> LayerKV:
+    """One sequence of a batch."""
+    return LayerKV(kv.keys[i : i + 1], kv.values[i : i + 1], kv.start)
+
+
+def _joined(sequences: list[dict[int, LayerKV]]) -> dict[int, LayerKV]:
+    """Sequences of equal length as one batch."""
+    if len(sequences) == 1:
+        return sequences[0]
+    return {
+        layer: LayerKV(
+            torch.cat([layers[layer].keys for layers in sequences]),
+            torch.cat([layers[layer].values for layers in sequences]),
+            kv.start,
+        )
+        for layer, kv in sequences[0].items()
+    }

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +101,27 @@ def prefill(
     program: Any, ids: torch.Tensor, asked: dict[str, Any], device: Device, times: Sequence[float]
 ) -> tuple[float, list[float], Any]:
     """Seconds of one prefill that is asked to stop at ``times``, the blocking times, and its output."""
-    ahead = RunAhead(device) if device.asynchronous else None
+    return drive(
+        lambda: program.start(input_ids=ids, **asked), device, times, lambda run: next_cost(program, run)
+    )
+
+
+def drive(
+    begin: Callable[[], Any],
+    device: Device,
+    times: Sequence[float],
+    price: Callable[[Any], Callable[[], float]] | None = None,
+) -> tuple[float, list[float], Any]:
+    """As :func:`prefill`, for whatever ``begin`` starts: a run, or something that is driven like one.
+
+    On an asynchronous device ``price(run)`` predicts its next launch; without it nothing runs ahead.
+    """
+    ahead = RunAhead(device) if device.asynchronous and price is not None else None
     waited: list[float] = []
-    device.order_after(device.caller_event())  # ``ids`` are made on the caller's stream, and stay with it
+    device.order_after(device.caller_event())  # inputs are made on the caller's stream, and stay with it
     with device.active():
-        run = program.start(input_ids=ids, **asked)
-        cost = next_cost(program, run) if ahead is not None else None
+        run = begin()
+        cost = price(run) if ahead is not None and price is not None else None
         device.synchronize()
         begun = time.perf_counter()
         requester = Requester(times, begun)

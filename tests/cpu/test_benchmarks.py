@@ -226,3 +226,55 @@ def test_the_compilers_time_is_compared_at_two_depths(
     assert content["seconds"] == {"8": [2.0, 2.0], "80": [3.0, 5.0]}
     assert content["ratio"] == pytest.approx(2.0)
     assert "TARGET MISSED" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_preemption_writes_the_frontier(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arguments = ["--model", "tiny:qwen3", "--layers", "0", "--tokens", "300", "--chunks", "100", "4096"]
+    more = ["--parts", "3", "--repeats", "3", "--prefills", "1", "--requests", "20", "--bound-tokens", "300"]
+    module = benchmark("preemption", monkeypatch, *arguments, *more, "--output", str(tmp_path))
+    module.main()
+    content = written(tmp_path / "preemption.json")
+    (found,) = content["lengths"]
+    schemes = ["whole", "chunked 100", "layer", "half-layer, synchronised", "operator", "tiles 1/3"]
+    assert [row["scheme"] for row in found["rows"]] == schemes
+    for row in found["rows"]:
+        times = row["blocking_seconds"]
+        assert 0 <= times["p50"] <= times["p99"] <= times["max"]
+        assert row["bits_equal"] or not row["exact"]
+        assert row["times_floor"] > 0
+    assert content["launches"]["launches"] == len(content["launches"]["launch_seconds"])
+    assert content["launches"]["longest"] > 0
+    assert 0 < content["preemptions"]["stops"] <= 100
+    rounds = content["preemptions"]["seconds"]
+    assert all(own < total for own, total in zip(rounds["own"], rounds["stopped"], strict=True))
+    assert (tmp_path / "preemption.png").read_bytes().startswith(PNG)
+
+
+def test_half_layers_end_behind_attention_and_at_cuts() -> None:
+    stages = fpcompile.segment(tiny_model("qwen3"), granularity="layer", verify=False).stages
+    launches = importlib.import_module("benchmarks.schemes").half_layers(stages)
+    assert [i for launch in launches for i in range(launch.first, launch.last)] == list(range(len(stages)))
+    ends = {launch.last - 1 for launch in launches}
+    cuts = {
+        i for i in range(len(stages)) if i + 1 == len(stages) or stages[i + 1].segment != stages[i].segment
+    }
+    attention = {i for i, stage in enumerate(stages) if stage.over == "attention"}
+    assert ends == cuts | attention
+    assert len(attention) == 2
+
+
+def test_chunks_are_one_prefill() -> None:
+    model = tiny_model("qwen3")
+    program = fpcompile.segment(model, granularity="model", verify=False)
+    ids = torch.arange(50)[None] % 90
+    chunks = importlib.import_module("benchmarks.schemes").Chunks(program, ids, 20, {"logits_to_keep": 1})
+    steps = 0
+    while not chunks.done:
+        chunks.step()
+        steps += 1
+    assert steps == 3
+    with torch.no_grad():
+        expected = model(input_ids=ids, logits_to_keep=1)
+    torch.testing.assert_close(chunks.result().logits, expected.logits)
+    assert chunks.result().past_key_values.get_seq_length() == 50

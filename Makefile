@@ -55,8 +55,8 @@ line-coverage: dev ## tests with a line and branch report
 	$(BIN)/coverage run -m pytest $(TESTS) $(PYTEST_ARGS)
 	$(BIN)/coverage report
 
-bench: dev ## segmented against unmodified model; options in ARGS
-	$(BIN)/python benchmarks/overhead.py $(ARGS)
+bench: dev ## all benchmarks, one after the other; options in ARGS
+	PYTHON=$(abspath $(BIN))/python bash benchmarks/all.sh $(ARGS)
 
 gpu: dev ## equality, overhead and blocking on a CUDA device
 	PYTHON=$(abspath $(BIN))/python bash benchmarks/gpu.sh $(ARGS)

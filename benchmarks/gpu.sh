@@ -43,21 +43,8 @@ fi
 
 mkdir -p "$out" || exit 1
 out="$(cd "$out" && pwd)"
-failed=()
-missed=()
-
-step() { # step NAME COMMAND...: run it, keep its log, remember whether it failed
-    local name="$1"
-    shift
-    echo "== $name"
-    if ! "$@" 2>&1 | tee "$out/$name.log"; then
-        failed+=("$name")
-        echo "== $name FAILED"
-    fi
-    while IFS= read -r line; do
-        missed+=("$name: ${line#TARGET MISSED: }")
-    done < <(grep '^TARGET MISSED: ' "$out/$name.log")
-}
+# shellcheck source=benchmarks/steps.sh
+source "$root/benchmarks/steps.sh"
 
 cd "$root" || exit 1
 common=(--device cuda --model "$model" --dtype "$dtype" --output "$out")
@@ -68,14 +55,4 @@ step blocking "$python" benchmarks/blocking.py "${common[@]}" --tokens "$long" -
 step demo "$python" -c "from fpcompile.cli import main; main()" demo \
     --device cuda --model "$model" --long-tokens "$long" --output "$out"
 
-echo
-echo "results in $out:"
-ls "$out"
-if ((${#missed[@]})); then
-    printf 'target missed: %s\n' "${missed[@]}"
-fi
-if ((${#failed[@]})); then
-    echo "FAILED: ${failed[*]}"
-    exit 1
-fi
-echo "all passed"
+summary

@@ -72,7 +72,7 @@ def shorten(model: Any, layers: int) -> None:
     config = model.config.get_text_config()
     if not 0 < layers < config.num_hidden_layers:
         return
-    model.get_decoder().layers = model.get_decoder().layers[:layers]
+    model.get_decoder().layers = model.get_decoder().layers[:layers].train(False)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]

@@ -182,6 +182,31 @@ def gpu_script(tmp_path: Path, *, rc: int, missed: bool) -> subprocess.Completed
     )
 
 
+def test_all_benchmarks_run_whatever_one_of_them_does(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    missed = "echo 'TARGET MISSED: 16 tokens'"
+    python.write_text(
+        f'#!/bin/bash\necho "$@" >> {tmp_path}/called\ncase "$*" in\n'
+        f"*backends.py*--compile-time*) {missed} ;;\n*blocking.py*) exit 1 ;;\nesac\n"
+    )
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "all.sh"), "--model", "tiny:qwen3"],
+        env={**os.environ, "PYTHON": str(python), "OUTPUT": str(tmp_path / "out")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    called = [line.split() for line in (tmp_path / "called").read_text().splitlines()]
+    started = {Path(words[0]).name for words in called}
+    own = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+    assert started == own - {"common.py", "schemes.py"}
+    assert all("tiny:qwen3" in words for words in called if Path(words[0]).name != "scheduler_cost.py")
+    assert done.returncode == 1
+    told = ["target missed: backends-compile-time: 16 tokens", "FAILED: blocking"]
+    assert done.stdout.splitlines()[-2:] == told
+
+
 def test_the_gpu_script_fails_when_a_step_fails(tmp_path: Path) -> None:
     done = gpu_script(tmp_path, rc=1, missed=False)
     assert done.returncode == 1
@@ -230,7 +255,7 @@ def test_the_compilers_time_is_compared_at_two_depths(
 
 @pytest.mark.slow
 def test_preemption_writes_the_frontier(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    arguments = ["--model", "tiny:qwen3", "--layers", "0", "--tokens", "300", "--chunks", "100", "4096"]
+    arguments = ["--model", "tiny:qwen3", "--layers", "1", "--tokens", "300", "--chunks", "100", "4096"]
     more = ["--parts", "3", "--repeats", "3", "--prefills", "1", "--requests", "20", "--bound-tokens", "300"]
     module = benchmark("preemption", monkeypatch, *arguments, *more, "--output", str(tmp_path))
     module.main()

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# All benchmarks, one after the other, each to its end whatever the others did. For a machine that does nothing
+# else; about half an hour on two cores.
+#
+#   bash benchmarks/all.sh [OPTIONS]        options that all have: --model, --dtype, --device, --seed
+#   OUTPUT=folder PYTHON=.venv/bin/python bash benchmarks/all.sh
+#
+# JSON, plots and logs go to OUTPUT (default: benchmarks/results). The last lines name the targets that were
+# missed, which is no failure. Exit code 1 when a benchmark failed: a result differs from the model's.
+set -uo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+python="${PYTHON:-python3}"
+out="${OUTPUT:-$root/benchmarks/results}"
+mkdir -p "$out" && out="$(cd "$out" && pwd)" || exit 1
+export PYTHONUNBUFFERED=1
+# shellcheck source=benchmarks/steps.sh
+source "$root/benchmarks/steps.sh"
+
+here="$root/benchmarks"
+options=("$@" --output "$out")
+step overhead "$python" "$here/overhead.py" "${options[@]}"
+step overhead-float32 "$python" "$here/overhead.py" "$@" --dtype float32 --output "$out/float32"
+step compile-time "$python" "$here/overhead.py" "${options[@]}" --compile-time
+step backends "$python" "$here/backends.py" "${options[@]}"
+step backends-compile-time "$python" "$here/backends.py" "${options[@]}" --compile-time
+step blocking "$python" "$here/blocking.py" "${options[@]}"
+step preemption "$python" "$here/preemption.py" "${options[@]}"
+step scheduler-cost "$python" "$here/scheduler_cost.py" --json "$out/scheduler_cost.json"
+summary

@@ -101,7 +101,8 @@ class _Run:
 class Simulator:
     """One device under one core.
 
-    ``slowdown``: actual = predicted x slowdown(request), to study wrong predictions; None: exact.
+    ``slowdown``: actual = predicted x slowdown(request), to study wrong predictions; None: exact. With
+    ``learnt`` the core hears what is really left of a paused run, as from a predictor that was corrected.
     ``decode_s``: seconds between two tokens of a generating request; ``decode_step`` (a, b): a step that
     generates one token of each of B requests takes a + b*B seconds out of every ``decode_s``, which slows the
     prefill on the device down. Steps fit between its stop points; their lateness is not modelled.
@@ -117,6 +118,7 @@ class Simulator:
         *,
         core: Scheduler | None = None,
         slowdown: Callable[[Request], float] | None = None,
+        learnt: bool = False,
         evict_s: float = 0.0,
         restore_s: float = 0.0,
         decode_s: float = 0.0,
@@ -131,6 +133,7 @@ class Simulator:
         self.result = SimulationResult()
         self._timelines = Timelines(table, self.core.policy.grain)
         self._steps = isinstance(self.core.policy, StepPolicy)
+        self._learnt = learnt
         self._slowdown, self._decode_s, self._decode_step = slowdown, decode_s, decode_step
         self._decoding = 0
         self._speed = 1.0
@@ -305,7 +308,10 @@ class Simulator:
         run.preemptions += 1
         self._paused_tokens += sum(request.tokens for request in run.requests)
         self.result.peak_paused_tokens = max(self.result.peak_paused_tokens, self._paused_tokens)
-        return Yielded(now, self._name, run.timeline.length - run.offset)
+        left = run.timeline.length - run.offset
+        if self._learnt and self._slowdown is not None:
+            left *= self._slowdown(run.requests[0])
+        return Yielded(now, self._name, left)
 
     def _land_step(self, now: float) -> Event:
         unfinished = False

@@ -24,7 +24,7 @@ from fpcompile.serving.bench_report import save_plots, table_of
 __all__ = ["app", "parse_numbers", "parse_slos", "replay"]
 
 MEASURED_POLICIES = ("s-edf", "fpcompile")
-"""What ``--real`` measures by default; the engine executes no others that pack or slice."""
+"""What ``--real`` measures by default; it takes every policy."""
 
 app = typer.Typer(help="Benchmarks.", no_args_is_help=True)
 
@@ -126,7 +126,7 @@ def goodput(
         str | None, typer.Option(help="With --real: a model's folder; else a Qwen3 of 30M.")
     ] = None,
     length_scale: Annotated[
-        float, typer.Option(help="With --real: prompts are this times as long as the trace's.")
+        float, typer.Option(help="With --real: scales prompts; the tokens in policies stay.")
     ] = 1 / 16,
     minutes: Annotated[float, typer.Option(help="With --real: ends within about this.")] = 8.0,
 ) -> None:

@@ -71,9 +71,9 @@ class RealDevice:
         answer: dict[str, Any] = self._ask("describe")
         return answer
 
-    def prepare(self, plan: Plan, lengths: Sequence[int]) -> tuple[CostTable, dict[int, float]]:
-        """Compile the program of a plan: its cost table, and the predicted seconds of each length."""
-        answer: tuple[CostTable, dict[int, float]] = self._ask("prepare", plan, list(lengths))
+    def prepare(self, plan: Plan, longest: int) -> CostTable:
+        """Compile the program of a plan, for prompts of at most ``longest`` tokens: its cost table."""
+        answer: CostTable = self._ask("prepare", plan, longest)
         return answer
 
     def alone(self, plan: Plan, lengths: Sequence[int], repeats: int = 7) -> dict[int, float]:

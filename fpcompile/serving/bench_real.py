@@ -4,10 +4,15 @@ The trace's prompts are made shorter (``length_scale``), for a small model on on
 paper's proportions: SLO of a class = (FlowPrefill's SLO / the `llama3-8b-a800` profile's time for the class's
 mean prompt) x the measured isolated TTFT of the class's mean scaled prompt.
 
-The simulator gets the same requests at the same times, the engine's own predictions for the decisions, and
-for the device the isolated TTFTs that were measured first (medians over a grid of lengths, linear between).
-Nothing is fitted to what the loaded runs show. The report has the measurement, the simulation and their
-comparison (:mod:`bench_compare`).
+The simulator gets the same requests at the same times, and for decisions and device the isolated TTFTs that
+were measured first (medians over a grid of lengths, linear between): the engine corrects its predictions, so
+that it soon decides by what runs take. Nothing is fitted to what the loaded runs show. The report has the
+measurement, the simulation and their comparison (:mod:`bench_compare`).
+
+A policy that slices prompts (`chunked:N`, `vllm:N,T`) has isolated TTFTs of its own, measured in slices. The
+simulator charges each slice what the measured costs say for its tokens behind its context, times measured /
+charged of the whole prompt in slices of this size; a step or a pack costs the sum over its members with one
+fixed part, corrected as for its first member. The tokens that a policy names are not scaled with the prompts.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from statistics import fmean
 from typing import Any
 
 from fpcompile.errors import InvalidInputError, UsageError
-from fpcompile.scheduler import SLO_TABLE, CostTable, Request, make_policy, profile
+from fpcompile.scheduler import SLO_TABLE, CostPredictor, CostTable, Request, Scheduler, make_policy, profile
 from fpcompile.scheduler.simulator import Outcome, SimulationResult, Simulator
 from fpcompile.scheduler.sweep import Cell, CellKey, SweepSetup, summary
 from fpcompile.scheduler.synthetic import synthetic_trace
@@ -48,11 +53,10 @@ _UNMEASURED = ("decision_us", "peak_paused_bytes", "peak_waiting", "evictions")
 
 @dataclass(frozen=True)
 class Measured:
-    """One program: its table, the engine's predictions, and isolated TTFTs by length."""
+    """One way to execute prompts: the program's cost table, and isolated TTFTs by length."""
 
     plan: Plan
     table: CostTable
-    predicted: Mapping[int, float]
     alone: Mapping[int, float]
 
     def seconds(self, tokens: float) -> float:
@@ -63,9 +67,23 @@ class Measured:
         share = (tokens - low) / (high - low)
         return self.alone[low] + share * (self.alone[high] - self.alone[low])
 
+    def tabulated(self, tokens: int) -> float:
+        """What the table says for such a prompt, in slices if the plan has them."""
+        size = self.plan[2]
+        if size is None:
+            return self.table.seconds(tokens)
+        return sum(self.table.seconds(min(size, tokens - at), at) for at in range(0, tokens, size))
+
     def slowdown(self, request: Request) -> float:
         """Measured over tabulated seconds of this request's prompt."""
-        return self.seconds(request.tokens) / self.table.seconds(request.tokens)
+        return self.seconds(request.tokens) / self.tabulated(request.tokens)
+
+    def predictor(self) -> CostPredictor:
+        """What the engine has learnt of whole prompts: a core that packs asks it."""
+        learnt = CostPredictor(self.table)
+        for tokens, seconds in self.alone.items():
+            learnt.correct(tokens, seconds)
+        return learnt
 
 
 def scaled(rows: Sequence[TraceRow], factor: float) -> list[TraceRow]:
@@ -115,7 +133,7 @@ def run_bench_real(
     begun = time.monotonic()
     rows = read_trace(trace) if trace is not None else synthetic_trace(345, seed=1)
     short = scaled(rows, length_scale)
-    plans = {name: _plan(name) for name in policies}
+    plans = {name: plan_of(make_policy(name)) for name in policies}
     if not policies or seeds < 1:
         raise InvalidInputError("nothing to measure", expected="at least one policy and one seed")
     with RealDevice(model) as device:
@@ -157,28 +175,19 @@ def run_bench_real(
     return report
 
 
-def _plan(policy: str) -> Plan:
-    made = make_policy(policy)
-    if made.batching is not None:
-        raise UsageError(
-            f"policy {policy!r} cannot be measured: it packs requests, the engine runs one at a time",
-            expected="a policy that does not pack",
-            got=policy,
-            remedy="use --simulate",
-        )
-    return plan_of(made.grain, policy)
-
-
 def _plan_name(plan: Plan) -> str:
-    return plan[0] if plan[1] is None else f"{plan[0]}, {plan[1]:g} ms"
+    granularity, budget, size = plan
+    if size is not None:
+        return f"{granularity}, slices of {size} tokens"
+    return granularity if budget is None else f"{granularity}, {budget:g} ms"
 
 
 def _measure(device: RealDevice, plan: Plan, rows: Sequence[TraceRow]) -> Measured:
     lengths = sorted({row.tokens for row in rows})
-    table, predicted = device.prepare(plan, lengths)
+    table = device.prepare(plan, lengths[-1])
     low, high = max(lengths[0], 4), max(lengths[-1], 8)
     grid = sorted({round(low * (high / low) ** (i / (_GRID - 1))) for i in range(_GRID)})
-    return Measured(plan, table, predicted, device.alone(plan, grid))
+    return Measured(plan, table, device.alone(plan, grid))
 
 
 def _mean(one: Measured, rows: Sequence[TraceRow]) -> float:
@@ -203,9 +212,7 @@ def _both(
 ) -> tuple[Cell, Cell, list[Outcome], list[Outcome], float]:
     """One cell measured and simulated: both summaries, both lists of outcomes, the latest sending."""
     rows = tile(setup.rows, setup.count, key.seed)
-    requests = requests_at(
-        rows, key.rate, one.table, setup.slos, length=lambda row: one.predicted[row.tokens]
-    )
+    requests = requests_at(rows, key.rate, one.table, setup.slos, length=lambda row: one.seconds(row.tokens))
     options = dict(setup.options)
     records, blocking, late = device.serve(one.plan, key.policy, requests, options)
     served = {record.id: record for record in records}
@@ -213,7 +220,8 @@ def _both(
     for request in requests:
         record = served[request.id]
         outcomes.append(Outcome(request, record.ttft, None, record.preemptions, record.error))
-    simulator = Simulator(key.policy, one.table, slowdown=one.slowdown, **options)
+    core = Scheduler(key.policy, predictor=one.predictor(), **options)
+    simulator = Simulator(key.policy, one.table, core=core, slowdown=one.slowdown, learnt=True)
     simulation = simulator.run(requests)
     real, predicted = (_judged(found, one) for found in (outcomes, simulation.outcomes))
     measured = SimulationResult(outcomes=real, blocking=blocking)
@@ -237,7 +245,7 @@ def _judged(outcomes: Sequence[Outcome], one: Measured) -> list[Outcome]:
 
 def _isolated(one: Measured) -> list[dict[str, float]]:
     return [
-        {"tokens": n, "measured_s": seconds, "tabulated_s": one.table.seconds(n)}
+        {"tokens": n, "measured_s": seconds, "tabulated_s": one.tabulated(n)}
         for n, seconds in sorted(one.alone.items())
     ]
 

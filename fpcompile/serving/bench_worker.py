@@ -5,7 +5,8 @@ engine nothing but the reading of a pipe. Both read the same monotonic clock of 
 the moment at which the generator meant to send.
 
 Words
-    *plan*   granularity and budget of the program that executes a policy's grain (:func:`plan_of`).
+    *plan*   granularity and budget of the program that executes a policy's grain, and the tokens of a slice
+             when it executes prompts in slices (:func:`plan_of`).
 
 Protocol: tuples ``(kind, ...)``. ``prepare`` compiles and calibrates the program of a plan and is answered by
 its costs; ``engine`` starts an engine under a policy; ``submit`` is not answered; ``collect`` waits until all
@@ -25,15 +26,16 @@ import torch
 from fpcompile.api import segment
 from fpcompile.engine.engine import Engine
 from fpcompile.engine.handle import Handle
-from fpcompile.errors import FpcompileError, UsageError
+from fpcompile.errors import FpcompileError
 from fpcompile.executor.program import Program
 from fpcompile.scheduler.costs import CostTable
-from fpcompile.scheduler.policy import Grain
+from fpcompile.scheduler.policies.neighbours import Vllm
+from fpcompile.scheduler.policy import Policy
 
 __all__ = ["Plan", "Record", "build_model", "plan_of", "serve"]
 
-Plan = tuple[str, float | None]
-"""(granularity, budget in milliseconds or None)."""
+Plan = tuple[str, float | None, int | None]
+"""(granularity, budget in milliseconds or None, tokens of a slice or None for whole prompts)."""
 
 _GRANULARITY = {"model": "model", "layers": "layer", "half-layer": "layer", "operator": "operator"}
 
@@ -48,18 +50,14 @@ class Record:
     error: str = ""
 
 
-def plan_of(grain: Grain, policy: str) -> Plan:
-    """The program that stops where ``grain`` says; raises :class:`UsageError` for chunks of tokens."""
+def plan_of(policy: Policy) -> Plan:
+    """The program that stops where the policy's grain says: a chunk or a step is one launch of the model."""
+    grain = policy.grain
     if grain.unit == "tile":
-        return ("operator", grain.size / 1e3)
-    if grain.unit not in _GRANULARITY:
-        raise UsageError(
-            f"policy {policy!r} cannot be measured: the engine runs whole prompts",
-            expected=f"a grain of {', '.join(_GRANULARITY)} or tile",
-            got=f"a grain of {grain.unit}",
-            remedy="use --simulate",
-        )
-    return (_GRANULARITY[grain.unit], None)
+        return ("operator", grain.size / 1e3, None)
+    if grain.unit == "tokens":
+        return ("model", None, policy.threshold if isinstance(policy, Vllm) else grain.size)
+    return (_GRANULARITY[grain.unit], None, None)
 
 
 def build_model(path: str | None) -> Any:
@@ -108,7 +106,7 @@ class _Worker:
     def __init__(self, path: str | None) -> None:
         self.model = build_model(path)
         self.parameters = sum(weight.numel() for weight in self.model.parameters())
-        self._programs: dict[Plan, Program] = {}
+        self._programs: dict[tuple[str, float | None], Program] = {}
         self._engine: Engine | None = None
         self._records: dict[str, Record] = {}
         self._ids = torch.zeros(1, 0, dtype=torch.long)
@@ -118,17 +116,17 @@ class _Worker:
         name = type(self.model).__name__
         return {"model": name, "parameters": self.parameters, "dtype": str(self.model.dtype)}
 
-    def prepare(self, plan: Plan, lengths: list[int]) -> tuple[CostTable, dict[int, float]]:
-        """Compile and calibrate; the table of the segments, and the predicted seconds of each length."""
-        granularity, budget = plan
-        program = self._programs.get(plan)
+    def prepare(self, plan: Plan, longest: int) -> CostTable:
+        """Compile and calibrate; the table of the segments."""
+        granularity, budget, _ = plan
+        program = self._programs.get(plan[:2])
         if program is None:
             program = segment(
                 self.model, granularity=granularity, max_blocking_ms=budget, weights="packed", verify=False
             )
             program.calibrate()
-            self._programs[plan] = program
-        self._ids = program.random_ids(max(lengths))
+            self._programs[plan[:2]] = program
+        self._ids = program.random_ids(longest)
         costs = program.costs
         rows = []
         for part in program.segments:
@@ -141,15 +139,14 @@ class _Worker:
                 else:
                     a, b, c = a + one.a, b + one.b, c + one.d
             rows.append((f"{part.index}.{part.name}", (a, b, c)))
-        table = CostTable.from_segments(
+        return CostTable.from_segments(
             rows, name=f"measured {granularity}", source="calibrated on this machine"
         )
-        return table, {n: program.predict(tokens=n) for n in lengths}
 
     def engine(self, plan: Plan, policy: str, options: dict[str, Any]) -> None:
         """A fresh engine."""
         gc.collect()
-        program = self._programs[plan]
+        program = self._programs[plan[:2]]
         self._records = {}
         self._engine = Engine(
             program,
@@ -193,9 +190,13 @@ class _Worker:
         return list(self._records.values()), blocking
 
     def alone(self, plan: Plan, lengths: list[int], repeats: int) -> dict[int, float]:
-        """Median TTFT of prompts that find the engine idle, in rounds over all lengths; one to warm up."""
+        """Median TTFT of prompts that find the engine idle, in rounds over all lengths; one to warm up.
+
+        In the slices of the plan, if it has any.
+        """
+        policy = "fcfs" if plan[2] is None else f"chunked:{plan[2]}"
         times: dict[int, list[float]] = {tokens: [] for tokens in lengths}
-        with Engine(self._programs[plan], policy="fcfs", record_timeline=False) as engine:
+        with Engine(self._programs[plan[:2]], policy=policy, record_timeline=False) as engine:
             for number in range(repeats + 1):
                 for tokens in lengths:
                     handle = engine.submit(self._ids[:, :tokens], ttft_slo=1e6, logits_to_keep=1)

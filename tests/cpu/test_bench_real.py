@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from fpcompile.errors import InvalidInputError, UsageError
 from fpcompile.models.zoo import tiny_model
-from fpcompile.scheduler import CostTable, Grain, Request, make_policy, profile
+from fpcompile.scheduler import CostTable, Request, make_policy, profile
+from fpcompile.scheduler.simulator import simulate
 from fpcompile.scheduler.synthetic import synthetic_trace
 from fpcompile.serving.bench_cli import app
 from fpcompile.serving.bench_real import Measured, affordable, paper_slos, scaled
@@ -20,16 +21,16 @@ from fpcompile.serving.bench_worker import plan_of
 
 def test_a_policys_grain_is_executed_by_a_program_that_stops_there() -> None:
     plans = {
-        spec: plan_of(make_policy(spec).grain, spec) for spec in ("fcfs", "s-edf", "layered:4", "fpcompile")
+        "fcfs": ("model", None, None),
+        "s-edf": ("operator", None, None),
+        "flowprefill": ("operator", None, None),
+        "layered:4": ("layer", None, None),
+        "fpcompile": ("operator", 2.0, None),
+        "chunked:512,edf": ("model", None, 512),
+        "vllm:2048,256": ("model", None, 256),
+        "vllm:2048": ("model", None, 2048),
     }
-    assert plans == {
-        "fcfs": ("model", None),
-        "s-edf": ("operator", None),
-        "layered:4": ("layer", None),
-        "fpcompile": ("operator", 2.0),
-    }
-    with pytest.raises(UsageError, match="whole prompts"):
-        plan_of(Grain("tokens", 512), "chunked:512")
+    assert {spec: plan_of(make_policy(spec)) for spec in plans} == plans
 
 
 def test_promises_keep_the_papers_multiples_of_the_isolated_ttft() -> None:
@@ -45,11 +46,24 @@ def test_promises_keep_the_papers_multiples_of_the_isolated_ttft() -> None:
 
 def test_isolated_times_are_linear_between_what_was_measured_and_slow_the_table_down() -> None:
     table = CostTable.from_segments([("all", (0.0, 1e-3, 0.0))])
-    one = Measured(("model", None), table, {}, {10: 0.02, 20: 0.04, 40: 0.05})
+    one = Measured(("model", None, None), table, {10: 0.02, 20: 0.04, 40: 0.05})
     assert one.seconds(15) == pytest.approx(0.03)
     assert one.seconds(30) == pytest.approx(0.045)
     assert one.seconds(60) == pytest.approx(0.06), "and beyond"
     assert one.slowdown(Request("r", 0.0, 1.0, 20, 0.02)) == pytest.approx(2.0)
+    assert one.predictor().predict(10) == pytest.approx(0.02, rel=0.1)
+
+
+def test_a_prompt_in_slices_is_charged_for_each_of_them() -> None:
+    table = CostTable.from_segments([("all", (1e-2, 1e-3, 1e-5))])
+    one = Measured(("model", None, 16), table, {20: 0.1, 40: 0.2})
+    whole = 1e-2 + 40e-3 + 1e-5 * 40**2
+    assert one.tabulated(40) == pytest.approx(whole + 2e-2), "three slices: the fixed part twice more"
+    assert one.slowdown(Request("r", 0.0, 1.0, 40, 0.02)) == pytest.approx(0.2 / (whole + 2e-2))
+    simulated = simulate("chunked:16", [Request("r", 0.0, 1.0, 40, 0.02)], table, slowdown=one.slowdown)
+    assert simulated.outcomes[0].ttft == pytest.approx(0.2), "the simulated device takes what was measured"
+    stepped = simulate("vllm:64,16", [Request("r", 0.0, 1.0, 40, 0.02)], table, slowdown=one.slowdown)
+    assert stepped.outcomes[0].ttft == pytest.approx(0.2)
 
 
 @pytest.mark.slow
@@ -67,7 +81,7 @@ def test_a_measurement_accounts_for_every_request_and_stands_beside_its_simulati
         "--model",
         str(model),
         "--policies",
-        "fcfs,s-edf",
+        "fcfs;s-edf;flowprefill;vllm:64,16",
     ]
     arguments += ["--rates", "20,40", "--num-prompts", "30", "--length-scale", "0.01"]
     arguments += ["--json", str(tmp_path / "r.json"), "--markdown", str(tmp_path / "r.md")]
@@ -76,16 +90,17 @@ def test_a_measurement_accounts_for_every_request_and_stands_beside_its_simulati
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["unserved"] == 0
     assert report["num_prompts"] == 30
-    assert set(report["policies"]) == set(report["simulated"]["policies"]) == {"fcfs", "s-edf"}
+    policies = ("fcfs", "s-edf", "flowprefill", "vllm:64,16")
+    assert set(report["policies"]) == set(report["simulated"]["policies"]) == set(policies)
     compared = report["comparison"]["rows"]
     assert [(row["policy"], row["rate"], row["requests"]) for row in compared] == [
-        (policy, rate, 30) for policy in ("fcfs", "s-edf") for rate in (20.0, 40.0)
+        (policy, rate, 30) for policy in policies for rate in (20.0, 40.0)
     ]
     for row in compared:
         assert 0 <= row["overall"] <= 1
         assert row["mean_ttft"] > 0
         assert set(row["by_class"]) == set(row["by_class_simulated"])
-    assert set(report["isolated"]) == {"model", "operator"}
+    assert set(report["isolated"]) == {"model", "operator", "model, slices of 16 tokens"}
     assert all(entry["measured_s"] > 0 for entry in report["isolated"]["operator"])
     page = (tmp_path / "r.md").read_text()
     assert page.count("| `s-edf` |") == 3
@@ -95,8 +110,8 @@ def test_a_measurement_accounts_for_every_request_and_stands_beside_its_simulati
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--policies", "flowprefill"], "packs requests"),
-        (["--policies", "vllm:2048"], "whole prompts"),
+        (["--policies", "flowprefil"], "flowprefill"),
+        (["--policies", "vllm:0"], "token budget"),
         (["--bound"], "--bound"),
         (["--costs", "x.json"], "--costs"),
         (["--length-scale", "2"], "length scale"),

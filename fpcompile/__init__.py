@@ -12,19 +12,20 @@ from typing import TYPE_CHECKING, Any
 from fpcompile import errors
 
 if TYPE_CHECKING:
-    from fpcompile.api import segment
+    from fpcompile.api import load, segment
     from fpcompile.engine.engine import Engine
     from fpcompile.executor.checkpoint import Checkpoint
     from fpcompile.executor.program import Program
     from fpcompile.executor.run import Run
 
 __version__ = "0.1.0"
-__all__ = ["Checkpoint", "Engine", "Program", "Run", "errors", "segment"]
+__all__ = ["Checkpoint", "Engine", "Program", "Run", "errors", "load", "segment"]
 _HOMES = {
     "Checkpoint": "fpcompile.executor.checkpoint",
     "Engine": "fpcompile.engine.engine",
     "Program": "fpcompile.executor.program",
     "Run": "fpcompile.executor.run",
+    "load": "fpcompile.api",
     "segment": "fpcompile.api",
 }
 

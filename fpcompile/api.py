@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from torch import nn
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
-from fpcompile.errors import InvalidInputError, UnknownNameError, UnsupportedModelError
+from fpcompile.errors import InvalidInputError, ProgramFileError, UnknownNameError, UnsupportedModelError
 from fpcompile.executor.generic_route import compile_generic_program, exported_module, is_exported
 from fpcompile.executor.packed import PackedProgram
 from fpcompile.executor.program import Program
+from fpcompile.executor.saving import load as load_program
 from fpcompile.executor.verify import self_check
 from fpcompile.ir import Granularity
 from fpcompile.models.ambient import tracing
@@ -105,6 +107,27 @@ def segment(
             dynamic_shapes=dynamic_shapes,
             backend=backend,
         )
+
+
+def load(path: str | os.PathLike[str], model: nn.Module, *, verify: bool = True) -> Program:
+    """The program that :meth:`Program.save` wrote to the folder ``path``, for ``model``. Nothing is traced.
+
+    The program has the fingerprint of the one that was saved and gives the same bits; checkpoints move
+    between both. ``model`` must be as the one that it was compiled from: class, configuration, dtypes, shapes
+    and device, and the versions of torch, transformers and fpcompile; weights may have other values.
+    ``verify`` runs the self-check of :func:`segment`.
+
+    Raises :class:`ProgramFileError` where one of these differs, and for a damaged folder.
+    """
+    _check_model(model)
+    with tracing(_device_type(model)):
+        inner = _without_adapters(model)
+        if not isinstance(inner, PreTrainedModel):
+            raise ProgramFileError("the program was saved for another model", got=type(model).__name__)
+        program = load_program(path, inner)
+        if verify:
+            self_check(program, model)
+    return program
 
 
 def _device_type(model: nn.Module) -> str:

@@ -35,6 +35,7 @@ __all__ = [
     "FpcompileError",
     "InternalError",
     "InvalidInputError",
+    "ProgramFileError",
     "QueueFullError",
     "RequestCancelledError",
     "RequestRejectedError",
@@ -125,6 +126,12 @@ class UnknownNameError(UsageError):
 
 class CheckpointError(UsageError):
     """A checkpoint cannot be used: of another program or other weights, truncated, or changed on disk."""
+
+
+class ProgramFileError(UsageError):
+    """A saved program cannot be used, or a program cannot be saved: made for another model or version,
+    truncated, changed on disk, or of a kind that has no file form.
+    """
 
 
 class EngineClosedError(UsageError, RuntimeError):

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
@@ -239,6 +240,12 @@ class PackedProgram(Program):
         """A run over ``length`` random tokens with ``rows`` rows of logits, one launch for each segment."""
         ids = self.random_ids(length)
         return self.start(ids, logits_to_keep=rows, use_cache=False, max_blocking_ms=math.inf)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """See :meth:`Program.save`."""
+        from fpcompile.executor.saving import save
+
+        save(self, path)
 
     def kv_heads(self) -> Sequence[int]:
         """Heads of each attention stage that can be tiled."""

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import threading
 import warnings
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fpcompile.errors import BudgetWarning, InvalidInputError
+from fpcompile.errors import BudgetWarning, InvalidInputError, ProgramFileError
 from fpcompile.executor.calibrate import CostModel, calibrate
 from fpcompile.executor.explain import explain
 from fpcompile.executor.run import Run
@@ -159,12 +160,27 @@ class Program(abc.ABC):
 
         return restore(self, checkpoint)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the program to the folder ``path``, for :func:`fpcompile.load`; weights are not in it.
+
+        The folder appears whole or not at all; an older program there is replaced. It holds data, no code and
+        no pickle: operators are named, and only known ones are read back.
+        Raises :class:`ProgramFileError` for a program of the generic route, one with compiled code
+        (``backend="inductor"``), and a place that is taken by something else.
+        """
+        raise ProgramFileError(
+            f"programs of the {self.route} route cannot be saved",
+            expected="a program of the packed route",
+            got=f"route {self.route}",
+            remedy="compile the model in each process",
+        )
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Digest of the segments and of the model's configuration: equal where the same code is executed in
         the same order. Some numbers (a rotary factor, an expert's activation) are in the configuration only.
         """
-        digest = hashlib.sha256(_settings(self.config).encode())
+        digest = hashlib.sha256(settings(self.config).encode())
         for segment in self.segments:
             for p in segment.parts:
                 digest.update(
@@ -230,7 +246,7 @@ def check_budget(max_blocking_ms: float | None) -> float | None:
 _ORIGIN = ("_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype")
 
 
-def _settings(config: Any) -> str:
+def settings(config: Any) -> str:
     """A transformers configuration as text, without what says where the model came from."""
     values = config.to_dict() if hasattr(config, "to_dict") else {}
     kept = {name: value for name, value in values.items() if name not in _ORIGIN}

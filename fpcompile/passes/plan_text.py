@@ -5,6 +5,7 @@ The first line describes the program, each further one a segment. ``parse(render
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -153,6 +154,7 @@ def _read_part(row: dict[str, Any]) -> Part:
     )
 
 
+@functools.lru_cache(maxsize=4096)
 def _formula(text: str) -> sympy.Expr:
     """A size expression. sympy evaluates text as Python, so anything but the known names is refused first."""
     words = set(re.findall(r"[^\W\d]\w*", text))

@@ -16,6 +16,7 @@ from fpcompile.errors import (
     FpcompileError,
     InternalError,
     InvalidInputError,
+    ProgramFileError,
     QueueFullError,
     RequestCancelledError,
     RequestRejectedError,
@@ -36,6 +37,7 @@ def _examples() -> list[FpcompileError]:
         CheckpointError(
             "the checkpoint file is truncated", expected="120 bytes", got="64 bytes", where="a.ckpt"
         ),
+        ProgramFileError("saved for another device", expected="cuda:0", got="cpu", where="program"),
         EngineClosedError("the engine is closed", remedy="create another one"),
         QueueFullError("the queue is full", retry_after=0.25, got="1024 requests waiting"),
         UnsupportedModelError(

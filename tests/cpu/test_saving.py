@@ -1,0 +1,281 @@
+"""Saved programs: the same bits and fingerprints without a trace, and nothing is taken on trust."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import fx, nn
+
+import fpcompile
+from fpcompile.errors import ProgramFileError, UnsupportedModelError
+from fpcompile.executor import program_file
+from fpcompile.models.zoo import MAIN_ARCHS, sample_ids, tiny_model
+from fpcompile.passes.codegen import function_of, key_of
+from fpcompile.passes.graph_text import read_function, write_function, write_value
+from tests.cpu.support import differences, finish, model_of, outcome, program_of, reference
+
+CASES = [*((arch, None) for arch in MAIN_ARCHS), ("llama", "dynamic"), ("phi3", "longrope")]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A saved tiny llama."""
+    program_of("llama").save(tmp_path / "program")
+    return tmp_path / "program"
+
+
+def load_untraced(path: Path, model: nn.Module, **options: Any) -> fpcompile.Program:
+    """Load where tracing is an error."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("loading traced the model")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.export, "export", refuse)
+        return fpcompile.load(path, model, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "rope"), CASES)
+def test_a_loaded_program_is_the_saved_one(arch: str, rope: str | None, tmp_path: Path) -> None:
+    model, program = model_of(arch, rope=rope), program_of(arch, rope=rope)
+    program.save(tmp_path / "program")
+    loaded = load_untraced(tmp_path / "program", model, verify=False)
+    assert loaded.plan == program.plan
+    assert loaded.fingerprint == program.fingerprint
+    assert loaded.weights_fingerprint == program.weights_fingerprint
+    ids = sample_ids(40)
+    assert differences(outcome(loaded(ids)), reference(model, ids)) == []
+    for giver, taker in ((program, loaded), (loaded, program)):
+        run = giver.start(ids)
+        for _ in range(len(giver.segments) // 2):
+            run.step()
+        assert differences(finish(taker.resume(run.checkpoint())), reference(model, ids)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{"weights": "packed"}, {"granularity": "layer", "max_blocking_ms": 50.0}]
+)
+def test_options_are_kept(options: dict[str, Any], tmp_path: Path) -> None:
+    model = model_of("qwen3", torch.bfloat16)
+    program = fpcompile.segment(model, route="packed", **options)
+    program.save(tmp_path / "program")
+    loaded = load_untraced(tmp_path / "program", model)
+    assert loaded.max_blocking_ms == program.max_blocking_ms
+    assert loaded.plan == program.plan
+    ids = sample_ids(40)
+    free = {"max_blocking_ms": float("inf")}
+    assert differences(outcome(loaded(ids, **free)), outcome(program(ids, **free))) == []
+
+
+@pytest.mark.slow
+def test_a_fresh_process_loads_it_and_goes_on_with_a_checkpoint(saved: Path) -> None:
+    program, ids = program_of("llama"), sample_ids(40)
+    run = program.start(ids)
+    for _ in range(5):
+        run.step()
+    run.checkpoint().save(saved.parent / "run.ckpt")
+    save_file(dict(model_of("llama").state_dict()), saved.parent / "model.safetensors")
+    script = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file, save_file
+import fpcompile
+from fpcompile.models.zoo import tiny_model
+
+def refuse(*args, **kwargs):
+    raise AssertionError("loading traced the model")
+
+torch.export.export = refuse
+folder = Path(sys.argv[1])
+model = tiny_model("llama")
+model.load_state_dict(load_file(folder / "model.safetensors"))
+program = fpcompile.load(folder / "program", model)
+run = program.resume(fpcompile.Checkpoint.load(folder / "run.ckpt"))
+while not run.done:
+    run.step()
+save_file({"logits": run.result().logits.contiguous()}, folder / "logits.safetensors")
+"""
+    subprocess.run([sys.executable, "-c", script, str(saved.parent)], check=True, timeout=240)
+    logits = load_file(saved.parent / "logits.safetensors")["logits"]
+    assert torch.equal(logits, reference(model_of("llama"), ids).logits)
+
+
+@pytest.mark.slow
+def test_other_values_of_the_weights_are_fine(saved: Path) -> None:
+    other = tiny_model("llama")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    loaded, ids = fpcompile.load(saved, other), sample_ids(20)
+    assert differences(outcome(loaded(ids)), reference(other, ids)) == []
+    assert loaded.weights_fingerprint != program_of("llama").weights_fingerprint
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tiny_model("qwen2"), "another configuration"),
+        (lambda: tiny_model("llama", overrides={"rms_norm_eps": 1e-3}), "rms_norm_eps: 0.001"),
+        (lambda: tiny_model("llama", overrides={"attn_implementation": "eager"}), "attention implementation"),
+        (lambda: tiny_model("llama", dtype=torch.bfloat16), r"bfloat16\["),
+        (lambda: _hooked(tiny_model("llama")), "another modules"),
+        (lambda: tiny_model("llama").to(device="meta"), "another device"),
+    ],
+)
+def test_another_model_is_refused(make: Callable[[], nn.Module], message: str, saved: Path) -> None:
+    with pytest.raises(ProgramFileError, match=message) as caught:
+        fpcompile.load(saved, make())
+    assert caught.value.expected
+    assert caught.value.got
+    assert caught.value.remedy
+
+
+def _hooked(model: nn.Module) -> nn.Module:
+    def doubled(module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+        return output * 2
+
+    model.get_submodule("model.layers.0.mlp").register_forward_hook(doubled)
+    return model
+
+
+@pytest.mark.slow
+def test_what_no_record_shows_is_found_by_the_self_check(saved: Path) -> None:
+    model = tiny_model("llama")
+    model.get_submodule("model.layers.0.mlp").forward = lambda x: x * 100
+    with pytest.raises(UnsupportedModelError, match="does not give the model's numbers"):
+        fpcompile.load(saved, model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["torch", "transformers", "fpcompile"])
+def test_another_version_is_refused(name: str, saved: Path) -> None:
+    def older(manifest: dict[str, Any]) -> None:
+        manifest["versions"][name] = "1.0"
+
+    _edit(saved, older)
+    with pytest.raises(ProgramFileError, match=f"another versions\n.*{name}: 1.0"):
+        fpcompile.load(saved, model_of("llama"))
+
+
+def _edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a manifest as somebody would who can write new digests."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["sha256"]
+    change(manifest)
+    manifest["files"] = {
+        n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in manifest["files"]
+    }
+    manifest["sha256"] = program_file._digest(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "plan.jsonl", "functions.json", "calls.json", "constants.safetensors"]
+)
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
+def test_a_damaged_folder_is_refused(name: str, damage: str, saved: Path) -> None:
+    file = saved / name
+    content = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(content[:-9] if damage == "truncated" else content.replace(b"e", b"f", 1) + b" ")
+    with pytest.raises(ProgramFileError) as caught:
+        fpcompile.load(saved, model_of("llama"))
+    assert caught.value.remedy
+    with pytest.raises(FileNotFoundError):
+        fpcompile.load(saved / "elsewhere", model_of("llama"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("functions.json", "aten.rsqrt.default", "aten.sqrt.default", "not the one that its key says"),
+        ("functions.json", "aten.rsqrt.default", "aten.from_file.default", "may not call"),
+        ("functions.json", "aten.rsqrt.default", "os.system.default", "may not call"),
+        ("functions.json", "aten.rsqrt.default", "operator.attrgetter", "may not call"),
+        ("functions.json", '"rsqrt"', '"__import__(1)"', "key says"),
+        ("calls.json", "CausalLMOutputWithPast", "Path", "unknown type"),
+        ("calls.json", 'model.layers.0.self_attn\\"', 'model.layers.9.self_attn\\"', "complete"),
+        ("plan.jsonl", "aten", "aten", None),
+    ],
+)
+def test_a_forged_file_runs_nothing(file: str, old: str, new: str, message: str | None, saved: Path) -> None:
+    """Digests do not stop somebody who writes new ones: keys, tables and types do."""
+    text = (saved / file).read_text()
+    (saved / file).write_text(text.replace(old.replace("\\", ""), new.replace("\\", "")))
+    _edit(saved, lambda manifest: None)
+    if message is None:
+        fpcompile.load(saved, model_of("llama"))
+        return
+    assert (saved / file).read_text() != text
+    with pytest.raises(ProgramFileError, match=message):
+        fpcompile.load(saved, model_of("llama"))
+
+
+@pytest.mark.slow
+def test_a_folder_appears_whole_or_not_at_all(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {f.name: f.read_bytes() for f in saved.iterdir()}
+
+    def fail(handle: int) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="disk full"):
+            program_of("llama").save(saved)
+    assert {f.name: f.read_bytes() for f in saved.iterdir()} == before
+    assert [f.name for f in saved.parent.iterdir()] == ["program"]
+    program_of("llama").save(saved)
+    assert {f.name: f.read_bytes() for f in saved.iterdir()} == before
+    assert [f.name for f in saved.parent.iterdir()] == ["program"]
+
+
+@pytest.mark.slow
+def test_other_folders_are_never_replaced(saved: Path) -> None:
+    (saved / "manifest.json").write_text("{}")
+    with pytest.raises(ProgramFileError, match="taken"):
+        program_of("llama").save(saved)
+    shutil.rmtree(saved)
+    saved.mkdir()
+    program_of("llama").save(saved)
+    assert fpcompile.load(saved, model_of("llama")).route == "packed"
+
+
+@pytest.mark.slow
+def test_the_generic_route_says_that_it_cannot_be_saved(tmp_path: Path) -> None:
+    with pytest.raises(ProgramFileError, match="generic route") as caught:
+        fpcompile.segment(tiny_model("bloom")).save(tmp_path / "program")
+    assert caught.value.remedy
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_of_arguments_read_back() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x0")
+    arguments: list[Any] = [(1, [2, None], {"a": slice(1, None)}), -0.5, float("-inf"), True, "text", torch.int64]
+    arguments += [torch.device("cpu"), torch.strided, torch.preserve_format]
+    graph.output(tuple(graph.call_function(torch.ops.aten.add.Tensor, (x, a)) for a in arguments))
+    key = key_of(graph, "")
+    record = json.loads(json.dumps(write_function(function_of(graph, (), ""))))
+    again = read_function(key, record).graph
+    assert [n.args[1] for n in again.nodes if n.op == "call_function"] == arguments
+    with pytest.raises(ProgramFileError, match="cannot be saved"):
+        write_value(nn.Linear(1, 1))

@@ -39,6 +39,7 @@ from fpcompile.engine.statistics import Counts, EngineStatistics
 from fpcompile.errors import InternalError, RequestCancelledError, RequestRejectedError
 from fpcompile.executor.device import Device
 from fpcompile.executor.loop import Hook
+from fpcompile.executor.slices import Chunks
 from fpcompile.scheduler.core import Scheduler
 from fpcompile.scheduler.events import (
     Arrival,
@@ -379,6 +380,8 @@ class Driver:
         """What was launched before under this name, or a new load."""
         program = self.programs[tickets[0].program]
         if command.tokens is not None:
+            for ticket in tickets:
+                ticket.shared = True
             return step(command.run, tickets, command.tokens, program, self.pilot.cost)
         load = tickets[0].load
         if load is None:
@@ -389,6 +392,7 @@ class Driver:
             )
             for ticket in tickets:
                 ticket.load = load
+                ticket.shared = load.shared or isinstance(ticket.run, Chunks)
         return load
 
     def _pause(self, command: Pause, events: Sequence[Event]) -> None:

@@ -36,7 +36,9 @@ class RequestMetrics:
 
     ``ttft_slo`` and ``deadline`` are inf without a promise. ``predicted_ttft`` is the time that the prompt
     was predicted to take on an idle device. ``preempted_by`` names the requests that got the device, one per
-    preemption. ``slo_met`` is None without a promise, before the end, and for cancelled requests.
+    preemption. ``numerics``: ``bits`` when the result is that of the request alone to the bit, ``tolerance``
+    when it shared a launch or was sliced, so that kernels ran at other lengths. ``slo_met`` is None without a
+    promise, before the end, and for cancelled requests.
     """
 
     request_id: str
@@ -59,6 +61,7 @@ class RequestMetrics:
     preemptions: int
     preempted_by: tuple[str, ...]
     slo_met: bool | None
+    numerics: Literal["bits", "tolerance"]
 
 
 class Ticket:
@@ -66,7 +69,8 @@ class Ticket:
 
     __slots__ = (
         "_launched", "_stopped", "budget", "ended", "executed", "handle", "load", "paused_bytes", "predicted",
-        "preempted_by", "preemptions", "program", "ready", "request", "run", "started", "state", "suspended",
+        "preempted_by", "preemptions", "program", "ready", "request", "run", "shared", "started", "state",
+        "suspended",
     )  # fmt: skip
 
     def __init__(
@@ -96,6 +100,8 @@ class Ticket:
         self.started: float | None = None
         self.ended: float | None = None
         self.suspended = 0.0
+        self.shared = False
+        """Whether it was executed in slices, or with others."""
         self.executed = 0.0
         self.preemptions = 0
         self.preempted_by: tuple[str, ...] = ()
@@ -174,4 +180,5 @@ class Ticket:
             preemptions=self.preemptions,
             preempted_by=self.preempted_by,
             slo_met=met,
+            numerics="tolerance" if self.shared else "bits",
         )

@@ -8,6 +8,7 @@ corrected ones. Tile plans, and so the bits, depend on the programs' own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import inf
 
 from fpcompile.engine.programs import ProgramLike, RunLike
 from fpcompile.executor.run import Run
@@ -116,7 +117,7 @@ class Prices:
 
     def learn(self, program: str, tokens: int, predicted: float, measured: float) -> None:
         """A whole run took ``measured`` device seconds. Clocks that stand still teach nothing."""
-        if predicted > 0 and measured > 0:
+        if 0 < predicted < inf and 0 < measured < inf:
             self._of[program].learn(tokens, predicted, measured)
 
     @property

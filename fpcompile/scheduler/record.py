@@ -290,30 +290,33 @@ def measured_costs(log: Log) -> dict[str, float]:
             if isinstance(event, Completed):
                 done[event.run] = spent[event.run]
         for command in commands:
-            if isinstance(command, Launch) and len(command.requests) == 1:
+            if isinstance(command, Launch) and len(command.requests) == 1 and command.tokens is None:
                 since[command.run] = event.time
     return done
 
 
 def outcomes_of(log: Log) -> list[Outcome]:
-    """What really became of each request, in order of arrival; those that never ended count as not served.
-
-    Members of a step of token slices that goes on are not told apart: such a log is replayed, not read.
-    """
+    """What really became of each request, in order of arrival; those that never ended count as not served."""
     requests = {request.id: request for request in requests_of(log)}
     started: dict[str, float] = {}
     done: dict[str, float] = {}
     pauses: dict[str, int] = {}
-    members: dict[str, tuple[str, ...]] = {}
+    launched: dict[str, Launch] = {}
+    left = {name: request.tokens for name, request in requests.items()}
     reasons: dict[str, str] = {}
     for event, commands in _flat(log):
-        if isinstance(event, Completed):
-            done.update((name, event.time) for name in members[event.run])
+        if isinstance(event, Yielded | Completed) and (launch := launched[event.run]).tokens is not None:
+            for name, tokens in zip(launch.requests, launch.tokens, strict=True):
+                left[name] -= tokens
+                if not left[name]:
+                    done[name] = event.time
+        elif isinstance(event, Completed):
+            done.update((name, event.time) for name in launched[event.run].requests)
         elif isinstance(event, Yielded):
             pauses[event.run] = pauses.get(event.run, 0) + 1
         for command in commands:
             if isinstance(command, Launch):
-                members[command.run] = command.requests
+                launched[command.run] = command
                 for name in command.requests:
                     started.setdefault(name, event.time)
             elif isinstance(command, Reject):

@@ -79,7 +79,7 @@ def test_the_simulator_reproduces_the_recorded_times_from_measured_costs(tmp_pat
 
 def test_recorded_outcomes_are_what_happened(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
-    for policy in ("s-edf", "flowprefill"):
+    for policy in ("vllm:2048,512", "s-edf", "flowprefill"):
         requests = recorded(path, policy, max_queue_s=0.5)
         expected = simulate(policy, requests, profile(), slowdown=slowdown, max_queue_s=0.5).outcomes
         found = outcomes_of(read_log(path))

@@ -203,7 +203,8 @@ class Driver:
         load, quota = flight.load, flight.quota
         limit = min((n for n in (quota, max_segments) if n is not None), default=None)
         last = quota is not None and limit == quota
-        landing = self.pilot.fly(load.run, self._stop, limit, cost=load.cost, gives_back=last)
+        stop = self._stop_behind if self.core.policy.grain.synchronises else self._stop
+        landing = self.pilot.fly(load.run, stop, limit, cost=load.cost, gives_back=last)
         if self._flight is not flight:
             return  # the scheduler failed meanwhile, and these requests with it
         if landing.ending is Ending.UNDERWAY:
@@ -223,6 +224,11 @@ class Driver:
             self._hear()
         flight = self._flight
         return flight is None or flight.pause
+
+    def _stop_behind(self) -> bool:
+        """The same for a policy that waits for the device at every check."""
+        self.pilot.wait()
+        return self._stop()
 
     def _land(self, flight: _Flight) -> None:
         now = self._now()

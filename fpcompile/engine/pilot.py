@@ -101,6 +101,11 @@ class Pilot:
             self.clear()
             return Landing(Ending.FAILED, error=error)
 
+    def wait(self) -> None:
+        """Until all that was launched is complete."""
+        if self._ahead is not None:
+            self._ahead.drain()
+
     def clear(self) -> None:
         """Wait for what a failed run left in flight; the error that ended it is the one that counts."""
         if self._ahead is not None:

@@ -14,9 +14,11 @@ import fpcompile
 from fpcompile.engine.engine import Engine
 from fpcompile.errors import InvalidInputError, RequestCancelledError, SegmentError
 from fpcompile.executor.packed import PackedProgram
+from fpcompile.executor.runahead import DEFAULT_WINDOW
 from fpcompile.executor.slices import Sliced
 from fpcompile.models.zoo import sample_ids
-from fpcompile.scheduler import Launch
+from fpcompile.scheduler import Grain, Launch, make_policy
+from fpcompile.scheduler.policies.orders import Edf
 from fpcompile.scheduler.record import differences, outcomes_of, read_log
 from fpcompile.testing import FakeAsyncDevice
 from tests.cpu.support import Outcome, model_of, outcome, program_of, reference
@@ -233,6 +235,24 @@ def test_nothing_is_freed_too_early_on_an_asynchronous_device(policy: str) -> No
     for handle, length in zip(handles, LENGTHS, strict=True):
         close(outcome(handle.result(0)), expected(length))
     assert device.violations == []
+
+
+class _Synchronised(Edf):
+    grain = Grain("half-layer", synchronises=True)
+
+
+def test_a_grain_that_synchronises_waits_for_the_device_at_every_check() -> None:
+    waits = []
+    for policy in (Edf(), _Synchronised()):
+        device = FakeAsyncDevice()
+        program = FakeProgram(9, seconds=DEFAULT_WINDOW / 20)
+        engine = Engine(program, policy=policy, device=device, clock=device.clock, device_thread=False)
+        handle = engine.submit([7])
+        drive(engine)
+        assert handle.result(0) == 7
+        waits.append(device.waits)
+    assert waits == [1, 9], "the end alone, or every cut"
+    assert make_policy("flowprefill-published").grain.synchronises
 
 
 @pytest.mark.slow

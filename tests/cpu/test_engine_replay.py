@@ -26,7 +26,7 @@ from tests.cpu.test_engine_fakes import Clock, FakeProgram, drive, inline
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "policy", ["fcfs", "s-edf:late=shortest", "srpt", "wfq:1=2.5", "fpcompile:balance=2"]
+    "policy", ["fcfs", "s-edf:late=shortest", "wfq:1=2.5", "fpcompile:balance=2", "flowprefill", "vllm:64,32"]
 )
 def test_an_engines_log_replays_to_identical_decisions(tmp_path: Path, policy: str) -> None:
     path = tmp_path / "log.jsonl"
@@ -54,7 +54,10 @@ def test_an_engines_log_replays_to_identical_decisions(tmp_path: Path, policy: s
     assert differences(log) == []
     completed = [handle.request_id for handle in handles if handle.metrics.state == "completed"]
     assert len(completed) >= 17, "all but the cancelled one"
-    assert set(measured_costs(log)) == set(completed)
+    if policy in ("flowprefill", "vllm:64,32"):
+        assert set(measured_costs(log)) <= set(completed), "not of those that shared launches"
+    else:
+        assert set(measured_costs(log)) == set(completed)
     seen = {outcome.request.id: outcome for outcome in outcomes_of(log)}
     for handle in handles:
         if handle.request_id in completed:

@@ -2,6 +2,7 @@
 
     python benchmarks/preemption.py                                the paper's comparison and the targets
     python benchmarks/preemption.py --tokens 2048 --layers 2       a quick look
+    python benchmarks/preemption.py --weights packed               tiles that cost less, on a CPU in bf16
     python benchmarks/preemption.py --device cuda --model Qwen/Qwen3-8B --layers 0
 
 The schemes are described in ``schemes.py``. For each length all of them run the same prompt on the same
@@ -60,6 +61,8 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--layers", type=int, default=4, help="keep the model's first layers only; 0: all")
     made.add_argument("--chunks", type=int, nargs="*", default=[512, 2048])
     made.add_argument("--parts", type=int, nargs="*", default=[50, PART], help="budgets: 1/n of the prefill")
+    made.add_argument("--weights", default="shared", help="of every scheme: shared, or packed (CPU, bf16)")
+    made.add_argument("--backend", default="eager", help="of every scheme: eager or inductor")
     made.add_argument("--repeats", type=int, default=5, help="uninterrupted rounds per length")
     made.add_argument("--requests", type=int, default=60, help="mean number of requests per prefill")
     made.add_argument("--prefills", type=int, default=3, help="interrupted prefills per scheme")
@@ -357,13 +360,19 @@ def main() -> None:
         shorten(model, options.layers)
         title += f", {model.config.get_text_config().num_hidden_layers} layers kept"
         device = make_device(model.device)
-        programs = Programs(model, forward_arguments(model), device)
+        plan = {"weights": options.weights, "backend": options.backend}
+        programs = Programs(model, forward_arguments(model), device, **plan)
         print(title)
         found = []
         for tokens in options.tokens:
             found.append(compare(model, programs, tokens, device, options))
             report(found[-1])
-        content: dict[str, Any] = {"benchmark": "preemption", "model": title, "lengths": found}
+        content: dict[str, Any] = {
+            "benchmark": "preemption",
+            "model": title,
+            "plan": plan,
+            "lengths": found,
+        }
         if options.bound_tokens:
             content["launches"] = bound(model, programs, device, options)
             content["preemptions"] = stops(model, programs, device, options)
@@ -378,7 +387,7 @@ def main() -> None:
                 f"{row['scheme']}, {one['tokens']} tokens"
                 for one in found
                 for row in one["rows"]
-                if row["exact"] and not row["bits_equal"]
+                if row["exact"] and not row["bits_equal"] and options.backend == "eager"
             ]
         )
 

@@ -122,10 +122,10 @@ class Scheme:
 class Programs:
     """The programs behind the schemes; they share the model's weights, and are calibrated once."""
 
-    def __init__(self, model: Any, asked: dict[str, Any], device: Device) -> None:
+    def __init__(self, model: Any, asked: dict[str, Any], device: Device, **plan: Any) -> None:
         self.asked, self.device = asked, device
         self.model, self.layer, self.operator = (
-            segment(model, granularity=name) for name in ("model", "layer", "operator")
+            segment(model, granularity=name, **plan) for name in ("model", "layer", "operator")
         )
         self.operator.calibrate()
         if device.asynchronous:

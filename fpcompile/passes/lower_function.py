@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,9 +70,10 @@ def compile_function(function: Function, *, verify: bool = True) -> Function:
     lengths = _Lengths()
     examples = [lengths.fake(n.meta["val"]) for n in function.inputs]
     module = _module(function.graph, lengths.mode)
-    packed = any(n.target is LINEAR for n in function.graph.nodes)
-    try:  # a packed weight has no strides to assert
-        with torch._inductor.config.patch(size_asserts=not packed):
+    packed = any(n.target is LINEAR for n in function.graph.nodes)  # such a weight has no strides to assert
+    try:
+        with warnings.catch_warnings(), torch._inductor.config.patch(size_asserts=not packed):
+            warnings.simplefilter("ignore")  # the compiler's own, which a filter must not turn into refusals
             artifact = torch._inductor.standalone_compile(module, examples, dynamic_shapes="from_graph")
     except Exception as error:
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")

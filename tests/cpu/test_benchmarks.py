@@ -276,6 +276,20 @@ def test_preemption_writes_the_frontier(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert (tmp_path / "preemption.png").read_bytes().startswith(PNG)
 
 
+@pytest.mark.slow
+def test_wrong_bits_fail_the_comparison_of_schemes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", "tiny:qwen3", "--layers", "0", "--tokens", "200", "--chunks", "--parts"]
+    more = ["--repeats", "1", "--prefills", "1", "--bound-tokens", "0", "--output", str(tmp_path)]
+    module = benchmark("preemption", monkeypatch, *arguments, *more)
+    monkeypatch.setattr("benchmarks.schemes.segment", tampered)
+    with pytest.raises(SystemExit) as left:
+        module.main()
+    assert left.value.code == 1
+    assert "FAILED: results differ from the unmodified model's: whole, 200 tokens" in capsys.readouterr().out
+
+
 def test_half_layers_end_behind_attention_and_at_cuts() -> None:
     stages = fpcompile.segment(tiny_model("qwen3"), granularity="layer", verify=False).stages
     launches = importlib.import_module("benchmarks.schemes").half_layers(stages)

@@ -327,13 +327,14 @@ def plot(found: list[dict[str, Any]], title: str, options: argparse.Namespace) -
     """Blocking p99 against throughput, a curve per length: down and to the right is better."""
     figure, ax = common.canvas(
         "Blocking time against throughput",
-        f"{title}; 99th percentile of requests at Poisson times, uninterrupted prefill / whole prefill",
-        x="throughput, relative to the whole prefill",
+        f"{title}; lower and further right is better",
+        x="throughput of the uninterrupted prefill, whole prefill = 1",
         y="blocking time, p99 (ms)",
     )
     for number, one in enumerate(found):
         _curve(ax, one, common.COLOURS[number % len(common.COLOURS)])
     ax.set_yscale("log")
+    ax.margins(x=0.15)
     ax.legend(frameon=False, fontsize=8, labelcolor=common.MUTED)
     common.save_plot(figure, options.output / "preemption.png")
 
@@ -358,7 +359,7 @@ def main() -> None:
         common.warn_if_busy()
         model, title = common.load(options)
         shorten(model, options.layers)
-        title += f", {model.config.get_text_config().num_hidden_layers} layers kept"
+        title += f", {model.config.get_text_config().num_hidden_layers} layers"
         device = make_device(model.device)
         plan = {"weights": options.weights, "backend": options.backend}
         programs = Programs(model, forward_arguments(model), device, **plan)

@@ -43,7 +43,8 @@ def segment(
     ``granularity`` places the cuts: ``"operator"`` (around attention, every projection and experts),
     ``"layer"`` or ``"model"``. ``max_blocking_ms`` bounds the predicted time of every launch at any prompt
     length: small segments are launched together, long ones tile by tile (:class:`BudgetWarning` where even
-    the smallest tile takes longer); the device is measured for it, a few seconds. None means one launch for
+    the smallest tile takes longer); the device is measured for it, a few seconds at
+    the first time (:mod:`fpcompile.executor.cost_cache`). None means one launch for
     each segment. ``weights="packed"`` keeps a second copy of linear weights in the layout of the CPU's bf16
     kernel: the same bits, faster, above all for short prompts and tiles; it has no effect elsewhere.
     ``backend="inductor"`` compiles each distinct function between attention calls once, now, whatever the
@@ -89,7 +90,7 @@ def segment(
             with tracing(_device_type(model)):
                 program = _packed(model, granularity, max_blocking_ms, weights, backend, verify)
             if max_blocking_ms is not None and program.device.type != "meta":
-                program.calibrate()
+                _ = program.costs
             return program
         except UnsupportedModelError as refused:
             if route == "packed":

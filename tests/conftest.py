@@ -13,6 +13,7 @@ import hypothesis
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["FPCOMPILE_CACHE"] = "off"  # tests measure for themselves and write nothing into a home
 
 # Deadlines would measure the machine. `HYPOTHESIS_PROFILE=search` looks for new counter-examples.
 hypothesis.settings.register_profile("repeat", deadline=None, derandomize=True, max_examples=50)

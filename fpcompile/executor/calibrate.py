@@ -1,15 +1,12 @@
-"""Seconds of each stage, measured on the device and fitted.
+"""Seconds of each stage, measured on the device.
 
-Identical stages (same callables, same shapes) share one measurement. For n new tokens that see a context
-of c, the model is ``a + b n + d n (2c - n)``: constant, token-wise and attention work (for a whole prefill
-c = n, so the last term is d n²). Coefficients are non-negative and fitted to relative errors with numpy.
+Identical stages (same callables, same shapes) share their measurements, so a long prefill need not be run to
+its end: when all that comes next has been measured, the run jumps from one cut to a later one with
+values of the same shapes, behind the last attention. The results of such a run mean nothing; its times do.
 """
 
 from __future__ import annotations
 
-import bisect
-import dataclasses
-import functools
 import time
 from collections import defaultdict
 from typing import TYPE_CHECKING
@@ -17,115 +14,81 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from fpcompile.executor.cost_model import Coefficients, CostModel, Curve, Key, Samples
 from fpcompile.executor.schedule import Launch
+from fpcompile.ir import LiveSet, PartKind, Route
 
 if TYPE_CHECKING:
     from fpcompile.executor.program import Program
     from fpcompile.executor.run import Run
 
-LENGTHS = (16, 64, 128, 256, 512, 1024, 2048)
-Key = tuple[str, ...]
+LENGTHS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+MOST_ROWS = 256  # of logits: more of them are a multiple
+_ROUNDS = 3  # of each length, the first one a warm-up
+_GROWTH = 2.7  # of the time from one length to the next: between twice and four times
+_SMALL = 0.1  # of the time left: a length that takes no more is run to its end
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Coefficients:
-    """``a`` seconds, ``b`` seconds per token, ``d`` seconds per (token x visible token)."""
+def calibrate(program: Program, *, lengths: tuple[int, ...] = LENGTHS, seconds: float = 5.0) -> CostModel:
+    """Measure ``program`` at increasing lengths for about ``seconds`` and make its cost model.
 
-    a: float
-    b: float
-    d: float
-
-    def __add__(self, other: Coefficients) -> Coefficients:
-        return Coefficients(self.a + other.a, self.b + other.b, self.d + other.d)
-
-    def scaled(self, factor: float) -> Coefficients:
-        """All three multiplied by ``factor``."""
-        return Coefficients(self.a * factor, self.b * factor, self.d * factor)
-
-    def seconds(self, tokens: int, context: float) -> float:
-        """Predicted seconds."""
-        return self.a + self.b * tokens + self.d * tokens * (2 * context - tokens)
-
-
-@dataclasses.dataclass(frozen=True)
-class CostModel:
-    """Predicted seconds of every stage of one program on one device.
-
-    ``samples`` keeps what was measured: for each stage's key the pairs (tokens or rows, median seconds).
+    Random token ids are used; the device should be otherwise idle: medians bear some noise.
     """
-
-    device: str
-    coefficients: tuple[Coefficients, ...]
-    segments: tuple[int, ...]
-    by_rows: tuple[bool, ...]
-    samples: dict[Key, tuple[tuple[int, float], ...]]
-
-    def stage(self, index: int, *, tokens: int, rows: int, context: float) -> float:
-        """Predicted seconds of stage ``index``: ``tokens`` tokens (or ``rows`` rows) that end ``context``."""
-        if self.by_rows[index]:
-            return self.coefficients[index].seconds(rows, rows)
-        return self.coefficients[index].seconds(tokens, context)
-
-    def segment(self, index: int, *, tokens: int, rows: int, context: float) -> float:
-        """Predicted seconds of segment ``index``."""
-        stages = range(bisect.bisect_left(self.segments, index), bisect.bisect_right(self.segments, index))
-        return sum(self.stage(i, tokens=tokens, rows=rows, context=context) for i in stages)
-
-    def remaining(self, *, tokens: int, rows: int, context: float, start: int = 0) -> float:
-        """Predicted seconds of the segments from ``start`` on; its cost does not grow with their number."""
-        over_tokens, over_rows = self._suffixes[bisect.bisect_left(self.segments, start)]
-        return over_tokens.seconds(tokens, context) + over_rows.seconds(rows, rows)
-
-    @functools.cached_property
-    def _suffixes(self) -> list[tuple[Coefficients, Coefficients]]:
-        """For each stage and the end, the summed coefficients from there on: of tokens, and of rows."""
-        sums = [(Coefficients(0.0, 0.0, 0.0), Coefficients(0.0, 0.0, 0.0))]
-        for coefficients, by_rows in zip(reversed(self.coefficients), reversed(self.by_rows), strict=True):
-            tokens, rows = sums[-1]
-            sums.append((tokens, rows + coefficients) if by_rows else (tokens + coefficients, rows))
-        return sums[::-1]
-
-    def rows(self) -> list[tuple[str, tuple[float, float, float]]]:
-        """(number, coefficients) of every stage: what the scheduler's cost table is made from."""
-        return [(str(i), (c.a, c.b, c.d)) for i, c in enumerate(self.coefficients)]
+    return cost_model(program, measure(program, lengths=lengths, seconds=seconds))
 
 
-def calibrate(program: Program, *, lengths: tuple[int, ...] = LENGTHS, seconds: float = 3.0) -> CostModel:
-    """Measure ``program`` at increasing lengths for about ``seconds`` and fit its cost model.
-
-    Random token ids are used; the device should be otherwise idle. A stage that these runs did not execute
-    (of another variant of a generic program) is given the mean of those that they did.
-    """
+def measure(program: Program, *, lengths: tuple[int, ...] = LENGTHS, seconds: float = 5.0) -> Samples:
+    """The medians behind :func:`calibrate`. Longer lengths than ``seconds`` allow are left out."""
     measured: dict[Key, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     limit = program.max_tokens or max(lengths)
-    begun = time.perf_counter()
-    spent = 0.0
-    for length in sorted({min(n, limit) for n in lengths}):
-        if spent * 3 > seconds - (time.perf_counter() - begun) and length > lengths[0]:
+    end = time.perf_counter() + seconds
+    jump = _jump(program) if program.plan.route is Route.PACKED else None
+    share = 1.0 if jump is None else 1 - (jump[1] - jump[0]) / len(program.stages)
+    whole = 0.0  # seconds of the last length, run to its end
+    for number, length in enumerate(sorted({min(n, limit) for n in lengths})):
+        left = end - time.perf_counter()
+        small = number < 2 or whole * _GROWTH < _SMALL * left
+        if not small and whole * _GROWTH * share > left:
             break
-        rounds = time.perf_counter()
-        for repeat in range(3):
-            run = program.sample(length, rows=length if repeat else 1)
+        begun = time.perf_counter()
+        for repeat in range(_ROUNDS):
+            run = program.sample(length, rows=min(length, MOST_ROWS) if repeat == _ROUNDS - 1 else 1)
             run.schedule = tuple(Launch(i, i + 1) for i in range(len(run.program.stages)))
-            _measure(run, measured if repeat else None)
-        spent = time.perf_counter() - rounds
-    fitted = {key: _fit(samples) for key, samples in measured.items()}
-    other = sum(fitted.values(), Coefficients(0.0, 0.0, 0.0)).scaled(1 / len(fitted))
+            _measure(run, measured if repeat else None, None if small else jump)
+        whole = (time.perf_counter() - begun) / (1.0 if small else share)
+    return {
+        key: tuple((n, float(np.median(times))) for n, times in sorted(found.items()))
+        for key, found in measured.items()
+    }
+
+
+def cost_model(program: Program, samples: Samples) -> CostModel:
+    """The cost model that follows from ``samples``.
+
+    A stage that was not measured (of another variant of a generic program) is given the mean of the others.
+    """
+    kinds = {s.key: s.over not in ("tokens", "rows") for s in program.stages}
+    curves = {key: Curve.through(found, pairs=kinds.get(key, True)) for key, found in samples.items()}
+    mean = sum((c.fit for c in curves.values()), Coefficients(0.0, 0.0, 0.0)).scaled(1 / len(curves))
+    other = Curve(mean)
     return CostModel(
         device=str(program.device),
-        coefficients=tuple(fitted.get(s.key, other) for s in program.stages),
+        curves=tuple(curves.get(s.key, other) for s in program.stages),
         segments=tuple(s.segment for s in program.stages),
         by_rows=tuple(s.over == "rows" for s in program.stages),
-        samples={
-            k: tuple((n, float(np.median(t))) for n, t in sorted(v.items())) for k, v in measured.items()
-        },
+        samples=samples,
     )
 
 
-def _measure(run: Run, into: dict[Key, dict[int, list[float]]] | None) -> None:
+def _measure(
+    run: Run, into: dict[Key, dict[int, list[float]]] | None, jump: tuple[int, int, dict[str, str]] | None
+) -> None:
     """Step ``run`` to its end; record each stage's seconds unless this is the warm-up."""
     synchronize = torch.cuda.synchronize if run.program.device.type == "cuda" else _nothing
     while not run.done:
+        if jump is not None and run.at == jump[0]:
+            _, run.at, names = jump
+            run.values = {new: run.values[old] for new, old in names.items()}
         stage = run.program.stages[run.next_stage]
         synchronize()
         start = time.perf_counter()
@@ -137,21 +100,54 @@ def _measure(run: Run, into: dict[Key, dict[int, list[float]]] | None) -> None:
     run.release()
 
 
-def _nothing() -> None:
+def _jump(program: Program) -> tuple[int, int, dict[str, str]] | None:
+    """(stage, later stage, value there -> value here): what lies between has been measured before.
+
+    None where there is none: the live sets of no two cuts agree, or attention comes behind.
+    """
+    known: set[Key] = set()
+    fresh: list[int] = []
+    for i, stage in enumerate(program.stages):
+        if stage.key not in known:
+            known.add(stage.key)
+            fresh.append(i)
+    gap, until = max(
+        ((b - a, b) for a, b in zip(fresh, [*fresh[1:], len(program.stages)], strict=True)), default=(0, 0)
+    )
+    starts = {
+        i: s.segment for i, s in enumerate(program.stages) if i and program.stages[i - 1].segment != s.segment
+    }
+    first = until - gap + 1
+    later = [i for i in starts if first < i <= until and not _attends(program, i)]
+    for here in (i for i in starts if i >= first):
+        for there in reversed(later):
+            if there > here:
+                names = _renamed(_live(program, starts[here]), _live(program, starts[there]))
+                if names is not None:
+                    return here, there, names
     return None
 
 
-def _fit(samples: dict[int, list[float]]) -> Coefficients:
-    """Non-negative least squares of the relative error over the medians, by dropping negative terms."""
-    n = np.array(sorted(samples), dtype=float)
-    y = np.array([np.median(samples[int(k)]) for k in n])
-    basis = np.stack([np.ones_like(n), n, n * n], axis=1) / y[:, None]
-    active = list(range(min(3, len(n))))
-    while True:
-        solution, *_ = np.linalg.lstsq(basis[:, active], np.ones_like(y), rcond=None)
-        if (solution >= 0).all():
-            break
-        active.pop(int(np.argmin(solution)))
-    full = np.zeros(3)
-    full[active] = solution
-    return Coefficients(*(float(v) for v in full))
+def _attends(program: Program, first: int) -> bool:
+    return any(p.part.kind is PartKind.ATTENTION for s in program.stages[first:] for p in s.steps)
+
+
+def _live(program: Program, segment: int) -> LiveSet:
+    return program.segments[segment - 1].live
+
+
+def _renamed(here: LiveSet, there: LiveSet) -> dict[str, str] | None:
+    """Which value of one live set may stand for each of another: the same, or one of its shape and dtype."""
+    names = {n: n for n in there.names if n in here.names}
+    free = [v for v in here.values if v.name not in names]
+    for wanted in (v for v in there.values if v.name not in names):
+        found = next((v for v in free if (v.shape, v.dtype) == (wanted.shape, wanted.dtype)), None)
+        if found is None:
+            return None
+        free.remove(found)
+        names[wanted.name] = found.name
+    return names
+
+
+def _nothing() -> None:
+    return None

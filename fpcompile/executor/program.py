@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from fpcompile.errors import BudgetWarning, InvalidInputError, ProgramFileError
-from fpcompile.executor.calibrate import CostModel, calibrate
+from fpcompile.executor import cost_cache
+from fpcompile.executor.calibrate import cost_model, measure
+from fpcompile.executor.cost_model import CostModel, Samples
 from fpcompile.executor.explain import explain
 from fpcompile.executor.run import Run
 from fpcompile.executor.schedule import Launch, Shape, by_budget, by_segment, launch_seconds
@@ -207,16 +209,37 @@ class Program(abc.ABC):
         return torch.randint(self.vocabulary, (1, length), generator=generator)
 
     def calibrate(self, **options: Any) -> CostModel:
-        """Measure the segments on the device and keep the fitted cost model; see :func:`calibrate`."""
+        """Measure the segments on the device, now, and use that from here on; see
+        :func:`fpcompile.executor.calibrate.measure` for the options.
+
+        Without options, what was measured is kept on disk too (:mod:`fpcompile.executor.cost_cache`).
+        """
         with self._calibrating:
-            self._costs = calibrate(self, **options)
-            return self._costs
+            samples = measure(self, **options)
+            if not options:
+                cost_cache.write(self, samples)
+            return self.use_costs(samples)
+
+    def use_costs(self, samples: Samples) -> CostModel:
+        """Predict from ``samples`` from here on."""
+        self._costs = cost_model(self, samples)
+        return self._costs
 
     @property
     def costs(self) -> CostModel:
-        """Seconds of each segment; measured at the first use (a few seconds), or by :meth:`calibrate`."""
+        """Seconds of each segment: as measured before on this machine, else measured at the first use (a few
+        seconds); :meth:`calibrate` measures anew.
+        """
         with self._calibrating:
-            return self._costs or self.calibrate()
+            if self._costs is None:
+                samples = cost_cache.read(self)
+                return self.calibrate() if samples is None else self.use_costs(samples)
+            return self._costs
+
+    @property
+    def measured(self) -> Samples | None:
+        """What the costs are made from, None before they were needed."""
+        return None if self._costs is None else self._costs.samples
 
     def segment_seconds(
         self, index: int, *, tokens: int, rows: int = 1, context: float | None = None

@@ -54,8 +54,10 @@ def write_folder(path: Path, head: Mapping[str, Any], files: Mapping[str, bytes]
         raise
 
 
-def read_folder(path: Path, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """(manifest, files) of a saved program.
+def read_folder(
+    path: Path, names: tuple[str, ...], optional: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """(manifest, files) of a saved program; files that it was saved without are left out if ``optional``.
 
     Raises :class:`ProgramFileError`, and FileNotFoundError where there is no folder.
     """
@@ -83,7 +85,10 @@ def read_folder(path: Path, names: tuple[str, ...]) -> tuple[dict[str, Any], dic
         )
     if _digest(manifest) != stated:
         raise _changed(path / MANIFEST)
-    return manifest, {name: _read(path / name, digests.get(name)) for name in names}
+    return manifest, {
+        name: _read(path / name, digests.get(name))
+        for name in (*names, *(n for n in optional if n in digests))
+    }
 
 
 def _read(path: Path, digest: str | None) -> bytes:

@@ -1,8 +1,9 @@
 """Programs on disk: what a compiled program is, without its model, and a program again from both.
 
 Stored are the plan in its text form, the generated functions as records (:mod:`fpcompile.passes.graph_text`),
-what attention calls and leaves are made of, tensors that the trace made, and what was measured. Weights are
-not: the model brings them. Nothing is traced and nothing is compiled when a program is read.
+what attention calls and leaves are made of, tensors that the trace made, and what was measured, which is used
+on an equal device. Weights are not: the model brings them. Nothing is traced and nothing is compiled when a
+program is read.
 
 A program may be read for a model only that it would have been compiled to from scratch: versions, device,
 configuration, structure, dtypes and shapes must be those that it was saved with.
@@ -27,6 +28,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from fpcompile.errors import ProgramFileError
+from fpcompile.executor import cost_cache
 from fpcompile.executor.packed import PackedProgram
 from fpcompile.executor.program import settings
 from fpcompile.executor.program_file import read_folder, write_folder
@@ -40,6 +42,7 @@ from fpcompile.passes.graph_text import read_function, read_value, write_functio
 from fpcompile.passes.partition import Partitioned
 
 PLAN, FUNCTIONS, CALLS, CONSTANTS = "plan.jsonl", "functions.json", "calls.json", "constants.safetensors"
+COSTS = "costs.json"
 
 
 def save(program: PackedProgram, path: str | os.PathLike[str]) -> None:
@@ -53,6 +56,8 @@ def save(program: PackedProgram, path: str | os.PathLike[str]) -> None:
         CALLS: json.dumps(_calls(program.bindings)).encode(),
         CONSTANTS: safetensors.torch.save({n: t.cpu().contiguous().clone() for n, t in constants.items()}),
     }
+    if program.measured is not None:
+        files[COSTS] = cost_cache.write_text(program, program.measured).encode()
     head = {
         **_identity(model, implementation),
         "fingerprint": program.fingerprint,
@@ -63,7 +68,7 @@ def save(program: PackedProgram, path: str | os.PathLike[str]) -> None:
 
 def load(path: str | os.PathLike[str], model: PreTrainedModel) -> PackedProgram:
     """The program in a folder, for ``model``. Raises :class:`ProgramFileError`."""
-    manifest, files = read_folder(Path(path), (PLAN, FUNCTIONS, CALLS, CONSTANTS))
+    manifest, files = read_folder(Path(path), (PLAN, FUNCTIONS, CALLS, CONSTANTS), (COSTS,))
     own = marked(model)
     for name, value in _identity(own, attention_implementation(model)).items():
         _compare(name, manifest.get(name), value, str(path))
@@ -86,6 +91,10 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel) -> PackedProgram:
             where=str(path),
         ) from error
     _compare("fingerprint", manifest.get("fingerprint"), program.fingerprint, str(path))
+    if COSTS in files:
+        samples = cost_cache.read_text(program, files[COSTS].decode(errors="replace"), str(path))
+        if samples is not None:
+            program.use_costs(samples)
     return program
 
 

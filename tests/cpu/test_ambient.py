@@ -189,7 +189,7 @@ def test_predictions_for_batches_are_sums() -> None:
     for index, stage in enumerate(program.stages):
         one = costs.stage(index, tokens=128, rows=128, context=alone.mean_context)
         four = costs.stage(index, tokens=512, rows=512, context=batch.mean_context)
-        fixed = costs.coefficients[index].a
+        fixed = costs.curves[index].fixed
         if stage.over == "attention":
             assert four == pytest.approx(4 * (one - fixed) + fixed)
         assert four >= one > 0

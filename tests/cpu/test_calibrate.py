@@ -10,7 +10,7 @@ import torch
 
 import fpcompile
 from fpcompile.executor import calibrate as calibration
-from fpcompile.executor.calibrate import Coefficients, CostModel
+from fpcompile.executor.cost_model import Coefficients, CostModel
 from fpcompile.models.zoo import sample_ids, tiny_model
 from tests.cpu.support import differences, finish, model_of, outcome, program_of, reference
 
@@ -41,11 +41,10 @@ def test_every_segment_has_a_price(program: fpcompile.Program, costs: CostModel)
 
 @pytest.mark.slow
 def test_what_was_asked_is_what_was_measured(program: fpcompile.Program, costs: CostModel) -> None:
-    assert set(costs.samples) == {tuple(p.function for p in s.parts) for s in program.segments} or all(
-        samples for samples in costs.samples.values()
-    )
-    for samples in costs.samples.values():
-        assert [n for n, _ in samples] == list(LENGTHS)
+    assert set(costs.samples) == {stage.key for stage in program.stages}
+    rows = {stage.key for stage in program.stages if stage.over == "rows"}
+    for key, samples in costs.samples.items():
+        assert [n for n, _ in samples] == [1, *LENGTHS] if key in rows else list(LENGTHS)
         assert all(seconds > 0 for _, seconds in samples)
 
 
@@ -103,7 +102,7 @@ def test_a_model_with_few_positions_is_measured_within_them() -> None:
         tiny_model("llama", overrides={"max_position_embeddings": 24}), route="packed", verify=False
     )
     costs = program.calibrate(lengths=(16, 64, 128), seconds=5.0)
-    assert {n for samples in costs.samples.values() for n, _ in samples} == {16, 24}
+    assert {n for samples in costs.samples.values() for n, _ in samples} == {1, 16, 24}
 
 
 def _clock(ticks: Iterator[float]) -> object:
@@ -117,7 +116,7 @@ def _clock(ticks: Iterator[float]) -> object:
 
 @pytest.mark.slow
 def test_a_known_cost_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock that charges 1 ms + 10 us per token + 0.1 us per pair, the fit gives that back."""
+    """With a clock that charges 1 ms + 10 us per token + 0.1 us per attended pair, that is predicted."""
     program = fpcompile.segment(tiny_model("llama"), route="packed", verify=False)
     now = 0.0
 
@@ -132,16 +131,50 @@ def test_a_known_cost_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def charged(run: fpcompile.Run) -> None:
         nonlocal now
-        size = run.rows if run.next_segment.name == "lm_head" else run.tokens
+        stage = run.program.stages[run.next_stage]
+        size = run.rows if stage.over == "rows" else run.tokens
         step(run)
-        now += 1e-3 + 1e-5 * size + 1e-7 * size * size
+        now += 1e-3 + 1e-5 * size + (1e-7 * size * size if stage.over == "attention" else 0.0)
 
     monkeypatch.setattr(calibration, "time", Time)
     monkeypatch.setattr(fpcompile.Run, "step", charged)
     costs = program.calibrate(lengths=(16, 64, 256), seconds=1e9)
-    for found in costs.coefficients:
-        assert (found.a, found.b, found.d) == pytest.approx((1e-3, 1e-5, 1e-7), rel=1e-3)
-    assert program.segment_seconds(0, tokens=1000) == pytest.approx(1e-3 + 1e-2 + 1e-1, rel=1e-3)
+    for found, stage in zip(costs.coefficients, program.stages, strict=True):
+        pairs = 1e-7 if stage.over == "attention" else 0.0
+        assert (found.a, found.b, found.d) == pytest.approx((1e-3, 1e-5, pairs), rel=1e-3)
+    attention = next(s.index for s in program.segments if s.kind == "attention")
+    assert program.segment_seconds(attention, tokens=1000) == pytest.approx(1e-3 + 1e-2 + 1e-1, rel=1e-3)
+    assert program.segment_seconds(0, tokens=1000) == pytest.approx(1e-3 + 1e-2, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_long_length_is_measured_on_the_layers_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that runs out of time, repeated layers are left out, and every stage has its samples."""
+    model = tiny_model("llama", overrides={"num_hidden_layers": 8})
+    program = fpcompile.segment(model, route="packed", verify=False)
+    now, steps = 0.0, 0
+
+    class Time:
+        @staticmethod
+        def perf_counter() -> float:
+            return now
+
+    step = fpcompile.Run.step
+
+    def charged(run: fpcompile.Run) -> None:
+        nonlocal now, steps
+        step(run)
+        now, steps = now + 1e-5 * run.tokens, steps + 1
+
+    monkeypatch.setattr(calibration, "time", Time)
+    monkeypatch.setattr(fpcompile.Run, "step", charged)
+    costs = program.calibrate(lengths=(4, 8, 16, 32), seconds=0.2)
+    assert {n for samples in costs.samples.values() for n, _ in samples} == {1, 4, 8, 16, 32}
+    for stage in program.stages:
+        assert costs.samples[stage.key][-1][0] == 32
+    assert steps < 3 * (2 + 0.5 + 0.5) * len(program.stages)
+    ids = sample_ids(20)
+    assert differences(outcome(program(ids)), reference(model, ids)) == []
 
 
 def test_seconds_are_those_of_the_formula() -> None:

@@ -134,10 +134,10 @@ def test_other_values_of_the_weights_are_fine(saved: Path) -> None:
         (lambda: tiny_model("llama", overrides={"attn_implementation": "eager"}), "attention implementation"),
         (lambda: tiny_model("llama", dtype=torch.bfloat16), r"bfloat16\["),
         (lambda: _hooked(tiny_model("llama")), "another modules"),
-        (lambda: tiny_model("llama").to(device="meta"), "another device"),
+        (lambda: nn.Module.to(tiny_model("llama"), "meta"), "another device"),
     ],
 )
-def test_another_model_is_refused(make: Callable[[], nn.Module], message: str, saved: Path) -> None:
+def test_another_model_is_refused(make: Callable[[], Any], message: str, saved: Path) -> None:
     with pytest.raises(ProgramFileError, match=message) as caught:
         fpcompile.load(saved, make())
     assert caught.value.expected
@@ -177,9 +177,7 @@ def _edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["sha256"]
     change(manifest)
-    manifest["files"] = {
-        n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in manifest["files"]
-    }
+    manifest["files"] = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in manifest["files"]}
     manifest["sha256"] = program_file._digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
@@ -270,7 +268,14 @@ def test_the_generic_route_says_that_it_cannot_be_saved(tmp_path: Path) -> None:
 def test_values_of_arguments_read_back() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x0")
-    arguments: list[Any] = [(1, [2, None], {"a": slice(1, None)}), -0.5, float("-inf"), True, "text", torch.int64]
+    arguments: list[Any] = [
+        (1, [2, None], {"a": slice(1, None)}),
+        -0.5,
+        float("-inf"),
+        True,
+        "text",
+        torch.int64,
+    ]
     arguments += [torch.device("cpu"), torch.strided, torch.preserve_format]
     graph.output(tuple(graph.call_function(torch.ops.aten.add.Tensor, (x, a)) for a in arguments))
     key = key_of(graph, "")

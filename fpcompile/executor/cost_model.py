@@ -1,0 +1,175 @@
+"""Predicted seconds of a program's stages, from medians that were measured at some lengths.
+
+Words: a *curve* is one stage's seconds as a function of the length n of a whole prefill; its *knots* are the
+medians measured; ``pairs`` curves (attention, and whatever is executed whole) pay for pairs of a query and a
+key it sees, others for rows only.
+
+Between knots a curve is a power of n, a straight line in logarithms, as kernels change with the size and no
+polynomial follows them. Outside it follows ``a + b n + d n²`` (d only for pairs), fitted to the nearest knots
+and scaled to meet the last one. Curves never fall, so that the largest tile within a budget can be bisected.
+
+For n new tokens that end a context of c, each token sees w = 2c - n keys, counted twice, and pays what one of
+a prefill of w tokens does: ``a + n (T(w) - a) / w``. That is T(n) for a whole prefill, and the sum for a
+batch of equal ones.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+Key = tuple[str, ...]
+Samples = dict[Key, tuple[tuple[int, float], ...]]
+"""For each stage's key the pairs (tokens or rows, median seconds)."""
+
+_TAIL = 4  # knots that decide how a curve goes on behind the last one
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Coefficients:
+    """``a`` seconds, ``b`` seconds per token, ``d`` seconds per (token x visible token)."""
+
+    a: float
+    b: float
+    d: float
+
+    def __add__(self, other: Coefficients) -> Coefficients:
+        return Coefficients(self.a + other.a, self.b + other.b, self.d + other.d)
+
+    def scaled(self, factor: float) -> Coefficients:
+        """All three multiplied by ``factor``."""
+        return Coefficients(self.a * factor, self.b * factor, self.d * factor)
+
+    def seconds(self, tokens: float, context: float) -> float:
+        """Predicted seconds."""
+        return self.a + self.b * tokens + self.d * tokens * (2 * context - tokens)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Curve:
+    """Seconds of one stage; ``fit`` is the formula nearest to all knots, the curve itself without any."""
+
+    fit: Coefficients
+    pairs: bool = True
+    knots: tuple[tuple[int, float], ...] = ()
+
+    @classmethod
+    def through(cls, samples: Sequence[tuple[int, float]], *, pairs: bool) -> Curve:
+        """The curve through medians at rising lengths; one above a later one is noise and is lowered."""
+        lowest = np.minimum.accumulate([seconds for _, seconds in reversed(samples)])[::-1]
+        knots = tuple((n, float(s)) for (n, _), s in zip(samples, lowest, strict=True))
+        return cls(_fit(samples, pairs), pairs, knots)
+
+    def seconds(self, tokens: int, context: float) -> float:
+        """Predicted seconds for ``tokens`` tokens (or rows) that end ``context``."""
+        if not self.knots:
+            return self.fit.seconds(tokens, context)
+        if not self.pairs or context == tokens:
+            return self.whole(tokens)
+        width = 2 * context - tokens
+        return self.fixed + tokens * max(0.0, self.whole(width) - self.fixed) / width
+
+    @property
+    def fixed(self) -> float:
+        """Seconds that do not depend on the length."""
+        return min([self.fit.a, *(seconds for _, seconds in self.knots[:1])])
+
+    def whole(self, n: float) -> float:
+        """Predicted seconds of a whole prefill of ``n`` tokens."""
+        sizes, logs = self._logs
+        if n <= sizes[0]:
+            return self.knots[0][1] * self._head.seconds(n, n) / self._head.seconds(sizes[0], sizes[0])
+        if n >= sizes[-1]:
+            return self.knots[-1][1] * self._tail.seconds(n, n) / self._tail.seconds(sizes[-1], sizes[-1])
+        at = bisect.bisect_right(sizes, n)
+        (x0, y0), (x1, y1) = logs[at - 1], logs[at]
+        return math.exp(y0 + (y1 - y0) * (math.log(n) - x0) / (x1 - x0))
+
+    @functools.cached_property
+    def _logs(self) -> tuple[list[int], list[tuple[float, float]]]:
+        return [n for n, _ in self.knots], [(math.log(n), math.log(s)) for n, s in self.knots]
+
+    @functools.cached_property
+    def _head(self) -> Coefficients:
+        return _fit(self.knots[:_TAIL], self.pairs)
+
+    @functools.cached_property
+    def _tail(self) -> Coefficients:
+        return _fit(self.knots[-_TAIL:], self.pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class CostModel:
+    """Predicted seconds of every stage of one program on one device; ``samples`` is what was measured."""
+
+    device: str
+    curves: tuple[Curve, ...]
+    segments: tuple[int, ...]
+    by_rows: tuple[bool, ...]
+    samples: Samples
+
+    @property
+    def coefficients(self) -> tuple[Coefficients, ...]:
+        """The formula of every stage: coarser than its curve."""
+        return tuple(curve.fit for curve in self.curves)
+
+    def stage(self, index: int, *, tokens: int, rows: int, context: float) -> float:
+        """Predicted seconds of stage ``index``: ``tokens`` tokens (or ``rows`` rows) that end ``context``."""
+        if self.by_rows[index]:
+            return self.curves[index].seconds(rows, rows)
+        return self.curves[index].seconds(tokens, context)
+
+    def segment(self, index: int, *, tokens: int, rows: int, context: float) -> float:
+        """Predicted seconds of segment ``index``."""
+        stages = range(bisect.bisect_left(self.segments, index), bisect.bisect_right(self.segments, index))
+        return sum(self.stage(i, tokens=tokens, rows=rows, context=context) for i in stages)
+
+    def remaining(self, *, tokens: int, rows: int, context: float, start: int = 0) -> float:
+        """Predicted seconds of the segments from ``start`` on; it costs one look at each distinct curve."""
+        first, counts = self._left
+        left = counts[bisect.bisect_left(self.segments, start)]
+        return sum(
+            float(count) * self.stage(index, tokens=tokens, rows=rows, context=context)
+            for index, count in zip(first, left, strict=True)
+            if count
+        )
+
+    @functools.cached_property
+    def _left(self) -> tuple[list[int], np.ndarray]:
+        """The first stage of each distinct curve, and for each stage and the end how many are left of it."""
+        kinds: dict[tuple[int, bool], int] = {}
+        for curve, by_rows in zip(self.curves, self.by_rows, strict=True):
+            kinds.setdefault((id(curve), by_rows), len(kinds))
+        first: list[int] = []
+        counts = np.zeros((len(self.curves) + 1, len(kinds)), dtype=int)
+        for i, (curve, by_rows) in enumerate(zip(self.curves, self.by_rows, strict=True)):
+            kind = kinds[id(curve), by_rows]
+            if kind == len(first):
+                first.append(i)
+            counts[: i + 1, kind] += 1
+        return first, counts
+
+    def rows(self) -> list[tuple[str, tuple[float, float, float]]]:
+        """(number, coefficients) of every stage: what the scheduler's cost table is made from."""
+        return [(str(i), (c.a, c.b, c.d)) for i, c in enumerate(self.coefficients)]
+
+
+def _fit(samples: Sequence[tuple[int, float]], pairs: bool) -> Coefficients:
+    """Non-negative least squares of the relative error over the medians, by dropping negative terms."""
+    n = np.array([size for size, _ in samples], dtype=float)
+    y = np.array([seconds for _, seconds in samples])
+    basis = np.stack([np.ones_like(n), n, n * n], axis=1) / y[:, None]
+    active = list(range(min(3 if pairs else 2, len(n))))
+    while True:
+        solution, *_ = np.linalg.lstsq(basis[:, active], np.ones_like(y), rcond=None)
+        if (solution >= 0).all():
+            break
+        active.pop(int(np.argmin(solution)))
+    full = np.zeros(3)
+    full[active] = solution
+    return Coefficients(*(float(v) for v in full))

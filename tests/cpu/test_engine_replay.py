@@ -67,7 +67,7 @@ def test_an_engines_log_replays_to_identical_decisions(tmp_path: Path, policy: s
     result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert "identical" in result.output
-    assert "c0.02" in result.output
+    assert "c5.0" in result.output
 
 
 def _recorded(path: Path, **options: Any) -> tuple[Engine, Clock]:

@@ -34,6 +34,7 @@ from fpcompile.errors import InvalidInputError
 from fpcompile.executor.device import make_device
 from fpcompile.executor.packed import position_limit
 from fpcompile.scheduler import make_policy
+from fpcompile.scheduler.policy import StepPolicy
 
 if TYPE_CHECKING:
     from fpcompile.engine.metrics import RequestMetrics
@@ -71,7 +72,6 @@ def run_demo(options: DemoOptions, stages: Stages) -> DemoResult:
         asked = forward_arguments(model)
         program.start(random_ids(model, options.long_tokens, seed=0), **asked)  # refuses a wrong length
         _in_a_thread(program.calibrate)  # as the engine's: torch may compute at another speed in the main one
-        Engine(program, policy=options.policy).close()  # refuses a policy that an engine cannot execute
         advance()
     with torch.no_grad():
         prompts = _prompts(model, program, asked, options, stages)
@@ -94,7 +94,14 @@ def run_demo(options: DemoOptions, stages: Stages) -> DemoResult:
 
 
 def _check(options: DemoOptions) -> None:
-    make_policy(options.policy)
+    policy = make_policy(options.policy)
+    if isinstance(policy, StepPolicy) or policy.grain.unit == "tokens" or policy.batching is not None:
+        raise InvalidInputError(
+            f"the demonstration compares bits, and policy {options.policy!r} does not promise them",
+            expected="a policy that runs one whole prompt at a time, such as 's-edf', 'edf' or 'fpcompile'",
+            got="one that packs requests or slices prompts: their results agree to rounding",
+            remedy="choose another, or measure it with `fpcompile bench goodput --real`",
+        )
     slo = options.urgent_slo
     if slo is not None and not 0 < slo < math.inf:
         raise InvalidInputError("the SLO of urgent requests is wrong", expected="seconds > 0", got=repr(slo))

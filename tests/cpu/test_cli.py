@@ -164,6 +164,9 @@ def test_the_hub_refuses(monkeypatch: pytest.MonkeyPatch, kind: str, expected: s
     ("arguments", "expected"),
     [
         (["--policy", "sedf"], "did you mean 's-edf'?"),
+        (["--policy", "vllm:512"], "compares bits"),
+        (["--policy", "chunked:512,edf"], "compares bits"),
+        (["--policy", "flowprefill"], "compares bits"),
         (["--device", "cpux"], "unknown device"),
         (["--device", "meta"], "unknown device"),
         (["--urgent-slo", "0"], "seconds > 0"),

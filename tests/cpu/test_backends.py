@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +20,14 @@ from fpcompile.passes.lower_function import RefusedError, _Lengths, compile_func
 from fpcompile.passes.prepack import can_prepack
 from tests.cpu.support import differences, finish, model_of, program_of, reference, relative_error, relay
 
-pytestmark = pytest.mark.filterwarnings("ignore::fpcompile.errors.BudgetWarning")
+COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::fpcompile.errors.BudgetWarning"),
+    pytest.mark.skipif(
+        not any(map(shutil.which, COMPILERS)), reason="inductor needs a C++ compiler on a CPU"
+    ),
+]
 
 TINY = 0.02
 

@@ -27,6 +27,7 @@ MOST_ROWS = 256  # of logits: more of them are a multiple
 _ROUNDS = 3  # of each length, the first one a warm-up
 _GROWTH = 2.7  # of the time from one length to the next: between twice and four times
 _SMALL = 0.1  # of the time left: a length that takes no more is run to its end
+_SLOW = 50  # a shortest length that takes more than this part of the time leaves room for every second one
 
 
 def calibrate(program: Program, *, lengths: tuple[int, ...] = LENGTHS, seconds: float = 5.0) -> CostModel:
@@ -44,16 +45,20 @@ def measure(program: Program, *, lengths: tuple[int, ...] = LENGTHS, seconds: fl
     end = time.perf_counter() + seconds
     jump = _jump(program) if program.plan.route is Route.PACKED else None
     share = 1.0 if jump is None else 1 - (jump[1] - jump[0]) / len(program.stages)
-    whole = 0.0  # seconds of the last length, run to its end
-    for number, length in enumerate(sorted({min(n, limit) for n in lengths})):
+    ladder = sorted({min(n, limit) for n in lengths})
+    begun = time.perf_counter()
+    _measure(_sample(program, ladder[0], rows=1), None, None)
+    whole = (time.perf_counter() - begun) * _ROUNDS  # seconds of the last length, run to its end
+    if whole > seconds / _SLOW:
+        ladder = [*ladder[:-1:2], ladder[-1]]
+    for number, length in enumerate(ladder):
         left = end - time.perf_counter()
-        small = number < 2 or whole * _GROWTH < _SMALL * left
-        if not small and whole * _GROWTH * share > left:
+        small = whole * _GROWTH < _SMALL * left
+        if number and not small and whole * _GROWTH * share > left:
             break
         begun = time.perf_counter()
         for repeat in range(_ROUNDS):
-            run = program.sample(length, rows=min(length, MOST_ROWS) if repeat == _ROUNDS - 1 else 1)
-            run.schedule = tuple(Launch(i, i + 1) for i in range(len(run.program.stages)))
+            run = _sample(program, length, rows=min(length, MOST_ROWS) if repeat == _ROUNDS - 1 else 1)
             _measure(run, measured if repeat else None, None if small else jump)
         whole = (time.perf_counter() - begun) / (1.0 if small else share)
     return {
@@ -78,6 +83,13 @@ def cost_model(program: Program, samples: Samples) -> CostModel:
         by_rows=tuple(s.over == "rows" for s in program.stages),
         samples=samples,
     )
+
+
+def _sample(program: Program, length: int, *, rows: int) -> Run:
+    """A run that launches every stage by itself."""
+    run = program.sample(length, rows=rows)
+    run.schedule = tuple(Launch(i, i + 1) for i in range(len(run.program.stages)))
+    return run
 
 
 def _measure(

@@ -24,6 +24,7 @@ step overhead-float32 "$python" "$here/overhead.py" "$@" --dtype float32 --outpu
 step compile-time "$python" "$here/overhead.py" "${options[@]}" --compile-time
 step backends "$python" "$here/backends.py" "${options[@]}"
 step backends-compile-time "$python" "$here/backends.py" "${options[@]}" --compile-time
+step cost-model "$python" "$here/cost_model.py" "${options[@]}"
 step blocking "$python" "$here/blocking.py" "${options[@]}"
 step preemption "$python" "$here/preemption.py" "${options[@]}"
 step scheduler-cost "$python" "$here/scheduler_cost.py" --json "$out/scheduler_cost.json"

@@ -34,6 +34,7 @@ def segment(
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
     max_blocking_ms: float | None = None,
+    strict_budget: bool = False,
     backend: str = "eager",
     weights: str = "shared",
     verify: bool = True,
@@ -43,9 +44,9 @@ def segment(
     ``granularity`` places the cuts: ``"operator"`` (around attention, every projection and experts),
     ``"layer"`` or ``"model"``. ``max_blocking_ms`` bounds the predicted time of every launch at any prompt
     length: small segments are launched together, long ones tile by tile (:class:`BudgetWarning` where even
-    the smallest tile takes longer); the device is measured for it, a few seconds at
-    the first time (:mod:`fpcompile.executor.cost_cache`). None means one launch for
-    each segment. ``weights="packed"`` keeps a second copy of linear weights in the layout of the CPU's bf16
+    the smallest tile takes longer, :class:`BudgetError` with ``strict_budget``); the device is measured for
+    it, a few seconds at the first time (:mod:`fpcompile.executor.cost_cache`). None means one launch for each
+    segment. ``weights="packed"`` keeps a second copy of linear weights in the layout of the CPU's bf16
     kernel: the same bits, faster, above all for short prompts and tiles; it has no effect elsewhere.
     ``backend="inductor"`` compiles each distinct function between attention calls once, now, whatever the
     depth (seconds; TorchInductor needs a C++ compiler, on CUDA Triton); what it cannot compile stays eager
@@ -88,7 +89,8 @@ def segment(
     if route != "generic" and example_inputs is None:
         try:
             with tracing(_device_type(model)):
-                program = _packed(model, granularity, max_blocking_ms, weights, backend, verify)
+                budget = {"max_blocking_ms": max_blocking_ms, "strict_budget": strict_budget}
+                program = _packed(model, granularity, budget, weights, backend, verify)
             if max_blocking_ms is not None and program.device.type != "meta":
                 _ = program.costs
             return program
@@ -102,6 +104,7 @@ def segment(
             model,
             granularity=Granularity(granularity),
             max_blocking_ms=max_blocking_ms,
+            strict_budget=strict_budget,
             example_inputs=example_inputs,
             blocked=blocked,
             verify=verify,
@@ -138,7 +141,7 @@ def _device_type(model: nn.Module) -> str:
 def _packed(
     model: nn.Module,
     granularity: str,
-    max_blocking_ms: float | None,
+    budget: dict[str, Any],
     weights: str,
     backend: str,
     verify: bool,
@@ -150,13 +153,13 @@ def _packed(
         )
     captured = capture(inner)
     partitioned = compile_packed(captured, Granularity(granularity), packed_weights=weights == "packed")
-    program = PackedProgram(partitioned, captured.bindings, inner, max_blocking_ms=max_blocking_ms)
+    program = PackedProgram(partitioned, captured.bindings, inner, **budget)
     if verify:  # of the generated code: other rounding may turn a choice of experts, and look like mixing
         self_check(program, model)
     if backend == "eager":
         return program
     lowered = Partitioned(*lower(partitioned.plan, partitioned.functions, backend, verify=verify))
-    return PackedProgram(lowered, captured.bindings, inner, max_blocking_ms=max_blocking_ms)
+    return PackedProgram(lowered, captured.bindings, inner, **budget)
 
 
 def _without_adapters(model: nn.Module) -> nn.Module:

@@ -29,6 +29,7 @@ from collections.abc import Iterable
 from typing import Any
 
 __all__ = [
+    "BudgetError",
     "BudgetWarning",
     "CheckpointError",
     "EngineClosedError",
@@ -136,6 +137,24 @@ class ProgramFileError(UsageError):
 
 class EngineClosedError(UsageError, RuntimeError):
     """A request was submitted to an engine that is closed or closing."""
+
+
+class BudgetError(UsageError):
+    """With ``strict_budget=True``: no cut or tile keeps ``max_blocking_ms`` for this length.
+
+    ``segment`` is the name of the one that takes longest, ``seconds`` its predicted time, ``smallest_ms`` the
+    smallest bound in milliseconds that can be kept.
+    """
+
+    def __init__(self, what: str, *, segment: str, seconds: float, budget: float, smallest_ms: float) -> None:
+        self.segment, self.seconds, self.smallest_ms = segment, seconds, smallest_ms
+        super().__init__(
+            what,
+            expected=f"launches of at most {budget * 1e3:g} ms",
+            got=f"{seconds * 1e3:.3g} ms",
+            where=segment,
+            remedy=f"allow max_blocking_ms={smallest_ms:.3g} or more, or strict_budget=False",
+        )
 
 
 class QueueFullError(FpcompileError, RuntimeError):

@@ -118,6 +118,7 @@ class Variant(Program):
             device=owner.device,
             dtype=owner.dtype,
             max_blocking_ms=max_blocking_ms,
+            strict_budget=owner.strict_budget,
         )
 
     @property
@@ -139,7 +140,11 @@ class Variant(Program):
         return self.owner.start(*args, **kwargs)
 
     def begin(
-        self, tensors: Sequence[Tensor], values: Mapping[sympy.Symbol, int], max_blocking_ms: float | None
+        self,
+        tensors: Sequence[Tensor],
+        values: Mapping[sympy.Symbol, int],
+        max_blocking_ms: float | None,
+        strict_budget: bool | None,
     ) -> Run:
         """A run over flat inputs for which the variant holds."""
         kept = self.captured.growing
@@ -155,7 +160,11 @@ class Variant(Program):
             call,
             {n: given[n] for n in self.live[0]},
             [],
-            self.tile_plan(call.shape, max_blocking_ms),
+            self.tile_plan(
+                call.shape,
+                max_blocking_ms,
+                strict=self.strict_budget if strict_budget is None else strict_budget,
+            ),
         )
 
     def output(self, run: Run, call: GenericCall) -> Any:
@@ -190,6 +199,7 @@ class GenericProgram(Program):
         notes: tuple[str, ...] = (),
         dynamic_shapes: Mapping[str, Any] | None = None,
         backend: str = "eager",
+        strict_budget: bool = False,
     ) -> None:
         self.model = model
         self.backend = backend
@@ -204,6 +214,7 @@ class GenericProgram(Program):
         self.device = torch.device("cpu") if parameter is None else parameter.device
         self.dtype = torch.float32 if parameter is None else parameter.dtype
         self.max_blocking_ms = max_blocking_ms
+        self.strict_budget = strict_budget
         first = self._variant(example)[0]
         super().__init__(
             first.plan,
@@ -214,6 +225,7 @@ class GenericProgram(Program):
             device=self.device,
             dtype=self.dtype,
             max_blocking_ms=max_blocking_ms,
+            strict_budget=strict_budget,
         )
 
     @property
@@ -272,7 +284,13 @@ class GenericProgram(Program):
             del kept["use_cache"]
         return kept
 
-    def start(self, *args: Any, max_blocking_ms: float | None = None, **kwargs: Any) -> Run:
+    def start(
+        self,
+        *args: Any,
+        max_blocking_ms: float | None = None,
+        strict_budget: bool | None = None,
+        **kwargs: Any,
+    ) -> Run:
         """A run over the model's own arguments; compiles a variant when none serves them.
 
         Raises :class:`InvalidInputError`; :class:`UnsupportedModelError` when the model cannot be traced for
@@ -280,7 +298,7 @@ class GenericProgram(Program):
         """
         self.watch.check()
         variant, tensors, values = self._variant((args, kwargs))
-        return variant.begin(tensors, values, max_blocking_ms)
+        return variant.begin(tensors, values, max_blocking_ms, strict_budget)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run to the end without a pause; arguments and result as the model's own forward."""

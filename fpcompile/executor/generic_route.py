@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ def compile_generic_program(
     *,
     granularity: Granularity,
     max_blocking_ms: float | None,
+    strict_budget: bool = False,
     example_inputs: Any,
     blocked: str | None,
     verify: bool,
@@ -45,6 +47,7 @@ def compile_generic_program(
         example,
         granularity=granularity,
         max_blocking_ms=max_blocking_ms,
+        strict_budget=strict_budget,
         notes=notes,
         dynamic_shapes=None if dynamic_shapes is None else by_name(model, dynamic_shapes),
         backend=backend,
@@ -112,7 +115,7 @@ def self_check(program: GenericProgram, model: nn.Module, example: Example) -> N
     """Raise :class:`UnsupportedModelError` when the program's results are not the model's."""
     if program.device.type == "meta":
         return
-    program_out = flatten(program(*example[0], **example[1]))
+    program_out = flatten(program(*example[0], **example[1], max_blocking_ms=math.inf))
     with torch.no_grad():
         args, kwargs = _fresh(example)
         own = flatten(model(*args, **kwargs))

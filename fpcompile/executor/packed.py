@@ -127,6 +127,7 @@ class PackedProgram(Program):
         model: nn.Module,
         *,
         max_blocking_ms: float | None = None,
+        strict_budget: bool = False,
     ) -> None:
         weights = dict(captured.weights.values())
         for path in {p for s in partitioned.plan.segments for part in s.parts for p in part.params}:
@@ -148,6 +149,7 @@ class PackedProgram(Program):
             device=next(captured.model.parameters()).device,
             dtype=captured.model.dtype,
             max_blocking_ms=max_blocking_ms,
+            strict_budget=strict_budget,
         )
 
     @property
@@ -170,6 +172,7 @@ class PackedProgram(Program):
         logits_to_keep: Any = 0,
         use_cache: bool | None = None,
         max_blocking_ms: float | None = None,
+        strict_budget: bool | None = None,
         **unsupported: Any,
     ) -> Run:
         """A run over ``input_ids [batch, length]``; everything is checked, nothing is executed.
@@ -180,9 +183,10 @@ class PackedProgram(Program):
         frequencies that depend on the length follow its own. ``position_ids [batch, length]`` gives other
         positions; those of a row's visible tokens must rise by one. ``past_key_values`` is a transformers
         ``DynamicCache`` to continue from; it is not changed. ``logits_to_keep`` is transformers' own: 0 for
-        all positions, n for the last n, or a vector of indices. ``max_blocking_ms`` overrides the program's.
+        all positions, n for the last n, or a vector of indices. ``max_blocking_ms`` and
+        ``strict_budget`` override the program's.
 
-        Raises :class:`InvalidInputError`.
+        Raises :class:`InvalidInputError`; :class:`BudgetError` for a strict budget that cannot be kept.
         """
         self._check_weights()
         given = (
@@ -223,7 +227,11 @@ class PackedProgram(Program):
             call,
             {name: values[name] for name in self.live[0]},
             [dict(layers) for _ in packed.layout.groups],
-            self.tile_plan(call.shape, max_blocking_ms),
+            self.tile_plan(
+                call.shape,
+                max_blocking_ms,
+                strict=self.strict_budget if strict_budget is None else strict_budget,
+            ),
         )
 
     def _check_weights(self) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fpcompile.errors import BudgetWarning, InvalidInputError, ProgramFileError
+from fpcompile.errors import BudgetError, BudgetWarning, InvalidInputError, ProgramFileError
 from fpcompile.executor import cost_cache
 from fpcompile.executor.calibrate import cost_model, measure
 from fpcompile.executor.cost_model import CostModel, Samples
@@ -54,6 +54,7 @@ class Program(abc.ABC):
         device: torch.device,
         dtype: torch.dtype,
         max_blocking_ms: float | None = None,
+        strict_budget: bool = False,
     ) -> None:
         self.plan = plan
         self.stages = stages
@@ -65,6 +66,7 @@ class Program(abc.ABC):
         self.device = device
         self.dtype = dtype
         self.max_blocking_ms = check_budget(max_blocking_ms)
+        self.strict_budget = strict_budget
         self._costs: CostModel | None = None
         self._calibrating = threading.RLock()
         self._digest: tuple[int, str] | None = None
@@ -109,25 +111,26 @@ class Program(abc.ABC):
     def kv_heads(self) -> Sequence[int]:
         """For each stage, the key/value heads that can be attended apart; 0 for none."""
 
-    def tile_plan(self, shape: Shape, max_blocking_ms: float | None) -> tuple[Launch, ...]:
+    def tile_plan(
+        self, shape: Shape, max_blocking_ms: float | None, *, strict: bool = False
+    ) -> tuple[Launch, ...]:
         """The launches of a run: one for each segment, or as a budget in milliseconds asks.
 
         The argument overrides the program's own budget; None for both, or infinity, means no budget. The
         first budget of a program that is not calibrated yet measures it. Warns with :class:`BudgetWarning`,
-        once per program, when no cut or tile can keep the budget.
+        once per program, when no cut or tile can keep the budget; ``strict`` raises :class:`BudgetError`.
         """
         asked = check_budget(max_blocking_ms)
         budget = self.max_blocking_ms if asked is None else asked
         if budget is None or math.isinf(budget):
             return self.whole
         launches = by_budget(self.stages, shape, self.costs, budget / 1e3, self.kv_heads())
-        if not self._warned:
-            self._check_bound(launches, shape, budget / 1e3)
+        if strict or not self._warned:
+            self._check_bound(launches, shape, budget / 1e3, strict)
         return launches
 
-    def _check_bound(self, launches: Sequence[Launch], shape: Shape, budget: float) -> None:
-        """Warn once when no cut or tile makes a launch as short as ``budget`` seconds."""
-
+    def _check_bound(self, launches: Sequence[Launch], shape: Shape, budget: float, strict: bool) -> None:
+        """Raise, or warn once, when no cut or tile makes a launch as short as ``budget`` seconds."""
         costs, heads = self.costs, self.kv_heads()
 
         def seconds(launch: Launch) -> float:
@@ -135,16 +138,20 @@ class Program(abc.ABC):
 
         worst = max(launches, key=seconds)
         if seconds(worst) > budget * _TOLERANCE:
-            self._warned = True
             finest = by_budget(self.stages, shape, costs, 1e-9, heads)
             segment = self.segments[self.stages[worst.first].segment]
-            warnings.warn(
+            smallest = max(map(seconds, finest)) * 1e3
+            what = (
                 f"max_blocking_ms={budget * 1e3:g} cannot be kept for {shape.tokens} tokens: a part of "
                 f"segment {segment.index} ({segment.name}) is predicted to take {seconds(worst) * 1e3:.3g} "
-                f"ms; the smallest bound that can be kept is {max(map(seconds, finest)) * 1e3:.3g} ms",
-                BudgetWarning,
-                stacklevel=4,
+                f"ms; the smallest bound that can be kept is {smallest:.3g} ms"
             )
+            if strict:
+                raise BudgetError(
+                    what, segment=segment.name, seconds=seconds(worst), budget=budget, smallest_ms=smallest
+                )
+            self._warned = True
+            warnings.warn(what, BudgetWarning, stacklevel=4)
 
     def __call__(self, input_ids: Any = None, **kwargs: Any) -> Any:
         """Run to the end without a pause; arguments and result as the model's own forward."""

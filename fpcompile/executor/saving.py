@@ -62,6 +62,7 @@ def save(program: PackedProgram, path: str | os.PathLike[str]) -> None:
         **_identity(model, implementation),
         "fingerprint": program.fingerprint,
         "max_blocking_ms": program.max_blocking_ms,
+        "strict_budget": program.strict_budget,
     }
     write_folder(Path(path), head, files)
 
@@ -79,7 +80,11 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel) -> PackedProgram:
         constants = safetensors.torch.load(files[CONSTANTS])
         bindings = _bindings(json.loads(files[CALLS]), constants, own)
         program = PackedProgram(
-            Partitioned(plan, functions), bindings, model, max_blocking_ms=manifest["max_blocking_ms"]
+            Partitioned(plan, functions),
+            bindings,
+            model,
+            max_blocking_ms=manifest["max_blocking_ms"],
+            strict_budget=manifest["strict_budget"],
         )
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, ProgramFileError):

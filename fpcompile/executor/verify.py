@@ -7,6 +7,7 @@ state across tokens) differs by far more than rounding; the threshold only separ
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,14 +41,15 @@ def self_check(program: Program, model: nn.Module) -> None:
             f"{type(model).__name__} cannot take the packed route",
             reason=f"its cache is a {type(cache).__name__}, that of a packed program a DynamicCache",
         )
-    alone = [program(i, use_cache=False).logits for i in ids]
+    free: dict[str, Any] = {"use_cache": False, "max_blocking_ms": math.inf}
+    alone = [program(i, **free).logits for i in ids]
     width = max(_LENGTHS)
     batch = torch.zeros(len(ids), width, dtype=torch.long, device=program.device)
     mask = torch.zeros_like(batch)
     for row, i in enumerate(ids):
         batch[row, : i.shape[1]] = i[0]
         mask[row, : i.shape[1]] = 1
-    packed = program(batch, attention_mask=mask, use_cache=False).logits
+    packed = program(batch, attention_mask=mask, **free).logits
     for row, (expected, single) in enumerate(zip(own, alone, strict=True)):
         _compare(model, "run alone", expected, single)
         _compare(model, "packed with another", expected, packed[row : row + 1, : expected.shape[1]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import fpcompile
 from fpcompile.errors import (
+    BudgetError,
     BudgetWarning,
     CheckpointError,
     InvalidInputError,
@@ -178,6 +180,26 @@ def test_a_budget_that_cannot_be_kept_is_told_once() -> None:
     with pytest.warns(BudgetWarning, match=r"max_blocking_ms=0.001 .* segment \d+ \(.*smallest bound"):
         program.start(sample_ids(300), max_blocking_ms=0.001)
     program.start(sample_ids(300), max_blocking_ms=0.001)
+
+
+def test_a_strict_budget_that_cannot_be_kept_is_an_error() -> None:
+    budget: dict[str, Any] = {"max_blocking_ms": 0.001, "strict_budget": True}
+    program = fpcompile.segment(tiny_model("llama"), route="packed", **budget)
+    told = r"max_blocking_ms=0.001 .*segment \d+ \(.*smallest bound"
+    for _ in range(2):
+        with pytest.raises(BudgetError, match=told) as caught:
+            program.start(sample_ids(300))
+    error = caught.value
+    assert error.segment in {s.name for s in program.segments}
+    assert error.seconds > 1e-6
+    program.start(sample_ids(300), max_blocking_ms=1.001 * error.smallest_ms)
+    program(sample_ids(300), max_blocking_ms=math.inf)
+    with pytest.warns(BudgetWarning):
+        program.start(sample_ids(300), strict_budget=False)
+    with pytest.raises(BudgetError):
+        fpcompile.segment(tiny_model("bloom")).start(
+            sample_ids(30), max_blocking_ms=0.001, strict_budget=True
+        )
 
 
 def test_predictions_for_batches_are_sums() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from fpcompile import errors
 from fpcompile.errors import (
+    BudgetError,
     BudgetWarning,
     CheckpointError,
     EngineClosedError,
@@ -38,6 +39,7 @@ def _examples() -> list[FpcompileError]:
             "the checkpoint file is truncated", expected="120 bytes", got="64 bytes", where="a.ckpt"
         ),
         ProgramFileError("saved for another device", expected="cuda:0", got="cpu", where="program"),
+        BudgetError("cannot be kept", segment="lm_head", seconds=0.02, budget=0.01, smallest_ms=20.0),
         EngineClosedError("the engine is closed", remedy="create another one"),
         QueueFullError("the queue is full", retry_after=0.25, got="1024 requests waiting"),
         UnsupportedModelError(

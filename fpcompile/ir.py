@@ -66,6 +66,18 @@ class CutReason(StrEnum):
     END = "end of model"
 
 
+class Refusal(StrEnum):
+    """Why a segment does not end behind one of its nodes."""
+
+    WRITTEN_LATER = "an alias is written in place later"
+    INSIDE_OPERATOR = "between the results of one operator"
+    NO_SMALLER = "no fewer live bytes than the cut taken"
+    BESIDE_ATTENTION = "the cut beside attention is taken"
+    NO_WORK = "no heavy operator since the last cut"
+    NO_WORK_LEFT = "no heavy operator up to the end"
+    COARSER = "not at this granularity"
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Source:
     """Where a node comes from: module path in the model and the source line that produced it."""
@@ -155,7 +167,8 @@ class Part:
 class Segment:
     """A run of graph nodes launched together.
 
-    ``live`` is the live set of the cut behind it; ``reason`` says why the cut is there.
+    ``live`` is the live set of the cut behind it; ``reason`` says why the cut is there, ``refused`` for each
+    other node why none is behind that one.
     """
 
     index: int
@@ -164,6 +177,7 @@ class Segment:
     parts: tuple[Part, ...]
     live: LiveSet
     reason: CutReason
+    refused: tuple[tuple[str, Refusal], ...] = ()
 
     @property
     def cost(self) -> Cost:

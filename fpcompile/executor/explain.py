@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 
 import sympy
 from rich.console import Console
@@ -39,6 +40,9 @@ def explain(plan: Plan, tokens: int) -> str:
     buffer = io.StringIO()
     console = Console(file=buffer, width=200)
     console.print(table)
+    if refused := Counter(reason for s in plan.segments for _, reason in s.refused):
+        told = ", ".join(f"{count} {reason}" for reason, count in refused.most_common())
+        console.print(f"- {refused.total()} operators without a cut behind them: {told}")
     for note in plan.notes:
         console.print(f"- {note}")
     return buffer.getvalue()

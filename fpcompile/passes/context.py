@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from fpcompile.ir import ROWS, TOKENS, Cost, Source
+from fpcompile.ir import ROWS, TOKENS, Cost, Refusal, Source
 from fpcompile.models.capture import Capture
 
 ATTENTION = torch.ops.fpcompile.attention.default
@@ -28,15 +28,16 @@ class Context:
     """Facts about one graph on its way through the pipeline.
 
     Written by the token-wise proof: ``axes``, node -> (dimension, length that it runs over). By the cost
-    pass: ``costs``. By the cut pass: ``cuts``, node -> reason of the cut behind it, and ``refused``, where no
-    cut may stand and why. By the prepack pass: ``prepacked``, placeholder of a packed weight -> that of the
-    weight.
+    pass: ``costs``. By the cut pass: ``cuts``, node -> reason of the cut behind it, ``refusals``, node -> why
+    there is none, and ``refused``, sentences about where none may stand. By the prepack pass: ``prepacked``,
+    placeholder of a packed weight -> that of the weight.
     """
 
     capture: Capture
     axes: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
     costs: dict[str, Cost] = dataclasses.field(default_factory=dict)
     cuts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    refusals: dict[str, Refusal] = dataclasses.field(default_factory=dict)
     refused: tuple[str, ...] = ()
     prepacked: dict[str, str] = dataclasses.field(default_factory=dict)
 

@@ -3,7 +3,8 @@
 ``operator``: a cut before and behind each attention call, and one behind each projection and experts leaf;
 between two of these any position is legal, and the one with the fewest live bytes at the design length is
 taken (the earliest of equals). ``layer``: one cut where the decoder layer changes. ``model``: none.
-No cut is placed where a later in-place operator would write into a value that crosses it.
+No cut is placed where a later in-place operator would write into a value that crosses it. What is not cut has
+a reason too (:mod:`fpcompile.passes.refusals`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fpcompile.passes.aliases import uncuttable
 from fpcompile.passes.context import ATTENTION, LEAF, Context, body, expression, source, symbols
 from fpcompile.passes.costs import is_projection, size_hint
 from fpcompile.passes.dataflow import live_bytes
+from fpcompile.passes.refusals import refusals
 
 DESIGN_TOKENS = 2048
 
@@ -37,19 +39,28 @@ def layer_of(node: fx.Node) -> str | None:
     return found.group(1) if found else None
 
 
-def _operator_cuts(graph: fx.Graph, ctx: Context, forbidden: dict[str, str]) -> dict[str, CutReason]:
-    nodes, names = body(graph), symbols(graph)
-    sizes = live_bytes(
+def _sizes(graph: fx.Graph) -> list[float]:
+    """Live bytes behind each position at the design length."""
+    names = symbols(graph)
+    return live_bytes(
         graph, run_inputs(graph), lambda size: size_hint(expression(size, names), DESIGN_TOKENS)
     )
-    anchors: list[tuple[int, CutReason]] = []
-    for i, node in enumerate(nodes):
-        if node.target is ATTENTION:
-            anchors.append((i, CutReason.AFTER_ATTENTION))
-        elif node.target is LEAF and ctx.capture.leaves[int(node.args[1])].kind == "experts":  # type: ignore[arg-type]
-            anchors.append((i, CutReason.EXPERTS))
-        elif is_projection(node):
-            anchors.append((i, CutReason.PROJECTION))
+
+
+def _anchor(node: fx.Node, ctx: Context) -> CutReason | None:
+    """Why a cut is wanted behind a node, if it is."""
+    if node.target is ATTENTION:
+        return CutReason.AFTER_ATTENTION
+    if node.target is LEAF and ctx.capture.leaves[int(node.args[1])].kind == "experts":  # type: ignore[arg-type]
+        return CutReason.EXPERTS
+    return CutReason.PROJECTION if is_projection(node) else None
+
+
+def _operator_cuts(
+    nodes: list[fx.Node], ctx: Context, forbidden: dict[str, str], sizes: list[float]
+) -> dict[str, CutReason]:
+    found = ((i, _anchor(node, ctx)) for i, node in enumerate(nodes))
+    anchors = [(i, reason) for i, reason in found if reason is not None]
     cuts: dict[str, CutReason] = {}
     for (at, reason), following in zip(anchors, [*anchors[1:], None], strict=True):
         if following is None:
@@ -99,14 +110,17 @@ def place_cuts(graph: fx.Graph, ctx: Context, *, granularity: Granularity) -> fx
     forbidden = uncuttable(graph)
     ctx.refused = _refused(graph, forbidden)
     cuts: dict[str, CutReason] = {}
+    nodes, sizes = body(graph), list[float]()
     if granularity is Granularity.OPERATOR:
-        cuts = _operator_cuts(graph, ctx, forbidden)
+        sizes = _sizes(graph)
+        cuts = _operator_cuts(nodes, ctx, forbidden, sizes)
     elif granularity is Granularity.LAYER:
         cuts = _layer_cuts(graph, forbidden)
-    nodes = body(graph)
     for name in cuts:
         if name in forbidden:
             raise InternalError("a cut was placed inside an alias class that is written later", where=name)
     cuts[nodes[-1].name] = CutReason.END
     ctx.cuts = {n.name: cuts[n.name] for n in nodes if n.name in cuts}
+    heavy = [_anchor(n, ctx) is not None for n in nodes]
+    ctx.refusals = refusals(nodes, cuts, forbidden, heavy, sizes, granularity)
     return graph

@@ -24,6 +24,7 @@ from fpcompile.passes.context import LEAF, Context, body, source, tensors_of
 from fpcompile.passes.costs import is_projection, node_cost, size_hint
 from fpcompile.passes.cuts import DESIGN_TOKENS, layer_of
 from fpcompile.passes.dataflow import live_bytes
+from fpcompile.passes.refusals import refusals
 
 aten = torch.ops.aten
 _SOFTMAX: frozenset[Any] = frozenset({aten.softmax.int, aten._softmax.default})
@@ -246,8 +247,10 @@ def place_cuts(graph: fx.Graph, g: Generic, granularity: Granularity) -> None:
     if not nodes:
         raise UnsupportedModelError("the model computes nothing", reason="its graph has no operator")
     cuts: dict[str, CutReason] = {}
+    sizes: list[float] = []
     if granularity is Granularity.OPERATOR:
-        cuts = _operator_cuts(nodes, graph, g, forbidden)
+        sizes = live_bytes(graph, g.inputs, lambda size: size_hint(_known(size_of(size, g)), DESIGN_TOKENS))
+        cuts = _operator_cuts(nodes, g, forbidden, sizes)
     elif granularity is Granularity.LAYER:
         cuts = _layer_cuts(nodes, forbidden)
     for name in cuts:
@@ -255,12 +258,13 @@ def place_cuts(graph: fx.Graph, g: Generic, granularity: Granularity) -> None:
             raise InternalError("a cut was placed inside an alias class that is written later", where=name)
     cuts[nodes[-1].name] = CutReason.END
     g.context.cuts = {n.name: cuts[n.name] for n in nodes if n.name in cuts}
+    heavy = [_anchor(n, g) is not None for n in nodes]
+    g.context.refusals = refusals(nodes, cuts, forbidden, heavy, sizes, granularity)
 
 
 def _operator_cuts(
-    nodes: list[fx.Node], graph: fx.Graph, g: Generic, forbidden: dict[str, str]
+    nodes: list[fx.Node], g: Generic, forbidden: dict[str, str], sizes: list[float]
 ) -> dict[str, CutReason]:
-    sizes = live_bytes(graph, g.inputs, lambda size: size_hint(_known(size_of(size, g)), DESIGN_TOKENS))
     anchors = [(i, r) for i, n in enumerate(nodes) if (r := _anchor(n, g)) is not None]
     cuts: dict[str, CutReason] = {}
     for (at, reason), (end, following) in itertools.pairwise(anchors):

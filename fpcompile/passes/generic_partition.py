@@ -47,9 +47,10 @@ class GenericPartitioner:
     def _segment(self, index: int, nodes: list[fx.Node]) -> Segment:
         parts = tuple(self._part(group) for group in _split_at_leaves(nodes))
         live = LiveSet(tuple(self._value(n) for n in self.live[nodes[-1].name]))
+        refused = tuple((n.name, self.g.context.refusals[n.name]) for n in nodes[:-1])
         main = max(parts, key=lambda p: weight(p.cost.flops))
         reason = self.g.context.cuts[nodes[-1].name]
-        return Segment(index, main.name, self._kind(main, nodes), parts, live, reason)
+        return Segment(index, main.name, self._kind(main, nodes), parts, live, reason, refused)
 
     def _kind(self, main: Part, nodes: list[fx.Node]) -> str:
         if main.kind is PartKind.LEAF:

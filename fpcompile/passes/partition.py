@@ -65,8 +65,9 @@ class Partitioner:
     def _segment(self, index: int, nodes: list[fx.Node], reason: CutReason) -> Segment:
         parts = tuple(self._part(group) for group in _split_at_calls(nodes))
         live = LiveSet(tuple(self._value(n) for n in self.live[nodes[-1].name]))
+        refused = tuple((n.name, self.ctx.refusals[n.name]) for n in nodes[:-1])
         main = max(parts, key=lambda p: weight(p.cost.flops))
-        return Segment(index, main.name, self._kind(main, nodes), parts, live, reason)
+        return Segment(index, main.name, self._kind(main, nodes), parts, live, reason, refused)
 
     def _kind(self, main: Part, nodes: list[fx.Node]) -> str:
         """One word for what a segment mostly does."""

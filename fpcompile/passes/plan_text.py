@@ -23,13 +23,14 @@ from fpcompile.ir import (
     Part,
     PartKind,
     Plan,
+    Refusal,
     Route,
     Segment,
     Source,
     Value,
 )
 
-FORMAT = "fpcompile-plan-1"
+FORMAT = "fpcompile-plan-2"
 _NAMES: dict[str, Any] = {**SYMBOLS, "Min": sympy.Min, "Max": sympy.Max}
 
 
@@ -91,6 +92,7 @@ def _segment(s: Segment) -> dict[str, Any]:
         "name": s.name,
         "kind": s.kind,
         "reason": s.reason,
+        "refused": s.refused,
         "live": [
             {
                 "name": v.name,
@@ -132,7 +134,8 @@ def _read_segment(row: dict[str, Any]) -> Segment:
         )
     )
     parts = tuple(_read_part(p) for p in row["parts"])
-    return Segment(row["index"], row["name"], row["kind"], parts, live, CutReason(row["reason"]))
+    refused = tuple((str(name), Refusal(reason)) for name, reason in row["refused"])
+    return Segment(row["index"], row["name"], row["kind"], parts, live, CutReason(row["reason"]), refused)
 
 
 def _read_part(row: dict[str, Any]) -> Part:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fpcompile
-from fpcompile.ir import CutReason, PartKind, evaluate
+from fpcompile.ir import CutReason, PartKind, Refusal, evaluate
 from fpcompile.models.zoo import MAIN_ARCHS, sample_ids, tiny_model
 from tests.cpu.support import (
     Spot,
@@ -105,6 +105,53 @@ def test_operators_are_cut_apart(arch: str) -> None:
                 "gpt_neox.embed_in.weight",
             }  # looked up
         assert len(matrices) <= 1, s.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("granularity", ["operator", "layer", "model"])
+@pytest.mark.parametrize("arch", MAIN_ARCHS)
+def test_every_operator_without_a_cut_behind_it_says_why(arch: str, granularity: str) -> None:
+    program = program_of(arch, granularity=granularity)
+    for segment in program.segments:
+        nodes = [name for part in segment.parts for name, _ in part.nodes]
+        assert [name for name, _ in segment.refused] == nodes[:-1]
+        reasons = {reason for _, reason in segment.refused}
+        if granularity == "operator":
+            assert Refusal.COARSER not in reasons
+        else:
+            assert reasons <= {Refusal.COARSER, Refusal.INSIDE_OPERATOR, Refusal.WRITTEN_LATER}
+    count = sum(len(s.refused) for s in program.segments)
+    assert (f"- {count} operators without a cut behind them: " in program.explain()) == (count > 0)
+
+
+@pytest.mark.slow
+def test_the_reasons_of_one_layer() -> None:
+    """From the model: a norm in front of a projection, rotation in front of attention."""
+    found = {s.name.removeprefix("model.layers.1."): s for s in program_of("llama").segments[8:]}
+    reasons = {name: [reason for _, reason in s.refused] for name, s in found.items()}
+    assert set(reasons["self_attn.q_proj"]) == {Refusal.NO_WORK}  # the norm
+    assert reasons["self_attn.v_proj"][-1] is Refusal.BESIDE_ATTENTION
+    assert reasons["self_attn"] == []
+    assert reasons["mlp.up_proj"] == [Refusal.NO_WORK, Refusal.NO_SMALLER]  # the activation; the product
+    assert set(reasons["mlp.down_proj"]) == {Refusal.NO_SMALLER}  # one row is kept for the head
+    assert reasons["lm_head"] == []
+    toy_reasons = {
+        reason
+        for s in fpcompile.segment(toy(written_in_place), route="packed", verify=False).segments
+        for _, reason in s.refused
+    }
+    assert {Refusal.WRITTEN_LATER, Refusal.INSIDE_OPERATOR} <= toy_reasons
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["bloom", "mamba", "bert"])
+def test_the_generic_route_says_it_too(arch: str) -> None:
+    for granularity in ("operator", "layer"):
+        program = fpcompile.segment(tiny_model(arch), route="generic", granularity=granularity, verify=False)
+        for segment in program.segments:
+            nodes = [name for part in segment.parts for name, _ in part.nodes]
+            assert len(segment.refused) >= len(nodes) - 1
+            assert all(isinstance(reason, Refusal) for _, reason in segment.refused)
 
 
 @pytest.mark.slow

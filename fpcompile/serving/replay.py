@@ -51,7 +51,7 @@ def replay_table(
     for name in dict.fromkeys((log.policy, policy or log.policy)):
         options = make_options(SchedulerOptions(**log.options), changes)
         core = Scheduler(name, predictor=predictor, options=options)
-        result = Simulator(name, table, core=core, slowdown=slowdown).run(requests)
+        result = Simulator(name, table, core=core, slowdown=slowdown, learnt=True).run(requests)
         _rows(shown, f"simulated: {name}", result.outcomes)
     agreed = "identical" if not found else f"{len(found)} differ, the first: {found[0]}"
     shown.caption = f"decisions replayed with {log.policy}: {agreed}"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 from typer.testing import CliRunner
 
 from fpcompile.errors import FpcompileError, InvalidInputError, UsageError
@@ -146,3 +148,39 @@ def test_replay_compares_policies_on_a_recorded_log(tmp_path: Path) -> None:
     assert list(table.columns[0].cells).count("simulated: s-edf") == len(
         {request.klass for request in requests}
     )
+
+
+SLOW = 20.0
+"""A machine that takes so many times what the cost table says."""
+
+
+def rows_beside(table: Table, policy: str) -> tuple[list[list[str]], list[list[str]]]:
+    """What was recorded under ``policy``, and what is simulated under it."""
+    rows = [[str(cell) for cell in row] for row in zip(*(c.cells for c in table.columns), strict=True)]
+    recorded, simulated = (
+        [r[1:] for r in rows if r[0] == f"{k}: {policy}"] for k in ("recorded", "simulated")
+    )
+    return recorded, simulated
+
+
+def slow_log(path: Path, policy: str) -> None:
+    """A log of a slow machine whose scheduler knows it: costs, and what is left of paused runs, are real."""
+    slos = {"text": 0.25 * SLOW, "image": 0.5 * SLOW, "search": 4.0 * SLOW, "file": 6.0 * SLOW}
+    planned = requests_at(synthetic_trace(80, seed=5), 8.0 / SLOW, profile(), slos)
+    requests = [replace(request, cost=SLOW * request.cost) for request in planned]
+    core = Scheduler(policy, predictor=CostPredictor(profile()))
+    with Recorder(path, core) as recorder:
+        log = lambda event, commands: recorder.record([event], commands)  # noqa: E731
+        Simulator(policy, profile(), core=core, slowdown=lambda _: SLOW, learnt=True, log=log).run(requests)
+
+
+@pytest.mark.parametrize("policy", ["srpt"])
+def test_replay_of_the_recorded_policy_gives_what_was_recorded(tmp_path: Path, policy: str) -> None:
+    path = tmp_path / "log.jsonl"
+    slow_log(path, policy)
+    assert '"Yielded"' in path.read_text(), "runs are paused"
+    table, agrees = replay_table(path)
+    recorded, simulated = rows_beside(table, policy)
+    assert agrees
+    assert recorded
+    assert simulated == recorded

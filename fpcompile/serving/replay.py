@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from fpcompile.scheduler import CostPredictor, Scheduler, SchedulerOptions, load_costs, profile
+from fpcompile.scheduler import (
+    CostPredictor,
+    CostTable,
+    Scheduler,
+    SchedulerOptions,
+    load_costs,
+    make_policy,
+    profile,
+)
 from fpcompile.scheduler.events import Request
 from fpcompile.scheduler.goodput import attainment, percentile
 from fpcompile.scheduler.options import make_options
+from fpcompile.scheduler.policy import Grain, StepPolicy
 from fpcompile.scheduler.record import differences, measured_costs, outcomes_of, read_log, requests_of
 from fpcompile.scheduler.simulator import Outcome, Simulator
+from fpcompile.scheduler.timeline import Timelines
 
 __all__ = ["replay_table"]
 
@@ -28,7 +39,9 @@ def replay_table(
 
     ``changes``: scheduler options that the simulations have in place of the recorded ones.
     Each request costs what it was measured to cost; a request that never completed, or was packed with
-    others, costs what was predicted. Packs are predicted from these costs.
+    others, costs what was predicted. Packs are predicted from these costs. What was measured holds the chunks
+    and stop points of the recorded policy: the simulations charge it, times what the cost table says for
+    another policy's over the recorded one's.
     """
     log = read_log(path)
     table = load_costs(costs) if costs is not None else profile()
@@ -36,13 +49,15 @@ def replay_table(
     measured = measured_costs(log)
     requests = requests_of(log, rate_scale)
 
-    predictor = CostPredictor(table)
-    for request in requests:
-        if (cost := measured.get(request.id, request.cost)) > 0:
-            predictor.correct(request.tokens, cost)
+    executed = _execution(log.policy, table)
 
     def slowdown(request: Request) -> float:
-        return measured.get(request.id, request.cost) / table.seconds(request.tokens)
+        return measured.get(request.id, request.cost) / executed(request.tokens)
+
+    predictor = CostPredictor(table)
+    for request in requests:
+        if (factor := slowdown(request)) > 0:
+            predictor.correct(request.tokens, factor * table.seconds(request.tokens))
 
     shown = Table(title=f"{Path(path).name}: {len(requests)} requests, {len(log.steps)} decisions")
     for head in ("policy", "class", "attainment", "TTFT p50 (s)", "TTFT p99 (s)", "rejected"):
@@ -56,6 +71,17 @@ def replay_table(
     agreed = "identical" if not found else f"{len(found)} differ, the first: {found[0]}"
     shown.caption = f"decisions replayed with {log.policy}: {agreed}"
     return shown, not found
+
+
+def _execution(policy: str, table: CostTable) -> Callable[[int], float]:
+    """What the table says for a prompt alone under ``policy``: its chunks, and the stop points it passes.
+
+    For a policy that composes steps that of the whole prompt: what it predicts is not in slices, and no
+    request of it is measured alone.
+    """
+    chosen = make_policy(policy)
+    timelines = Timelines(table, Grain("model") if isinstance(chosen, StepPolicy) else chosen.grain)
+    return lambda tokens: timelines.of([tokens]).length
 
 
 def _rows(shown: Table, name: str, outcomes: list[Outcome]) -> None:

@@ -11,7 +11,14 @@ from rich.table import Table
 from typer.testing import CliRunner
 
 from fpcompile.errors import FpcompileError, InvalidInputError, UsageError
-from fpcompile.scheduler import CostPredictor, Scheduler, UnknownPolicyError, profile
+from fpcompile.scheduler import (
+    CostPredictor,
+    Request,
+    Scheduler,
+    UnknownPolicyError,
+    load_costs,
+    profile,
+)
 from fpcompile.scheduler.record import Recorder
 from fpcompile.scheduler.simulator import Simulator
 from fpcompile.scheduler.synthetic import synthetic_trace
@@ -174,13 +181,30 @@ def slow_log(path: Path, policy: str) -> None:
         Simulator(policy, profile(), core=core, slowdown=lambda _: SLOW, learnt=True, log=log).run(requests)
 
 
-@pytest.mark.parametrize("policy", ["srpt"])
+@pytest.mark.parametrize("policy", ["srpt", "chunked:128,srpt", "chunked:512"])
 def test_replay_of_the_recorded_policy_gives_what_was_recorded(tmp_path: Path, policy: str) -> None:
     path = tmp_path / "log.jsonl"
     slow_log(path, policy)
-    assert '"Yielded"' in path.read_text(), "runs are paused"
+    assert ('"Yielded"' in path.read_text()) == ("srpt" in policy), "runs are paused"
     table, agrees = replay_table(path)
     recorded, simulated = rows_beside(table, policy)
     assert agrees
     assert recorded
     assert simulated == recorded
+
+
+def test_replay_takes_the_chunks_and_stops_of_the_recorded_policy_out_of_its_costs(tmp_path: Path) -> None:
+    costs, path = tmp_path / "costs.json", tmp_path / "log.jsonl"
+    rows = [{"name": name, "a": 0.05, "b": 1e-4, "c": 0.0} for name in ("one", "two")]
+    costs.write_text(json.dumps({"name": "fixed", "check": 0.02, "segments": rows}))
+    for recorded, seconds in (("chunked:100", 0.1 * 3 + 2e-4 * 250 + 0.02 * 2), ("edf", 0.15 + 0.02)):
+        core = Scheduler(recorded, predictor=CostPredictor(load_costs(costs)))
+        with Recorder(path, core) as recorder:
+            log = lambda event, commands: recorder.record([event], commands)  # noqa: E731
+            request = Request("r", 0.0, 9.0, 250, 0.15)
+            Simulator(recorded, load_costs(costs), core=core, log=log).run([request])
+        for other, expected in ((recorded, seconds), ("fcfs", 0.15)):
+            table, _ = replay_table(path, other, costs=costs)
+            shown = [str(cell) for cell in table.columns[3].cells]
+            assert shown[0] == f"{seconds:.3f}", "as recorded"
+            assert shown[-1] == f"{expected:.3f}", other

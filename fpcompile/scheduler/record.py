@@ -27,6 +27,7 @@ from fpcompile.scheduler.core import Scheduler
 from fpcompile.scheduler.errors import TraceError
 from fpcompile.scheduler.events import (
     Arrival,
+    Cancelled,
     Command,
     Completed,
     Event,
@@ -296,7 +297,10 @@ def measured_costs(log: Log) -> dict[str, float]:
 
 
 def outcomes_of(log: Log) -> list[Outcome]:
-    """What really became of each request, in order of arrival; those that never ended count as not served."""
+    """What really became of each request, in order of arrival; those that never ended count as not served.
+
+    So do those that were cancelled before their end, whether or not what they shared a launch with went on.
+    """
     requests = {request.id: request for request in requests_of(log)}
     started: dict[str, float] = {}
     done: dict[str, float] = {}
@@ -308,12 +312,15 @@ def outcomes_of(log: Log) -> list[Outcome]:
         if isinstance(event, Yielded | Completed) and (launch := launched[event.run]).tokens is not None:
             for name, tokens in zip(launch.requests, launch.tokens, strict=True):
                 left[name] -= tokens
-                if not left[name]:
+                if not left[name] and name not in reasons:
                     done[name] = event.time
         elif isinstance(event, Completed):
-            done.update((name, event.time) for name in launched[event.run].requests)
+            members = launched[event.run].requests
+            done.update((name, event.time) for name in members if name not in reasons)
         elif isinstance(event, Yielded):
             pauses[event.run] = pauses.get(event.run, 0) + 1
+        elif isinstance(event, Cancelled) and event.request not in done:
+            reasons.setdefault(event.request, "cancelled")
         for command in commands:
             if isinstance(command, Launch):
                 launched[command.run] = command

@@ -8,8 +8,21 @@ from pathlib import Path
 import pytest
 
 from fpcompile.errors import InvalidInputError
-from fpcompile.scheduler import Command, CostPredictor, Event, Launch, Request, Scheduler, TraceError, profile
+from fpcompile.scheduler import (
+    Arrival,
+    Cancelled,
+    Command,
+    Completed,
+    CostPredictor,
+    Event,
+    Launch,
+    Request,
+    Scheduler,
+    TraceError,
+    profile,
+)
 from fpcompile.scheduler.record import (
+    Log,
     Recorder,
     differences,
     measured_costs,
@@ -100,6 +113,44 @@ def test_another_rate_moves_arrivals_and_keeps_promises(tmp_path: Path) -> None:
             requests_of(log, bad)
 
 
+def told(path: Path, policy: str, *steps: Event) -> Log:
+    """A log of a core that was told these events one by one."""
+    core = Scheduler(policy, predictor=CostPredictor(profile()))
+    with Recorder(path, core) as recorder:
+        for event in steps:
+            recorder.record([event], core.handle(event))
+    return read_log(path)
+
+
+def arrival(name: str, tokens: int, time: float = 0.0) -> Arrival:
+    return Arrival(time, Request(name, time, 60.0, tokens, profile().seconds(tokens)))
+
+
+def test_who_was_cancelled_was_not_served_although_its_launch_completed(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    three: list[Event] = [arrival("first", 900), arrival("a", 10), arrival("b", 20), arrival("c", 30)]
+    packed = [*three, Completed(1.0, "first"), Cancelled(1.5, "b"), Completed(2.0, "a"), Cancelled(3.0, "c")]
+    for policy in ("flowprefill", "vllm:2048"):
+        log = told(path, policy, *packed)
+        launches = [c.requests for _, commands in log.steps for c in commands if isinstance(c, Launch)]
+        assert launches == [("first",), ("a", "b", "c")], policy
+        found = {outcome.request.id: (outcome.ttft, outcome.reason) for outcome in outcomes_of(log)}
+        served = {"first": (1.0, ""), "a": (2.0, ""), "c": (2.0, "")}
+        assert found == {**served, "b": (None, "cancelled")}, "c was cancelled behind its end"
+
+
+def test_who_was_cancelled_alone_was_not_served(tmp_path: Path) -> None:
+    steps = [
+        arrival("a", 10),
+        arrival("b", 20),
+        Cancelled(0.5, "b"),
+        Cancelled(0.6, "a"),
+        Completed(1.0, "a"),
+    ]
+    found = outcomes_of(told(tmp_path / "log.jsonl", "edf", *steps))
+    assert [(outcome.ttft, outcome.reason) for outcome in found] == [(None, "cancelled")] * 2
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [
@@ -113,9 +164,9 @@ def test_bad_logs_are_named(tmp_path: Path, change: object, line: int) -> None:
     recorded(path, "fcfs")
     assert callable(change)
     path.write_text(change(path.read_text()))
-    with pytest.raises(TraceError) as told:
+    with pytest.raises(TraceError) as error:
         read_log(path)
-    assert told.value.line == (line if line > 0 else len(path.read_text().splitlines()))
+    assert error.value.line == (line if line > 0 else len(path.read_text().splitlines()))
     path.write_text("")
     with pytest.raises(InvalidInputError, match="empty"):
         read_log(path)

@@ -68,7 +68,7 @@ class Log:
     """A recorded log: the header, and the steps in order.
 
     ``predictions[i]`` is what the core was told during step i; ``restarts`` are the steps before which a
-    fresh core took over.
+    fresh core took over; ``torn``: a last line, broken off, was left out.
     """
 
     def __init__(
@@ -79,10 +79,12 @@ class Log:
         *,
         predictions: Sequence[tuple[float, ...]] = (),
         restarts: Iterable[int] = (),
+        torn: bool = False,
     ) -> None:
         self.policy, self.options, self.steps = policy, options, tuple(steps)
         self.predictions = tuple(predictions) or ((),) * len(self.steps)
         self.restarts = frozenset(restarts)
+        self.torn = torn
 
 
 class Answers:
@@ -184,16 +186,24 @@ def _number(item: Any) -> Any:
 
 
 def read_log(path: str | Path) -> Log:
-    """Read a log; raises :class:`TraceError` with file and line when one cannot be read."""
+    """Read a log; raises :class:`TraceError` with file and line when one cannot be read.
+
+    A last line that breaks off (the writer was killed, its disk was full, or it is writing now) is left out,
+    and ``torn`` says so.
+    """
     source = Path(path)
     try:
-        lines = source.read_text(encoding="utf-8").splitlines()
+        text = source.read_text(encoding="utf-8")
     except OSError as error:
         raise InvalidInputError("cannot read the log", got=str(error), where=str(source)) from error
     steps: list[Step] = []
     predictions: list[tuple[float, ...]] = []
     restarts: list[int] = []
     header: dict[str, Any] = {}
+    lines = text.splitlines()
+    torn = len(lines) > 1 and not text.endswith("\n") and not _complete(lines[-1])
+    if torn:
+        del lines[-1]
     for number, line in enumerate(lines, 1):
         try:
             data = json.loads(line)
@@ -220,7 +230,16 @@ def read_log(path: str | Path) -> Log:
     if not header:
         raise InvalidInputError("the log is empty", expected="a header line", where=str(source))
     options = {key: _number(value) for key, value in header["options"].items()}
-    return Log(str(header["policy"]), options, steps, predictions=predictions, restarts=restarts)
+    policy = str(header["policy"])
+    return Log(policy, options, steps, predictions=predictions, restarts=restarts, torn=torn)
+
+
+def _complete(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 class _Told:

@@ -69,7 +69,8 @@ def replay_table(
         result = Simulator(name, table, core=core, slowdown=slowdown, learnt=True).run(requests)
         _rows(shown, f"simulated: {name}", result.outcomes)
     agreed = "identical" if not found else f"{len(found)} differ, the first: {found[0]}"
-    shown.caption = f"decisions replayed with {log.policy}: {agreed}"
+    torn = "; the last line breaks off and was left out" if log.torn else ""
+    shown.caption = f"decisions replayed with {log.policy}: {agreed}{torn}"
     return shown, not found
 
 

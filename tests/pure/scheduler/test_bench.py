@@ -191,6 +191,11 @@ def test_replay_of_the_recorded_policy_gives_what_was_recorded(tmp_path: Path, p
     assert agrees
     assert recorded
     assert simulated == recorded
+    assert "breaks off" not in str(table.caption)
+    path.write_text(path.read_text()[:-9])
+    table, agrees = replay_table(path)
+    assert agrees
+    assert "breaks off" in str(table.caption)
 
 
 def test_replay_takes_the_chunks_and_stops_of_the_recorded_policy_out_of_its_costs(tmp_path: Path) -> None:

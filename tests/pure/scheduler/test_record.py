@@ -140,7 +140,7 @@ def test_who_was_cancelled_was_not_served_although_its_launch_completed(tmp_path
 
 
 def test_who_was_cancelled_alone_was_not_served(tmp_path: Path) -> None:
-    steps = [
+    steps: list[Event] = [
         arrival("a", 10),
         arrival("b", 20),
         Cancelled(0.5, "b"),
@@ -170,6 +170,28 @@ def test_bad_logs_are_named(tmp_path: Path, change: object, line: int) -> None:
     path.write_text("")
     with pytest.raises(InvalidInputError, match="empty"):
         read_log(path)
+
+
+def test_a_last_line_that_breaks_off_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    recorded(path, "s-edf")
+    text = path.read_text()
+    whole = read_log(path)
+    assert not whole.torn
+    header, last = text.index("\n") + 1, len(text.splitlines()[-1])
+    for cut in (1, 2, last // 2, last):
+        path.write_text(text[:-cut])
+        log = read_log(path)
+        kept = len(whole.steps) if cut == 1 else len(whole.steps) - 1
+        assert log.steps == whole.steps[:kept], "only the newline is missing" if cut == 1 else cut
+        assert log.torn == (cut > 1)
+        assert differences(log, CostPredictor(profile())) == []
+    path.write_text(text[: header + 5])
+    assert read_log(path).steps == ()
+    for bad in (text[: header - 5], text + '{"a":1}', text[:-2] + "\n"):
+        path.write_text(bad)
+        with pytest.raises(TraceError):
+            read_log(path)
 
 
 def test_commands_survive_the_round_trip(tmp_path: Path) -> None:

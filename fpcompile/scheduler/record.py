@@ -172,17 +172,19 @@ def _plain(value: Any) -> dict[str, Any]:
 
 def _value(data: dict[str, Any]) -> Any:
     kind = _TYPES[data["type"]]
-    made = {key: _number(item) for key, item in data.items() if key != "type"}
+    made = _numbers(kind, {key: item for key, item in data.items() if key != "type"})
     if "request" in made and isinstance(made["request"], dict):
-        made["request"] = Request(**{key: _number(item) for key, item in made["request"].items()})
+        made["request"] = Request(**_numbers(Request, made["request"]))
     for key in ("requests", "tokens"):
         if isinstance(made.get(key), list):
             made[key] = tuple(made[key])
     return kind(**made)
 
 
-def _number(item: Any) -> Any:
-    return inf if item == "inf" else item
+def _numbers(kind: type[Any], data: dict[str, Any]) -> dict[str, Any]:
+    """``data`` with infinities where ``kind`` has numbers: an id or a class may be called "inf" as well."""
+    numeric = {field.name for field in fields(kind) if str(field.type).startswith("float")}
+    return {key: inf if item == "inf" and key in numeric else item for key, item in data.items()}
 
 
 def read_log(path: str | Path) -> Log:
@@ -229,7 +231,7 @@ def read_log(path: str | Path) -> Log:
             ) from error
     if not header:
         raise InvalidInputError("the log is empty", expected="a header line", where=str(source))
-    options = {key: _number(value) for key, value in header["options"].items()}
+    options = _numbers(SchedulerOptions, header["options"])
     policy = str(header["policy"])
     return Log(policy, options, steps, predictions=predictions, restarts=restarts, torn=torn)
 

@@ -15,6 +15,7 @@ from fpcompile.scheduler import (
     Completed,
     CostPredictor,
     Event,
+    Failed,
     Launch,
     Request,
     Scheduler,
@@ -192,6 +193,15 @@ def test_a_last_line_that_breaks_off_is_left_out(tmp_path: Path) -> None:
         path.write_text(bad)
         with pytest.raises(TraceError):
             read_log(path)
+
+
+def test_names_may_look_like_infinity(tmp_path: Path) -> None:
+    request = Request("inf", 0.0, inf, 10, 0.5, tenant="inf", klass="inf")
+    events: list[Event] = [Arrival(0.0, request), Failed(0.1, "inf", "inf")]
+    log = told(tmp_path / "log.jsonl", "edf", *events)
+    assert [event for events, _ in log.steps for event in events] == events
+    assert (log.options["max_queue_s"], log.options["hysteresis_s"]) == (inf, 0.0)
+    assert differences(log) == []
 
 
 def test_commands_survive_the_round_trip(tmp_path: Path) -> None:

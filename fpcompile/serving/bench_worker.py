@@ -56,7 +56,7 @@ def plan_of(policy: Policy) -> Plan:
     if grain.unit == "tile":
         return ("operator", grain.size / 1e3, None)
     if grain.unit == "tokens":
-        return ("model", None, policy.threshold if isinstance(policy, Vllm) else grain.size)
+        return ("model", None, min(policy.threshold, grain.size) if isinstance(policy, Vllm) else grain.size)
     return (_GRANULARITY[grain.unit], None, None)
 
 

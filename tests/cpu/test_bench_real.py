@@ -29,6 +29,7 @@ def test_a_policys_grain_is_executed_by_a_program_that_stops_there() -> None:
         "chunked:512,edf": ("model", None, 512),
         "vllm:2048,256": ("model", None, 256),
         "vllm:2048": ("model", None, 2048),
+        "vllm:64,512": ("model", None, 64),
     }
     assert {spec: plan_of(make_policy(spec)) for spec in plans} == plans
 

@@ -24,7 +24,7 @@ from fpcompile.serving.bench_report import save_plots, table_of
 __all__ = ["app", "parse_numbers", "parse_slos", "replay"]
 
 MEASURED_POLICIES = ("s-edf", "fpcompile")
-"""What ``--real`` measures by default; it takes every policy."""
+"""What ``--real`` measures by default; it takes every policy but those that stop at layers."""
 
 app = typer.Typer(help="Benchmarks.", no_args_is_help=True)
 

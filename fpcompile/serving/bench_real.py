@@ -13,6 +13,7 @@ A policy that slices prompts (`chunked:N`, `vllm:N,T`) has isolated TTFTs of its
 simulator charges each slice what the measured costs say for its tokens behind its context, times measured /
 charged of the whole prompt in slices of this size; a step or a pack costs the sum over its members with one
 fixed part, corrected as for its first member. The tokens that a policy names are not scaled with the prompts.
+Policies that stop at layers are refused: no program has their stop points and no others.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ import torch
 from fpcompile.api import segment
 from fpcompile.engine.engine import Engine
 from fpcompile.engine.handle import Handle
-from fpcompile.errors import FpcompileError
+from fpcompile.errors import FpcompileError, UsageError
 from fpcompile.executor.program import Program
 from fpcompile.scheduler.costs import CostTable
 from fpcompile.scheduler.policies.neighbours import Vllm
@@ -37,7 +37,8 @@ __all__ = ["Plan", "Record", "build_model", "plan_of", "serve"]
 Plan = tuple[str, float | None, int | None]
 """(granularity, budget in milliseconds or None, tokens of a slice or None for whole prompts)."""
 
-_GRANULARITY = {"model": "model", "layers": "layer", "half-layer": "layer", "operator": "operator"}
+_GRANULARITY = {"model": "model", "operator": "operator"}
+_STOPS = {"layers": "groups of layers", "half-layer": "half layers"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,19 @@ class Record:
 
 
 def plan_of(policy: Policy) -> Plan:
-    """The program that stops where the policy's grain says: a chunk or a step is one launch of the model."""
+    """The program that stops where the policy's grain says: a chunk or a step is one launch of the model.
+
+    Raises :class:`UsageError` for groups of layers and half layers. A program of layers stops behind every
+    layer, whatever the policy's groups: a measurement would be of another policy than the simulation.
+    """
     grain = policy.grain
+    if grain.unit in ("layers", "half-layer"):
+        raise UsageError(
+            f"policy {policy.name!r} cannot be measured: no program stops where it does and nowhere else",
+            expected="a policy that stops at operators, tiles or chunks, or between prompts or steps",
+            got=f"stops at {_STOPS[grain.unit]}",
+            remedy="use --simulate for it",
+        )
     if grain.unit == "tile":
         return ("operator", grain.size / 1e3, None)
     if grain.unit == "tokens":

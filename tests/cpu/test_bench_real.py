@@ -24,7 +24,6 @@ def test_a_policys_grain_is_executed_by_a_program_that_stops_there() -> None:
         "fcfs": ("model", None, None),
         "s-edf": ("operator", None, None),
         "flowprefill": ("operator", None, None),
-        "layered:4": ("layer", None, None),
         "fpcompile": ("operator", 2.0, None),
         "chunked:512,edf": ("model", None, 512),
         "vllm:2048,256": ("model", None, 256),
@@ -113,6 +112,9 @@ def test_a_measurement_accounts_for_every_request_and_stands_beside_its_simulati
     [
         (["--policies", "flowprefil"], "flowprefill"),
         (["--policies", "vllm:0"], "token budget"),
+        (["--policies", "fcfs,layered:4"], "'layered:4' cannot be measured"),
+        (["--policies", "layered:0,edf"], "groups of layers"),
+        (["--policies", "flowprefill-published"], "use --simulate"),
         (["--bound"], "--bound"),
         (["--costs", "x.json"], "--costs"),
         (["--length-scale", "2"], "length scale"),

@@ -61,8 +61,10 @@ class Measured:
     alone: Mapping[int, float]
 
     def seconds(self, tokens: float) -> float:
-        """Isolated TTFT, linear between the measured lengths."""
+        """Isolated TTFT, linear between the measured lengths; of a single one, that one."""
         lengths = sorted(self.alone)
+        if len(lengths) == 1:
+            return self.alone[lengths[0]]
         at = min(max(bisect_left(lengths, tokens), 1), len(lengths) - 1)
         low, high = lengths[at - 1], lengths[at]
         share = (tokens - low) / (high - low)

@@ -54,6 +54,14 @@ def test_isolated_times_are_linear_between_what_was_measured_and_slow_the_table_
     assert one.predictor().predict(10) == pytest.approx(0.02, rel=0.1)
 
 
+def test_a_trace_whose_prompts_all_have_one_length_is_measured_there() -> None:
+    table = CostTable.from_segments([("all", (0.0, 1e-3, 0.0))])
+    one = Measured(("model", None, None), table, {20: 0.05})
+    assert [one.seconds(tokens) for tokens in (1, 20, 40)] == [0.05] * 3
+    assert one.slowdown(Request("r", 0.0, 1.0, 20, 0.02)) == pytest.approx(2.5)
+    assert one.predictor().predict(20) == pytest.approx(0.05)
+
+
 def test_a_prompt_in_slices_is_charged_for_each_of_them() -> None:
     table = CostTable.from_segments([("all", (1e-2, 1e-3, 1e-5))])
     one = Measured(("model", None, 16), table, {20: 0.1, 40: 0.2})

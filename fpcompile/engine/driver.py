@@ -67,11 +67,14 @@ _SHORTEST = 1e-3  # seconds; nobody is told to come back sooner
 
 @dataclass(slots=True)
 class _Flight:
-    """``quota``: segments left of the launch. ``requested``: when its pause was asked for."""
+    """``quota``: segments left of the launch. ``begun``: since when it runs, in this turn.
+
+    ``requested``: when its pause was asked for.
+    """
 
     load: Load
     quota: int | None
-    launched: float
+    begun: float
     pause: bool = False
     requested: float | None = None
 
@@ -138,7 +141,7 @@ class Driver:
             return _SHORTEST
         load = flight.load
         whole = self.prices.corrected(load.owner, load.tokens, load.seconds)
-        return max(whole - load.executed - (self.clock() - flight.launched), _SHORTEST)
+        return max(whole - load.executed - (self.clock() - flight.begun), _SHORTEST)
 
     def statistics(self) -> EngineStatistics:
         """A snapshot; from any thread."""
@@ -204,7 +207,11 @@ class Driver:
         limit = min((n for n in (quota, max_segments) if n is not None), default=None)
         last = quota is not None and limit == quota
         stop = self._stop_behind if self.core.policy.grain.synchronises else self._stop
+        flight.begun = self.clock()
         landing = self.pilot.fly(load.run, stop, limit, cost=load.cost, gives_back=last)
+        now = self.clock()
+        load.executed += now - flight.begun  # without what a host does between two turns
+        flight.begun = now
         if self._flight is not flight:
             return  # the scheduler failed meanwhile, and these requests with it
         if landing.ending is Ending.UNDERWAY:
@@ -232,7 +239,6 @@ class Driver:
 
     def _land(self, flight: _Flight) -> None:
         now = self._now()
-        flight.load.executed += now - flight.launched
         for ticket in flight.load.served:
             ticket.stopped(now)
         if flight.requested is not None:

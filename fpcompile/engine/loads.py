@@ -16,6 +16,7 @@ from typing import Any, Final, final
 from fpcompile.engine.metrics import Ticket
 from fpcompile.engine.prices import seconds_left, seconds_whole
 from fpcompile.engine.programs import ProgramLike, RunLike
+from fpcompile.executor.program import Program
 from fpcompile.executor.run import Run
 from fpcompile.executor.slices import Sliced
 from fpcompile.executor.together import Together
@@ -109,12 +110,9 @@ def alone(ticket: Ticket, program: ProgramLike, price: Price) -> Load:
 def pack(name: str, tickets: Sequence[Ticket], program: ProgramLike, price: Price) -> Load:
     """Several new requests as one run."""
     runs: list[Run] = [ticket.run for ticket in tickets]
-    budgets = [ticket.budget for ticket in tickets if ticket.budget is not None]
-    if len(budgets) < len(tickets) and budgets:
-        own = runs[0].program.max_blocking_ms
-        budgets.append(math.inf if own is None else own)
-    run = Together(runs, [_caught(run.result) for run in runs], max_blocking_ms=min(budgets, default=None))
-    return _shared(name, tickets, run, program, price)
+    budget = _budget(tickets, runs[0].program)
+    run = Together(runs, [_caught(run.result) for run in runs], max_blocking_ms=budget)
+    return _shared(name, tickets, run, program, price, sum(run.tokens for run in runs))
 
 
 def step(
@@ -122,20 +120,37 @@ def step(
 ) -> Load:
     """The next slice of each request, as one run."""
     sliced: list[Sliced] = [ticket.run for ticket in tickets]
-    slices = [one.take(size) for one, size in zip(sliced, sizes, strict=True)]
-    collect = [_put(one, part) for one, part in zip(sliced, slices, strict=True)]
-    budgets = [ticket.budget for ticket in tickets if ticket.budget is not None]
-    run = Together(slices, collect, max_blocking_ms=min(budgets, default=None))
-    return _shared(name, tickets, run, program, price, slices=True)
+    slices: list[Run] = []
+
+    def take() -> list[Run]:
+        slices.extend(one.take(size) for one, size in zip(sliced, sizes, strict=True))
+        return slices
+
+    collect = [_put(one, slices, i) for i, one in enumerate(sliced)]
+    run = Together(take, collect, max_blocking_ms=_budget(tickets, sliced[0].run.program))
+    return _shared(name, tickets, run, program, price, sum(sizes), slices=True)
+
+
+def _budget(tickets: Sequence[Ticket], program: Program) -> float | None:
+    """The smallest budget of any member; None for the program's own."""
+    own = math.inf if program.max_blocking_ms is None else program.max_blocking_ms
+    budgets = [own if ticket.budget is None else ticket.budget for ticket in tickets]
+    return None if all(ticket.budget is None for ticket in tickets) else min(budgets)
 
 
 def _shared(
-    name: str, tickets: Sequence[Ticket], run: Together, program: ProgramLike, price: Price, **more: bool
+    name: str,
+    tickets: Sequence[Ticket],
+    run: Together,
+    program: ProgramLike,
+    price: Price,
+    tokens: int,
+    **more: bool,
 ) -> Load:
     seconds = sum(ticket.predicted for ticket in tickets)
     return Load(
         name, tickets, run, program,
-        tokens=run.tokens, seconds=seconds, cost=price(program, run), shared=True, **more,
+        tokens=tokens, seconds=seconds, cost=price(program, run), shared=True, **more,
     )  # fmt: skip
 
 
@@ -151,11 +166,11 @@ def _caught(result: Callable[[], Any]) -> Callable[[], Any]:
     return collect
 
 
-def _put(sliced: Sliced, part: Run) -> Callable[[], Any]:
+def _put(sliced: Sliced, slices: Sequence[Run], i: int) -> Callable[[], Any]:
     finish = _caught(sliced.result)
 
     def collect() -> Any:
-        sliced.put(part)
+        sliced.put(slices[i])
         return finish() if sliced.done else UNFINISHED
 
     return collect

@@ -41,8 +41,29 @@ def shape_of(policy: Policy, packs: bool, programs: Programs) -> Shape:
     if not (steps or chunks or packs):
         return lambda run, budget: run
     does = "packs requests" if packs else "slices prompts"
+    if packs and (steps or chunks):
+        raise InvalidInputError(
+            f"policy {policy.name!r} slices prompts, and its options ask to pack whole ones",
+            expected="one of both",
+            got="pack > 0",
+            remedy="leave out pack=, or use a policy that runs whole prompts",
+        )
+    if chunks and policy.grain.size < 1:
+        raise InvalidInputError(
+            f"policy {policy.name!r} has chunks of a wrong size",
+            expected="tokens >= 1",
+            got=f"{policy.grain.size}",
+        )
     for name in programs.names:
-        if not isinstance(programs[name], PackedProgram):
+        program = programs[name]
+        if (steps or chunks) and isinstance(program, PackedProgram) and program.follows_length:
+            raise InvalidInputError(
+                f"policy {policy.name!r} slices prompts, which program {name!r} cannot execute",
+                expected="a model whose rotary frequencies are the same at every length",
+                got="one whose frequencies follow the length of the prompt (dynamic, longrope)",
+                remedy=f"use {_WHOLE}",
+            )
+        if not isinstance(program, PackedProgram):
             raise InvalidInputError(
                 f"policy {policy.name!r} {does}, which program {name!r} cannot execute",
                 expected="a program of the packed route",

@@ -54,7 +54,7 @@ def next_cost(program: ProgramLike, run: RunLike) -> Callable[[], float]:
         return lambda: by_launch[compiled.at]
     if isinstance(run, Chunks):
         chunks = run
-        return lambda: _seconds(program, chunks.left()[0])
+        return lambda: _seconds(program, chunks.next_shape())
     if isinstance(run, Together):
         return _once_joined(program, run)
     context = context_of(run)

@@ -162,6 +162,11 @@ class PackedProgram(Program):
         """``max_position_embeddings``, or None when the rotary embedding grows with the sequence."""
         return position_limit(self.config)
 
+    @property
+    def follows_length(self) -> bool:
+        """Whether rotary frequencies depend on a sequence's whole length, so that parts of it differ."""
+        return any(leaf.kind == "rotary" for leaf in self.bindings.leaves)
+
     def start(
         self,
         input_ids: Any = None,

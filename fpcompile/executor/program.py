@@ -112,20 +112,21 @@ class Program(abc.ABC):
         """For each stage, the key/value heads that can be attended apart; 0 for none."""
 
     def tile_plan(
-        self, shape: Shape, max_blocking_ms: float | None, *, strict: bool = False
+        self, shape: Shape, max_blocking_ms: float | None, *, strict: bool = False, warn: bool = True
     ) -> tuple[Launch, ...]:
         """The launches of a run: one for each segment, or as a budget in milliseconds asks.
 
         The argument overrides the program's own budget; None for both, or infinity, means no budget. The
         first budget of a program that is not calibrated yet measures it. Warns with :class:`BudgetWarning`,
-        once per program, when no cut or tile can keep the budget; ``strict`` raises :class:`BudgetError`.
+        once per program (never without ``warn``), when no cut or tile can keep the budget; ``strict`` raises
+        :class:`BudgetError`.
         """
         asked = check_budget(max_blocking_ms)
         budget = self.max_blocking_ms if asked is None else asked
         if budget is None or math.isinf(budget):
             return self.whole
         launches = by_budget(self.stages, shape, self.costs, budget / 1e3, self.kv_heads())
-        if strict or not self._warned:
+        if strict or (warn and not self._warned):
             self._check_bound(launches, shape, budget / 1e3, strict)
         return launches
 

@@ -3,8 +3,8 @@
 This is chunked prefill as a way to execute a run that was started whole. The result is that of the run: the
 positions that its ``start`` asked for are collected from the slices, and the cache grows from slice to slice.
 The numbers are those of a prompt that is continued piece by piece, which the model itself would give to
-rounding; a model whose rotary frequencies follow the length of the call (longrope) gives each slice those of
-the tokens so far, as it would when continued.
+rounding. A model whose rotary frequencies follow the length of the call (longrope, dynamic) would give early
+slices other ones than the whole prompt has: engines refuse it (``PackedProgram.follows_length``).
 
 Words
     *slice*  a range of the run's packed row of tokens, executed as a run of its own. Of a batch, the
@@ -18,6 +18,7 @@ Invariants
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -38,7 +39,7 @@ __all__ = ["Chunks", "Sliced"]
 class Sliced:
     """A run of a packed program that nobody has stepped, to be executed by :meth:`take` and :meth:`put`."""
 
-    __slots__ = ("_keep", "_kv", "_max_blocking_ms", "_pieces", "_sequences", "at", "call", "run")
+    __slots__ = ("_keep", "_kv", "_max_blocking_ms", "_order", "_pieces", "_sequences", "at", "call", "run")
 
     def __init__(self, run: Run, max_blocking_ms: float | None = None) -> None:
         call = run.call
@@ -48,8 +49,12 @@ class Sliced:
         self.at = 0
         """Tokens executed."""
         self._max_blocking_ms = max_blocking_ms
-        self._keep: list[int] = run.values["logits_to_keep"].tolist()
-        self._pieces: list[tuple[list[int], Tensor]] = []
+        kept = run.values["logits_to_keep"].tolist()
+        self._order = sorted(range(len(kept)), key=kept.__getitem__)
+        """Which of the kept rows, by position."""
+        self._keep: list[int] = [kept[i] for i in self._order]
+        """Positions whose logits are asked for, in order."""
+        self._pieces: list[Tensor] = []
         self._sequences = [
             (g.start + i * g.length, g.length, g.past) for g in call.layout.groups for i in range(g.batch)
         ]
@@ -77,7 +82,7 @@ class Sliced:
     @property
     def live_bytes(self) -> int:
         """Bytes of the logits so far."""
-        return sum(piece.nbytes for _, piece in self._pieces)
+        return sum(piece.nbytes for piece in self._pieces)
 
     @property
     def kv_bytes(self) -> int:
@@ -87,7 +92,8 @@ class Sliced:
     def shape(self, start: int, stop: int) -> Shape:
         """What a slice from ``start`` to ``stop`` computes."""
         groups = tuple((1, g.length, g.context) for g, _ in self._groups(start, stop))
-        return Shape(stop - start, max(1, len(self._wanted(start, stop))), groups)
+        rows = self._rows(start, stop)
+        return Shape(stop - start, max(1, len(rows)), groups)
 
     def take(self, tokens: int) -> Run:
         """The next ``tokens`` tokens as a run of which nothing is executed; :meth:`put` it when done."""
@@ -97,7 +103,7 @@ class Sliced:
                 "a slice beyond the run", expected=f"1 to {self.tokens - start}", got=str(tokens)
             )
         parts = self._groups(start, stop)
-        rows = [self._keep[i] - start for i in self._wanted(start, stop)] or [tokens - 1]
+        rows = [self._keep[i] - start for i in self._rows(start, stop)] or [tokens - 1]
         values = {
             name: torch.tensor(rows, device=value.device)
             if name == "logits_to_keep"
@@ -113,14 +119,15 @@ class Sliced:
         )
         program = self.run.program
         kv = [dict(self._kv[i]) for _, i in parts]
-        return Run(program, call, values, kv, program.tile_plan(call.shape, self._max_blocking_ms))
+        return Run(
+            program, call, values, kv, program.tile_plan(call.shape, self._max_blocking_ms, warn=False)
+        )
 
     def put(self, done: Run) -> None:
         """The slice that was taken is done."""
         start, stop = self.at, self.at + done.tokens
-        wanted = self._wanted(start, stop)
-        if wanted:
-            self._pieces.append((wanted, done.values[done.program.plan.output]))
+        if self._rows(start, stop):
+            self._pieces.append(done.values[done.program.plan.output])
         for (_, i), layers in zip(self._groups(start, stop), done.kv, strict=True):
             self._kv[i] = layers
         self.at = stop
@@ -132,10 +139,12 @@ class Sliced:
                 "the run is not done", got=f"{self.at} of {self.tokens} tokens", remedy="execute the rest"
             )
         run = self.run
-        logits = [piece for _, piece in self._pieces]
-        order = torch.tensor([i for wanted, _ in self._pieces for i in wanted], device=logits[0].device)
-        packed = torch.cat(logits, dim=1)
-        run.values = {run.program.plan.output: torch.empty_like(packed).index_copy_(1, order, packed)}
+        packed = self._pieces[0] if len(self._pieces) == 1 else torch.cat(self._pieces, dim=1)
+        self._pieces = []
+        if self._order != sorted(self._order):
+            order = torch.tensor(self._order, device=packed.device)
+            packed = torch.empty_like(packed).index_copy_(1, order, packed)
+        run.values = {run.program.plan.output: packed}
         run.kv, begun = [], 0
         for group in self.call.layout.groups:
             run.kv.append(_joined(self._kv[begun : begun + group.batch]) if self.call.use_cache else {})
@@ -161,9 +170,9 @@ class Sliced:
                 found.append((Group(low - start, 1, high - low, past + low - begin), i))
         return found
 
-    def _wanted(self, start: int, stop: int) -> list[int]:
-        """Which of the kept rows lie between ``start`` and ``stop``."""
-        return [i for i, token in enumerate(self._keep) if start <= token < stop]
+    def _rows(self, start: int, stop: int) -> range:
+        """Which of the kept positions, in their order, lie between ``start`` and ``stop``."""
+        return range(bisect_left(self._keep, start), bisect_left(self._keep, stop))
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +238,10 @@ class Chunks:
             self.release()
             raise
         self.sliced.put(part)
+
+    def next_shape(self) -> Shape:
+        """What the next chunk computes."""
+        return self.sliced.shape(self.sliced.at, self._stop(self.sliced.at))
 
     def left(self) -> list[Shape]:
         """What each of the chunks that are left computes."""

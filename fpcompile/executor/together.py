@@ -9,7 +9,8 @@ Its result is its own: the type, the positions and the cache that its ``start`` 
 for kernels sum in another order at another length) the numbers that it would have had alone.
 
 Invariants
-    The members' tile plans are not used: the joined run has one of its own, for the smallest budget.
+    The members' tile plans are not used: the joined run has one of its own, for the smallest budget. More
+    tokens together may need a longer launch than each alone: a strict budget is promised to single runs only.
     After ``result`` every member is done, and holds no memory of the others.
 """
 
@@ -56,7 +57,7 @@ def join(members: Sequence[Run], max_blocking_ms: float | None = None) -> Run:
         joined,
         {name: torch.cat(values, dim=-1) for name, values in parts.items()},
         [dict(layers) for run in members for layers in run.kv],
-        program.tile_plan(joined.shape, max_blocking_ms),
+        program.tile_plan(joined.shape, max_blocking_ms, warn=False),
     )
 
 
@@ -80,22 +81,24 @@ def share(joined: Run, members: Sequence[Run]) -> None:
 
 @final
 class Together:
-    """Members as one run, for whoever steps runs; joined when first asked for.
+    """Members as one run, for whoever steps runs; made (if ``members`` is a function) and joined when first
+    asked for, so that what fails there fails this run.
 
     ``collect`` has one function for each member, called once it is done: :meth:`result` is the list of what
     they return.
     """
 
-    __slots__ = ("_collect", "_joined", "_max_blocking_ms", "members")
+    __slots__ = ("_collect", "_joined", "_make", "_max_blocking_ms", "_members")
 
     def __init__(
         self,
-        members: Sequence[Run],
+        members: Sequence[Run] | Callable[[], Sequence[Run]],
         collect: Sequence[Callable[[], Any]],
         *,
         max_blocking_ms: float | None = None,
     ) -> None:
-        self.members = tuple(members)
+        self._make = members if callable(members) else None
+        self._members = () if callable(members) else tuple(members)
         self._collect = tuple(collect)
         self._max_blocking_ms = max_blocking_ms
         self._joined: Run | None = None
@@ -104,18 +107,20 @@ class Together:
     def joined(self) -> Run:
         """The run that executes all of them."""
         if self._joined is None:
-            self._joined = join(self.members, self._max_blocking_ms)
+            if self._make is not None:
+                self._members, self._make = tuple(self._make()), None
+            self._joined = join(self._members, self._max_blocking_ms)
         return self._joined
 
     @property
     def tokens(self) -> int:
         """New tokens of all members."""
-        return sum(run.tokens for run in self.members)
+        return self.joined.tokens
 
     @property
     def rows(self) -> int:
         """Positions whose logits are computed, of all members."""
-        return sum(run.rows for run in self.members)
+        return self.joined.rows
 
     @property
     def done(self) -> bool:
@@ -148,7 +153,7 @@ class Together:
 
     def result(self) -> list[Any]:
         """What ``collect`` returns for each member, in order."""
-        share(self.joined, self.members)
+        share(self.joined, self._members)
         return [collect() for collect in self._collect]
 
     def suspend(self) -> None:
@@ -159,5 +164,5 @@ class Together:
         """Drop every tensor."""
         if self._joined is not None:
             self._joined.release()
-        for run in self.members:
+        for run in self._members:
             run.release()

@@ -23,6 +23,9 @@ from fpcompile.scheduler.costs import CostTable
 __all__ = ["Correction", "CostPredictor", "PredictionError", "TtftPredictor", "overall_error"]
 
 
+_STEP = 3.0
+
+
 class TtftPredictor(Protocol):
     """Predicts device seconds of prefills."""
 
@@ -52,7 +55,9 @@ class _Ratio:
     count: int = 0
 
     def update(self, ratio: float, weight: float, prior: int) -> None:
+        """Move towards ``ratio``; by one stalled measurement no further than towards thrice the value."""
         self.count += 1
+        ratio = min(max(ratio, self.value / _STEP), self.value * _STEP)
         self.value += (ratio - self.value) * max(weight, 1.0 / (self.count + prior))
 
 

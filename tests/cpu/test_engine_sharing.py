@@ -327,3 +327,71 @@ def test_whatever_is_submitted_and_cancelled_everybody_ends_once(policy: str) ->
             assert handle.metrics.state == "cancelled"
         else:
             close(outcome(handle.result(0)), expected(handle.metrics.tokens))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["chunked:16", "vllm:16"])
+@pytest.mark.parametrize("arch", ["phi3", "llama"])
+def test_models_whose_positions_follow_the_length_are_not_sliced(policy: str, arch: str) -> None:
+    """Early slices would be rotated by frequencies that the whole prompt does not have."""
+    program = program_of(arch, rope="longrope" if arch == "phi3" else "dynamic")
+    with pytest.raises(InvalidInputError, match="slices prompts") as caught:
+        Engine(program, policy=policy, device_thread=False)
+    assert "same at every length" in str(caught.value.expected)
+    Engine(program, policy="flowprefill", device_thread=False).close()
+
+
+@pytest.mark.parametrize("policy", ["chunked:16", "vllm:16"])
+def test_slices_are_not_packed(policy: str) -> None:
+    with pytest.raises(InvalidInputError, match="pack whole ones"):
+        turned(policy, pack=200)
+
+
+def test_chunks_have_a_size() -> None:
+    class Endless(Edf):
+        grain = Grain("tokens")
+
+    with pytest.raises(InvalidInputError, match="wrong size"):
+        Engine(program_of("qwen3"), policy=Endless(), device_thread=False)
+
+
+@pytest.mark.slow
+def test_a_step_that_cannot_be_made_fails_its_members_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory runs out while one member's slice is taken: whoever is not in the step goes on."""
+    engine = turned("vllm:32,16")
+    handles = [submit(engine, 20) for _ in range(4)]
+    take, taken = Sliced.take, []
+
+    def fails(self: Sliced, tokens: int) -> Any:
+        taken.append(tokens)
+        if len(taken) == 2:
+            raise torch.OutOfMemoryError("no memory for a slice")
+        return take(self, tokens)
+
+    monkeypatch.setattr(Sliced, "take", fails)
+    drive(engine)
+    states = Counter(handle.metrics.state for handle in handles)
+    assert states == {"failed": 2, "completed": 2}
+    for handle in handles:
+        if handle.metrics.state == "completed":
+            close(outcome(handle.result(0)), expected(20))
+        else:
+            with pytest.raises(torch.OutOfMemoryError, match="no memory for a slice"):
+                handle.result(0)
+
+
+def test_what_a_host_does_between_two_turns_is_no_device_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 1e-4
+        return now[0]
+
+    engine = turned("fpcompile", clock=clock)
+    measured: list[float] = []
+    monkeypatch.setattr(engine._driver.prices, "learn", lambda *given: measured.append(given[-1]))
+    submit(engine, 5)
+    while engine.turn():
+        now[0] += 100.0
+    assert len(measured) == 1
+    assert 0 < measured[0] < 1.0

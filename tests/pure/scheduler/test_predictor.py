@@ -104,6 +104,18 @@ def test_octaves_are_corrected_apart() -> None:
     assert predictor.predict(8000) / table.seconds(8000) == pytest.approx(1.0, rel=0.03)
 
 
+def test_one_stall_does_not_spoil_the_predictions_of_many() -> None:
+    table = profile()
+    predictor = CostPredictor(table)
+    for _ in range(10):
+        predictor.correct(64, table.seconds(64))
+    predictor.correct(64, 1000 * table.seconds(64))
+    assert predictor.predict(64) < 1.3 * table.seconds(64)
+    for _ in range(40):  # a machine that has become slower for good is followed all the same
+        predictor.correct(64, 20 * table.seconds(64))
+    assert predictor.predict(64) > 15 * table.seconds(64)
+
+
 @pytest.mark.parametrize(
     ("tokens", "measured"), [(0, 1.0), (10, 0.0), (10, float("nan")), (10, float("inf"))]
 )

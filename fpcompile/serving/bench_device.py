@@ -57,14 +57,20 @@ class RealDevice:
 
     def _ask(self, *message: Any) -> Any:
         """Send a message and wait for its answer; raises :class:`UsageError` with what the child says."""
-        self._pipe.send(message)
+        self._send(*message)
         try:
             error, answer = self._pipe.recv()
-        except EOFError:
-            raise UsageError("the engine's process has ended", got=f"message {message[0]!r}") from None
+        except (EOFError, ConnectionError):
+            raise _ended(message) from None
         if error is not None:
             raise UsageError("the engine refused", got=error)
         return answer
+
+    def _send(self, *message: Any) -> None:
+        try:
+            self._pipe.send(message)
+        except ConnectionError:
+            raise _ended(message) from None
 
     def describe(self) -> dict[str, Any]:
         """Name, parameters and type of the model."""
@@ -84,17 +90,19 @@ class RealDevice:
     def serve(
         self, plan: Plan, policy: str, requests: Sequence[Request], options: dict[str, Any]
     ) -> tuple[list[Record], list[float], float]:
-        """Serve ``requests`` (arrivals from 0): records, blocking times, and the most a sending was late."""
+        """Serve ``requests`` (arrivals from 0): records, blocking times, and the most a sending was late.
+
+        Raises :class:`UsageError` when the engine's process has ended.
+        """
         self._ask("engine", plan, policy, options)
         start = time.monotonic() + _LEAD_S
         worst = 0.0
-        send = self._pipe.send
         for request in requests:
             at = start + request.arrival
             self._sleep_until(at)
             worst = max(worst, time.monotonic() - at)
             slo = request.deadline - request.arrival
-            send(("submit", request.id, request.klass, request.tokens, at, slo, request.priority))
+            self._send("submit", request.id, request.klass, request.tokens, at, slo, request.priority)
         records, blocking = self._ask("collect")
         return records, blocking, worst
 
@@ -103,3 +111,11 @@ class RealDevice:
         left = at - time.monotonic()
         if left > 0:
             time.sleep(left)
+
+
+def _ended(message: tuple[Any, ...]) -> UsageError:
+    return UsageError(
+        "the engine's process has ended",
+        got=f"message {message[0]!r}",
+        remedy="see what it wrote to stderr; it may have run out of memory",
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -14,6 +15,7 @@ from fpcompile.models.zoo import tiny_model
 from fpcompile.scheduler import CostTable, Request, make_policy, profile
 from fpcompile.scheduler.simulator import simulate
 from fpcompile.scheduler.synthetic import synthetic_trace
+from fpcompile.serving import bench_device
 from fpcompile.serving.bench_cli import app
 from fpcompile.serving.bench_real import Measured, affordable, paper_slos, scaled
 from fpcompile.serving.bench_worker import plan_of
@@ -132,6 +134,49 @@ def test_what_cannot_be_measured_is_refused_before_anything_starts(options: list
     result = CliRunner().invoke(app, ["goodput", "--real", *options])
     assert result.exit_code == 2
     assert message in result.output
+
+
+class _Child:
+    """A child process that died behind its first ``answers`` answers: context, pipe and process in one."""
+
+    def __init__(self, answers: int, death: type[Exception]) -> None:
+        self.left, self.death = answers, death
+        self.sent: list[str] = []
+
+    def Pipe(self) -> tuple[_Child, _Child]:
+        return self, self
+
+    def Process(self, **_: Any) -> _Child:
+        return self
+
+    def start(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def send(self, message: tuple[Any, ...]) -> None:
+        self.sent.append(message[0])
+        if not self.left and self.death is BrokenPipeError:
+            raise BrokenPipeError
+
+    def recv(self) -> tuple[None, None]:
+        if not self.left:
+            raise self.death
+        self.left -= 1
+        return None, None
+
+
+@pytest.mark.parametrize("death", [BrokenPipeError, ConnectionResetError, EOFError])
+@pytest.mark.parametrize("answers", [0, 1])
+def test_a_child_that_died_is_a_typed_error_wherever_it_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, answers: int, death: type[Exception]
+) -> None:
+    child = _Child(answers, death)
+    monkeypatch.setattr(bench_device, "get_context", lambda _: child)
+    device = bench_device.RealDevice(None)
+    with pytest.raises(UsageError, match="process has ended"):
+        device.serve(("model", None, None), "fcfs", [Request("r", 0.0, 1.0, 4, 0.1)], {})
+    late = ["submit"] if death is BrokenPipeError else ["submit", "collect"]
+    assert child.sent == ["engine", *late][: None if answers else 1], "at a submit as at a question"
 
 
 def test_the_time_that_is_left_sets_the_number_of_requests() -> None:

@@ -194,10 +194,9 @@ class PackedProgram(Program):
         Raises :class:`InvalidInputError`; :class:`BudgetError` for a strict budget that cannot be kept.
         """
         self._check_weights()
-        given = (
-            unsupported if "position_ids" in self._forward else {"position_ids": position_ids, **unsupported}
-        )
-        for name, value in given.items():
+        if position_ids is not None and "position_ids" not in self._forward:
+            unsupported["position_ids"] = position_ids
+        for name, value in unsupported.items():
             if value is not None or name not in self._forward:
                 raise InvalidInputError(
                     f"{name} is not an argument of a packed program",

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fpcompile.errors import InvalidInputError
 from fpcompile.models.zoo import MAIN_ARCHS, sample_ids
 from tests.cpu.support import (
     DTYPES,
@@ -143,6 +144,14 @@ def test_position_ids_of_the_caller(arch: str) -> None:
     if arch == "gpt2":  # learned positions: counting padding or not is another number
         counted = outcome(program(ids, attention_mask=mask))
         assert relative_error(counted.logits[real], theirs.logits[real]) > 100 * ROUNDING_FP32
+
+
+def test_a_model_without_position_ids_takes_none() -> None:
+    program, ids = program_of("moss_transcribe_diarize"), sample_ids(9)
+    expected = reference(model_of("moss_transcribe_diarize"), ids)
+    assert differences(outcome(program(ids, position_ids=None)), expected) == []
+    with pytest.raises(InvalidInputError, match="position_ids is not an argument"):
+        program(ids, position_ids=torch.arange(9)[None])
 
 
 @pytest.mark.slow

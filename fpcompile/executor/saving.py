@@ -223,7 +223,7 @@ def _bindings(data: Mapping[str, Any], constants: Mapping[str, Tensor], model: A
     own = {**_tensors(model), **{name: tensor.to(device) for name, tensor in constants.items()}}
     _compare("set of buffers", data["weights"], {n: _spec(own[n]) for n in data["weights"] if n in own}, "")
     return Bindings(
-        weights={path: (path, own[path].detach()) for path in data["weights"]},
+        weights={path: (path, own[path]) for path in data["weights"]},
         attention=tuple(_attention(data["attention"], model)),
         leaves=tuple(
             remake(leaf["kind"], model.get_submodule(leaf["module"]), read_value(leaf["arguments"], {}))

@@ -220,7 +220,8 @@ class CacheProbe(DynamicCache):
 
 @dataclasses.dataclass(slots=True)
 class AttentionRecorder:
-    """Collects the attention calls of one trace. ``implementation`` is what the unmodified model uses.
+    """Collects the attention calls of one trace. ``implementation`` is what the unmodified model uses, where
+    the configuration of an attention module does not say otherwise (a language model inside another).
 
     ``cache`` is the trace's: it tells which entry of the model's own cache holds a call's keys and values.
     """
@@ -267,12 +268,16 @@ class AttentionRecorder:
             if isinstance(value, Tensor):
                 raise refuse(f"attention takes an extra tensor argument {key!r}")
             keep[key] = value
-        function = own_attention(module, self.implementation)
+        config = getattr(module, "config", None)
+        implementation = getattr(config, "_fpcompile_attention", None) or self.implementation
+        if implementation not in mu.ALL_MASK_ATTENTION_FUNCTIONS:
+            raise refuse(f"attention {implementation!r} is registered without a mask function")
+        function = own_attention(module, implementation)
         self.calls.append(
             AttentionCall(
                 module,
                 function,
-                self.implementation,
+                implementation,
                 entry,
                 mask,
                 keep,

@@ -118,9 +118,10 @@ def marked(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _mark(config: Any) -> None:
-    """Route a shadow's config to fpcompile's attention and experts functions, remembering the latter."""
+    """Route a shadow's config to fpcompile's attention and experts functions, remembering its own."""
     if getattr(config, "_attn_implementation_internal", None) == attention.NAME:
         return
+    config._fpcompile_attention = getattr(config, "_attn_implementation_internal", None)
     config._fpcompile_experts = getattr(config, "_experts_implementation_internal", None)
     config._attn_implementation_internal = attention.NAME
     config._experts_implementation_internal = attention.NAME
@@ -223,7 +224,11 @@ def capture(model: PreTrainedModel) -> Capture:
 
 
 def weights_of(exported: torch.export.ExportedProgram) -> dict[str, tuple[str, Tensor]]:
-    """Placeholder -> (path in the model, tensor) of every weight, buffer and constant of a trace."""
+    """Placeholder -> (path in the model, tensor) of every weight, buffer and constant of a trace.
+
+    Parameters stay parameters: torch folds the matrix product of a transposed batch with a weight that
+    requires a gradient, and only with such a one, into another kernel.
+    """
     signature = exported.graph_signature
     tensors: dict[str, Tensor] = {**exported.state_dict, **exported.constants}
     named = {
@@ -231,7 +236,7 @@ def weights_of(exported: torch.export.ExportedProgram) -> dict[str, tuple[str, T
         **signature.inputs_to_buffers,
         **signature.inputs_to_lifted_tensor_constants,
     }
-    return {p: (path.removeprefix("model."), tensors[path].detach()) for p, path in named.items()}
+    return {p: (path.removeprefix("model."), tensors[path]) for p, path in named.items()}
 
 
 def _explain(model: PreTrainedModel, error: Exception, watch: LengthWatch) -> UnsupportedModelError:

@@ -24,9 +24,7 @@ COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::fpcompile.errors.BudgetWarning"),
-    pytest.mark.skipif(
-        not any(map(shutil.which, COMPILERS)), reason="no C++ compiler, which inductor needs"
-    ),
+    pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler, which inductor needs"),
 ]
 
 TINY = 0.02

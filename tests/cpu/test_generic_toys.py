@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpcompile.errors import InvalidInputError, SegmentError, UnsupportedModelError
 from fpcompile.executor.generic import GenericProgram, Variant
@@ -224,6 +225,36 @@ def test_a_decision_on_activations_is_made_inside_a_leaf() -> None:
     assert program.variants[0].captured.opaque == ("inner",)
     for length in (2, 30):
         same(model, program, hidden(length))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_kernel_of_a_product_follows_whether_its_weight_is_frozen(frozen: bool) -> None:
+    """torch folds the batch of a transposed input only for a weight that requires a gradient."""
+
+    class Across(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Linear(64, 64, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mixed: Tensor = self.mix(x.transpose(0, 1)).sum(0)
+            return mixed
+
+    class Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+                products.append(func)
+            return func(*args, **(kwargs or {}))
+
+    products: list[Any] = []
+    model = Across().requires_grad_(not frozen)
+    x = torch.randn(3, 29, 64)
+    program = compiled(model, x)
+    with torch.no_grad(), Seen():  # type: ignore[no-untyped-call]
+        own, got = model(x), program(x)
+    assert len(products) == 2
+    assert products[0] is products[1]
+    assert torch.equal(own, got)
 
 
 def test_random_numbers_are_refused_or_kept_inside_a_leaf() -> None:

@@ -7,6 +7,7 @@ import torch
 
 import fpcompile
 from fpcompile.errors import UnsupportedModelError
+from fpcompile.executor.packed import PackedProgram
 from fpcompile.models.capture import capture
 from fpcompile.models.zoo import sample_ids, tiny_model
 
@@ -65,3 +66,16 @@ def test_shared_layers_add_nothing_to_the_cache() -> None:
     calls = captured.attention
     assert [c.writes for c in calls] == [True] * 4 + [False] * 2
     assert {c.layer for c in calls if not c.writes} <= {c.layer for c in calls if c.writes}
+
+
+def test_attention_is_the_one_of_the_language_models_own_configuration() -> None:
+    """The outer configuration says nothing; the inner one says sdpa, and that is what the model runs."""
+    model = tiny_model("got_ocr2")
+    program = fpcompile.segment(model)
+    assert isinstance(program, PackedProgram)
+    inner = model.config.get_text_config()._attn_implementation
+    assert {call.implementation for call in program.attention} == {inner} == {"sdpa"}
+    for length in (2, 40):
+        ids = sample_ids(length)
+        with torch.no_grad():
+            assert torch.equal(program(ids).logits, model(ids).logits)

@@ -87,6 +87,11 @@ class RealDevice:
         answer: dict[int, float] = self._ask("alone", plan, list(lengths), repeats)
         return answer
 
+    def busy(self, plan: Plan, lengths: Sequence[int], repeats: int = 7) -> dict[int, float]:
+        """Occupancy: median seconds from one end to the next, in a backlog of all these lengths."""
+        answer: dict[int, float] = self._ask("busy", plan, list(lengths), repeats)
+        return answer
+
     def serve(
         self, plan: Plan, policy: str, requests: Sequence[Request], options: dict[str, Any]
     ) -> tuple[list[Record], list[float], float]:

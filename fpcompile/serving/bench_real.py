@@ -4,12 +4,13 @@ The trace's prompts are made shorter (``length_scale``), for a small model on on
 paper's proportions: SLO of a class = (FlowPrefill's SLO / the `llama3-8b-a800` profile's time for the class's
 mean prompt) x the measured isolated TTFT of the class's mean scaled prompt.
 
-The simulator gets the same requests at the same times, and for decisions and device the isolated TTFTs that
-were measured first (medians over a grid of lengths, linear between): the engine corrects its predictions, so
-that it soon decides by what runs take. Nothing is fitted to what the loaded runs show. The report has the
-measurement, the simulation and their comparison (:mod:`bench_compare`).
+The simulator gets the same requests at the same times, and for decisions and device the *occupancies* that
+were measured first: how long a prompt keeps a device from the next one when prompts of all lengths come as
+one backlog, first come first served (medians over a grid of lengths, linear between). The engine corrects its
+predictions, so that it soon decides by what runs take. Nothing is fitted to what the loaded runs show. The
+report has the measurement, the simulation and their comparison (:mod:`bench_compare`).
 
-A policy that slices prompts (`chunked:N`, `vllm:N,T`) has isolated TTFTs of its own, measured in slices. The
+A policy that slices prompts (`chunked:N`, `vllm:N,T`) has times of its own, measured in slices. The
 simulator charges each slice what the measured costs say for its tokens behind its context, times measured /
 charged of the whole prompt in slices of this size; a step or a pack costs the sum over its members with one
 fixed part, corrected as for its first member. The tokens that a policy names are not scaled with the prompts.
@@ -54,21 +55,20 @@ _UNMEASURED = ("decision_us", "peak_paused_bytes", "peak_waiting", "evictions")
 
 @dataclass(frozen=True)
 class Measured:
-    """One way to execute prompts: the program's cost table, and isolated TTFTs by length."""
+    """One way to execute prompts: the program's cost table; isolated TTFTs and occupancies by length."""
 
     plan: Plan
     table: CostTable
     alone: Mapping[int, float]
+    busy: Mapping[int, float]
 
     def seconds(self, tokens: float) -> float:
-        """Isolated TTFT, linear between the measured lengths; of a single one, that one."""
-        lengths = sorted(self.alone)
-        if len(lengths) == 1:
-            return self.alone[lengths[0]]
-        at = min(max(bisect_left(lengths, tokens), 1), len(lengths) - 1)
-        low, high = lengths[at - 1], lengths[at]
-        share = (tokens - low) / (high - low)
-        return self.alone[low] + share * (self.alone[high] - self.alone[low])
+        """Isolated TTFT, linear between the measured lengths and beyond; of the shortest below it."""
+        return _between(self.alone, tokens)
+
+    def occupied(self, tokens: float) -> float:
+        """How long the prompt keeps the device from the next one; as :meth:`seconds` between lengths."""
+        return _between(self.busy, tokens)
 
     def tabulated(self, tokens: int) -> float:
         """What the table says for such a prompt, in slices if the plan has them."""
@@ -78,15 +78,25 @@ class Measured:
         return sum(self.table.seconds(min(size, tokens - at), at) for at in range(0, tokens, size))
 
     def slowdown(self, request: Request) -> float:
-        """Measured over tabulated seconds of this request's prompt."""
-        return self.seconds(request.tokens) / self.tabulated(request.tokens)
+        """Measured occupancy over tabulated seconds of this request's prompt."""
+        return self.occupied(request.tokens) / self.tabulated(request.tokens)
 
     def predictor(self) -> CostPredictor:
         """What the engine has learnt of whole prompts: a core that packs asks it."""
         learnt = CostPredictor(self.table)
-        for tokens, seconds in self.alone.items():
+        for tokens, seconds in self.busy.items():
             learnt.correct(tokens, seconds)
         return learnt
+
+
+def _between(measured: Mapping[int, float], tokens: float) -> float:
+    lengths = sorted(measured)
+    if len(lengths) == 1 or tokens <= lengths[0]:
+        return measured[lengths[0]]
+    at = min(bisect_left(lengths, tokens), len(lengths) - 1)
+    low, high = lengths[at - 1], lengths[at]
+    share = (tokens - low) / (high - low)
+    return measured[low] + share * (measured[high] - measured[low])
 
 
 def scaled(rows: Sequence[TraceRow], factor: float) -> list[TraceRow]:
@@ -190,11 +200,11 @@ def _measure(device: RealDevice, plan: Plan, rows: Sequence[TraceRow]) -> Measur
     table = device.prepare(plan, lengths[-1])
     low, high = max(lengths[0], 4), max(lengths[-1], 8)
     grid = sorted({round(low * (high / low) ** (i / (_GRID - 1))) for i in range(_GRID)})
-    return Measured(plan, table, device.alone(plan, grid))
+    return Measured(plan, table, device.alone(plan, grid), device.busy(plan, grid))
 
 
 def _mean(one: Measured, rows: Sequence[TraceRow]) -> float:
-    return fmean(one.seconds(row.tokens) for row in rows)
+    return fmean(one.occupied(row.tokens) for row in rows)
 
 
 def affordable(seconds: float, rates: Sequence[float], policies: int, seeds: int) -> int:
@@ -215,7 +225,7 @@ def _both(
 ) -> tuple[Cell, Cell, list[Outcome], list[Outcome], float]:
     """One cell measured and simulated: both summaries, both lists of outcomes, the latest sending."""
     rows = tile(setup.rows, setup.count, key.seed)
-    requests = requests_at(rows, key.rate, one.table, setup.slos, length=lambda row: one.seconds(row.tokens))
+    requests = requests_at(rows, key.rate, one.table, setup.slos, length=lambda row: one.occupied(row.tokens))
     options = dict(setup.options)
     records, blocking, late = device.serve(one.plan, key.policy, requests, options)
     served = {record.id: record for record in records}
@@ -248,7 +258,7 @@ def _judged(outcomes: Sequence[Outcome], one: Measured) -> list[Outcome]:
 
 def _isolated(one: Measured) -> list[dict[str, float]]:
     return [
-        {"tokens": n, "measured_s": seconds, "tabulated_s": one.tabulated(n)}
+        {"tokens": n, "measured_s": seconds, "occupied_s": one.busy[n], "tabulated_s": one.tabulated(n)}
         for n, seconds in sorted(one.alone.items())
     ]
 

@@ -9,15 +9,18 @@ Words
              when it executes prompts in slices (:func:`plan_of`).
 
 Protocol: tuples ``(kind, ...)``. ``prepare`` compiles and calibrates the program of a plan and is answered by
-its costs; ``engine`` starts an engine under a policy; ``submit`` is not answered; ``collect`` waits until all
-requests have ended and is answered by their records and the engine's blocking times, and ends the engine.
+its costs; ``alone`` and ``busy`` are answered by seconds for each length; ``engine`` starts an engine under a
+policy; ``submit`` is not answered; ``collect`` waits until all requests have ended and is answered by their
+records and the engine's blocking times, and ends the engine.
 """
 
 from __future__ import annotations
 
 import gc
 import os
+import random
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -217,4 +220,19 @@ class _Worker:
                     assert ttft is not None
                     if number:
                         times[tokens].append(ttft)
+        return {tokens: median(seen) for tokens, seen in times.items()}
+
+    def busy(self, plan: Plan, lengths: list[int], repeats: int) -> dict[int, float]:
+        """Median seconds between the end of the prompt before and its own, in a backlog in random order."""
+        policy = "fcfs" if plan[2] is None else f"chunked:{plan[2]}"
+        order = [tokens for tokens in lengths for _ in range(repeats)]
+        random.Random(0).shuffle(order)
+        times: dict[int, list[float]] = {tokens: [] for tokens in lengths}
+        ends: list[float] = []
+        with Engine(self._programs[plan[:2]], policy=policy, record_timeline=False, max_queue=None) as engine:
+            for tokens in (order[0], *order):
+                handle = engine.submit(self._ids[:, :tokens], ttft_slo=1e6, logits_to_keep=1)
+                handle.add_done_callback(lambda _: ends.append(engine.now()))
+        for tokens, (before, end) in zip(order, pairwise(ends), strict=True):
+            times[tokens].append(end - before)
         return {tokens: median(seen) for tokens, seen in times.items()}

@@ -162,8 +162,9 @@ def _attention_tiles(index: int, shape: Shape, costs: StageCosts, seconds: float
         while start < length:
             rest = length - start
             rows, share = _block(functools.partial(cost, start), seconds, rest, heads)
-            if rest - rows < MIN_ROWS:
-                rows = rest
+            if 0 < rest - rows < MIN_ROWS:  # the remainder joins, unless that makes the block too long
+                fits = cost(start, rest) <= seconds * share or rows <= MIN_ROWS
+                rows = rest if fits else rows - (EXACT_ROWS if rows > EXACT_ROWS else MIN_ROWS)
             step = max(1, math.ceil(heads / share)) if heads else 0
             for head in range(0, max(heads, 1), max(step, 1)):
                 tiles.append(

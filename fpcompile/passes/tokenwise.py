@@ -42,6 +42,8 @@ class Proof(Facts):
         if found is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
             found = POINTWISE
         if found is None:
+            if getattr(node.target, "namespace", "") == "export":
+                raise NotProvenError("its weights are tensors of a class of their own")
             if self._of_constants(node):
                 return None
             raise NotProvenError(f"operator {node.target} has no token-wise rule")

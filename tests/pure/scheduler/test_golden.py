@@ -203,4 +203,5 @@ def test_the_decisions_are_those_of_the_rule(policy: str) -> None:
 
 
 def test_every_policy_has_a_golden_log() -> None:
-    assert {spec.partition(":")[0] for spec in GOLDEN} == set(policy_names())
+    shipped = {name for name in policy_names() if not name.startswith("test-")}  # tests register their own
+    assert {spec.partition(":")[0] for spec in GOLDEN} == shipped

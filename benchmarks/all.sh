@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All benchmarks, one after the other, each to its end whatever the others did. For a machine that does nothing
-# else; about half an hour on two cores.
+# else.
 #
 #   bash benchmarks/all.sh [OPTIONS]        options that all have: --model, --dtype, --device, --seed
 #   OUTPUT=folder PYTHON=.venv/bin/python bash benchmarks/all.sh

@@ -165,7 +165,7 @@ def _attention_tiles(index: int, shape: Shape, costs: StageCosts, seconds: float
             if 0 < rest - rows < MIN_ROWS:  # the remainder joins, unless that makes the block too long
                 fits = cost(start, rest) <= seconds * share or rows <= MIN_ROWS
                 rows = rest if fits else rows - (EXACT_ROWS if rows > EXACT_ROWS else MIN_ROWS)
-            step = max(1, math.ceil(heads / share)) if heads else 0
+            step = max(1, heads // share) if heads else 0  # at most 1 / share of the heads in each tile
             for head in range(0, max(heads, 1), max(step, 1)):
                 tiles.append(
                     Launch(

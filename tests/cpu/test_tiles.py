@@ -95,6 +95,14 @@ def test_a_remainder_that_joins_the_last_tile_does_not_break_the_budget() -> Non
     assert [(t.start, t.stop) for t in plan] == [(0, 64), (64, 189)]
 
 
+def test_nor_one_that_joins_a_block_of_attention() -> None:
+    """Heads apart, 256 queries fit, but 256 + 44 do not: the blocks are 192 and 108 queries."""
+    shape, costs = Shape(300, 1, ((1, 300, 300),)), FakeCosts(("attention",))
+    plan = by_budget(stages_of(("attention",)), shape, costs, 40.0, [4])
+    assert sorted({(t.start, t.stop) for t in plan}) == [(0, 192), (192, 300)]
+    assert max(seconds(t, shape, costs) for t in plan) <= 40.0
+
+
 def test_without_a_budget_one_launch_is_one_segment() -> None:
     program = program_of("qwen3")
     assert program.whole == by_segment(program.stages)

@@ -5,7 +5,9 @@ Words
     *unsupported*  the model cannot be compiled (yet): :class:`UnsupportedModelError`.
     *failure*      code of the model raised while it ran: :class:`SegmentError`.
     *outcome*      a request ended without a result, as somebody asked or a policy decided:
-                   :class:`RequestCancelledError`, :class:`RequestRejectedError`, :class:`QueueFullError`.
+                   :class:`RequestCancelledError`, :class:`RequestRejectedError`,
+                   :class:`RequestTimeoutError`, :class:`QueueFullError`.
+    *breakdown*    the device does not answer any more: :class:`DeviceFailedError`.
     *defect*       an invariant of this package is broken: :class:`InternalError`.
 
 Typical use
@@ -32,6 +34,7 @@ __all__ = [
     "BudgetError",
     "BudgetWarning",
     "CheckpointError",
+    "DeviceFailedError",
     "EngineClosedError",
     "FpcompileError",
     "InternalError",
@@ -40,6 +43,7 @@ __all__ = [
     "QueueFullError",
     "RequestCancelledError",
     "RequestRejectedError",
+    "RequestTimeoutError",
     "SegmentError",
     "UnknownNameError",
     "UnsupportedModelError",
@@ -91,6 +95,7 @@ class FpcompileError(Exception):
 def _restore(cls: type[FpcompileError], args: tuple[object, ...], state: dict[str, object]) -> FpcompileError:
     """Rebuild a pickled error without calling its ``__init__``, whose arguments differ by class."""
     error = cls.__new__(cls, *args)
+    error.args = args  # OSError's own __new__ leaves them to an __init__
     error.__dict__.update(state)
     return error
 
@@ -240,6 +245,38 @@ class RequestRejectedError(FpcompileError, RuntimeError):
         self.request_id = request_id
         self.reason = reason
         super().__init__(f"request {request_id!r} was rejected", got=reason, remedy=remedy)
+
+
+class RequestTimeoutError(FpcompileError, TimeoutError):
+    """The request had not ended ``timeout`` seconds after its arrival, as ``submit(timeout=...)`` asked.
+
+    It has ended now and holds nothing. Not what ``handle.result(timeout)`` raises: that one only stops
+    waiting, and the request goes on.
+    """
+
+    def __init__(self, request_id: str, *, timeout: float) -> None:
+        self.request_id = request_id
+        self.timeout = timeout
+        super().__init__(
+            f"request {request_id!r} has not ended within {timeout:g} s of its arrival",
+            remedy="allow more time, or submit it when less is waiting",
+        )
+
+
+class DeviceFailedError(FpcompileError, RuntimeError):
+    """The device failed, not a segment on it: what was in flight is lost, and its engine is closed.
+
+    The original exception is ``__cause__``. On CUDA such an error stays until the process ends.
+    """
+
+    def __init__(self, device: str, *, cause: BaseException) -> None:
+        self.device = device
+        super().__init__(
+            f"device {device} failed",
+            got=f"{type(cause).__name__}: {cause}",
+            remedy="create a new Engine; after an error of CUDA, in a new process",
+        )
+        self.__cause__ = cause
 
 
 class InternalError(FpcompileError, RuntimeError):

@@ -36,7 +36,13 @@ from fpcompile.engine.programs import Programs
 from fpcompile.engine.recorder import Recorder, joined
 from fpcompile.engine.registry import Registry
 from fpcompile.engine.statistics import Counts, EngineStatistics
-from fpcompile.errors import InternalError, RequestCancelledError, RequestRejectedError
+from fpcompile.engine.timeouts import Timeouts
+from fpcompile.errors import (
+    InternalError,
+    RequestCancelledError,
+    RequestRejectedError,
+    RequestTimeoutError,
+)
 from fpcompile.executor.device import Device
 from fpcompile.executor.loop import Hook
 from fpcompile.executor.slices import Chunks
@@ -113,6 +119,7 @@ class Driver:
         self._known: dict[str, Ticket] = {}
         self._flight: _Flight | None = None
         self._timer = inf
+        self._timeouts = Timeouts()
         self._last = -inf
 
     # ---- for the owner of the loop
@@ -132,7 +139,8 @@ class Driver:
 
     def idle_seconds(self) -> float | None:
         """How long an idle device may be left alone; None until something is submitted."""
-        return None if self._timer == inf else max(self._timer - self.clock(), 0.0)
+        until = min(self._timer, self._timeouts.next)
+        return None if until == inf else max(until - self.clock(), 0.0)
 
     def retry_after(self) -> float:
         """Estimated seconds until the next request is launched: what the present run has left."""
@@ -227,7 +235,8 @@ class Driver:
 
     def _stop(self) -> bool:
         """The question between two segments: has anything come that takes the device away?"""
-        if self.inbox.flag or self.clock() >= self._timer:
+        now = self.clock()
+        if self.inbox.flag or now >= self._timer or now >= self._timeouts.next:
             self._hear()
         flight = self._flight
         return flight is None or flight.pause
@@ -313,6 +322,7 @@ class Driver:
         if self.clock() >= self._timer:
             self._timer = inf
             events.append(Timer(self._now()))
+        events += self._timed_out()
         if events:
             events = self._without_withdrawn(events)
         if not events:
@@ -333,6 +343,14 @@ class Driver:
         except Exception as error:
             self._scheduler_failed(error)
 
+    def _timed_out(self) -> list[Event]:
+        """Withdraw those whose time is over: for the scheduler that is a cancel."""
+        tickets = [self._known.get(name) for name in self._timeouts.due(self.clock())]
+        overdue = [ticket for ticket in tickets if ticket is not None]
+        for ticket in overdue:
+            ticket.timed_out = True
+        return [Cancelled(self._now(), ticket.id) for ticket in overdue]
+
     def _without_withdrawn(self, events: Sequence[Event]) -> list[Event]:
         """Note who arrives; leave out what is void: cancelled before arriving, or after the end."""
         gone = {e.request for e in events if isinstance(e, Cancelled) and e.request not in self._known}
@@ -350,6 +368,7 @@ class Driver:
                     self._cancelled(ticket)
                     continue
                 self._known[ticket.id] = ticket
+                self._timeouts.add(ticket.request.arrival + ticket.timeout, ticket.id)
             kept.append(event)
         return kept
 
@@ -419,6 +438,10 @@ class Driver:
     # ---- ends
 
     def _cancelled(self, ticket: Ticket) -> None:
+        if ticket.timed_out:
+            late = RequestTimeoutError(ticket.id, timeout=ticket.timeout)
+            self._finish(ticket, "failed", error=late)
+            return
         where = "the engine was closed" if self.abandoned else None
         self._finish(ticket, "cancelled", error=RequestCancelledError(ticket.id, where=where))
 

@@ -144,6 +144,7 @@ class Engine:
         priority: int = 0,
         request_id: str | None = None,
         slo_class: str | None = None,
+        timeout: float | None = None,
         **model_inputs: Any,
     ) -> Handle:
         """Ask for one forward pass over ``input_ids [batch, length]``; ``model_inputs`` are the model's own.
@@ -152,6 +153,8 @@ class Engine:
         time on the engine's clock; without either nothing is promised. ``program`` names one of several.
         ``priority``: higher first, for policies that look at it. ``slo_class`` names the kind of request: of
         each kind a policy may try to serve the same part in time (default: the program's name).
+        ``timeout``: seconds after ``arrival``; a request that has not ended by then ends at the next cut with
+        :class:`RequestTimeoutError`, state ``failed``. (``handle.result(timeout)`` only stops waiting.)
 
         Never blocks. Raises :class:`EngineClosedError`, :class:`QueueFullError` (with ``retry_after``),
         :class:`UnknownNameError` for a program, :class:`InvalidInputError` for anything else that is wrong.
@@ -166,6 +169,7 @@ class Engine:
             priority=priority,
             request_id=request_id,
             slo_class=slo_class,
+            timeout=timeout,
         )
         name, chosen = self._programs.resolve(program)
         self._registry.check(terms.request_id, self._driver.retry_after)
@@ -193,7 +197,10 @@ class Engine:
             klass=terms.slo_class or name,
         )
         handle = Handle(request.id, ask_cancel=self._ask_cancel, home=self._home)
-        ticket = Ticket(request, program=name, run=kept, handle=handle, predicted=predicted, budget=budget)
+        ticket = Ticket(
+            request, program=name, run=kept, handle=handle, predicted=predicted, budget=budget,
+            timeout=terms.timeout,
+        )  # fmt: skip
         handle.bind(ticket.snapshot)
         return ticket
 

@@ -70,7 +70,7 @@ class Ticket:
     __slots__ = (
         "_launched", "_stopped", "budget", "ended", "executed", "handle", "load", "paused_bytes", "predicted",
         "preempted_by", "preemptions", "program", "ready", "request", "run", "shared", "started", "state",
-        "suspended",
+        "suspended", "timed_out", "timeout",
     )  # fmt: skip
 
     def __init__(
@@ -82,6 +82,7 @@ class Ticket:
         handle: Handle,
         predicted: float,
         budget: float | None = None,
+        timeout: float = math.inf,
     ) -> None:
         self.request = request
         self.program = program
@@ -92,6 +93,10 @@ class Ticket:
         """Device seconds that the program's cost model says, without what the engine has learnt."""
         self.budget = budget
         """``max_blocking_ms`` of this request, if it has one of its own."""
+        self.timeout = timeout
+        """Seconds after its arrival by which it ends, in whatever way; inf for any time."""
+        self.timed_out = False
+        """Whether it is being withdrawn for that."""
         self.load: Load | None = None
         """What it was launched in, while that lives."""
         self.state: RequestState = "waiting"

@@ -16,7 +16,7 @@ __all__ = ["Terms"]
 class Terms:
     """``arrival`` and ``deadline`` in seconds on the engine's clock; ``slo`` is the time between them.
 
-    Without a promise ``slo`` and ``deadline`` are inf.
+    Without a promise ``slo`` and ``deadline`` are inf. ``timeout``: seconds after ``arrival``, inf for none.
     """
 
     arrival: float
@@ -26,6 +26,7 @@ class Terms:
     priority: int
     request_id: str | None
     slo_class: str | None = None
+    timeout: float = math.inf
 
     @classmethod
     def check(
@@ -39,6 +40,7 @@ class Terms:
         priority: Any,
         request_id: Any,
         slo_class: Any = None,
+        timeout: Any = None,
     ) -> Self:
         """The terms, or :class:`InvalidInputError` for the first argument that is wrong."""
         came = now if arrival is None else _seconds("arrival", arrival)
@@ -62,7 +64,10 @@ class Terms:
             raise InvalidInputError(
                 "slo_class is wrong", expected="a non-empty str, or None", got=repr(slo_class)
             )
-        return cls(came, due, slo, tenant, priority, request_id, slo_class)
+        longest = math.inf if timeout is None else _seconds("timeout", timeout)
+        if not longest > 0:
+            raise InvalidInputError("timeout is wrong", expected="seconds > 0, or None", got=repr(timeout))
+        return cls(came, due, slo, tenant, priority, request_id, slo_class, longest)
 
 
 def _promise(arrival: float, ttft_slo: Any, deadline: Any) -> tuple[float, float]:

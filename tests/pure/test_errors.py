@@ -13,6 +13,7 @@ from fpcompile.errors import (
     BudgetError,
     BudgetWarning,
     CheckpointError,
+    DeviceFailedError,
     EngineClosedError,
     FpcompileError,
     InternalError,
@@ -21,6 +22,7 @@ from fpcompile.errors import (
     QueueFullError,
     RequestCancelledError,
     RequestRejectedError,
+    RequestTimeoutError,
     SegmentError,
     UnknownNameError,
     UnsupportedModelError,
@@ -53,6 +55,8 @@ def _examples() -> list[FpcompileError]:
         SegmentError("layers.0.mlp", cause=KeyError("w"), node="mm_3", source_line="modeling_x.py:40"),
         RequestCancelledError("r1", where="segment 3 of 9"),
         RequestRejectedError("r2", reason="waited longer than max_queue_s = 5 s", remedy="raise max_queue_s"),
+        RequestTimeoutError("r3", timeout=2.5),
+        DeviceFailedError("cuda:0", cause=RuntimeError("illegal memory access")),
         InternalError("live set differs", expected="{a}", got="{a, b}", where="cut 3"),
     ]
 
@@ -71,6 +75,8 @@ def _examples() -> list[FpcompileError]:
         (SegmentError, RuntimeError),
         (RequestCancelledError, concurrent.futures.CancelledError),
         (RequestRejectedError, RuntimeError),
+        (RequestTimeoutError, TimeoutError),
+        (DeviceFailedError, RuntimeError),
         (InternalError, RuntimeError),
         (BudgetWarning, UserWarning),
     ],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fpcompile.executor.inputs import Group, Layout
-from fpcompile.executor.kv import LayerKV, owned
+from fpcompile.executor.kv import KV, LayerKV, owned
 from fpcompile.executor.run import Run
 from fpcompile.executor.schedule import EXACT_ROWS, Launch
 from fpcompile.models.attention import AttentionCall, MaskKind
@@ -39,7 +39,7 @@ def write(run: Run, layout: Layout, call: AttentionCall, k: Tensor, v: Tensor) -
         layers[call.layer] = past.append(keys, values) if past else LayerKV(owned(keys), owned(values))
 
 
-def mask_of(run: Run, call: AttentionCall, group: Group, kv: LayerKV, like: Tensor) -> Tensor | None:
+def mask_of(run: Run, call: AttentionCall, group: Group, kv: KV, like: Tensor) -> Tensor | None:
     """The mask of one group, built once and kept until the run is suspended."""
     key: Hashable = (call.mask, call.implementation, kv.start, group)
     if key not in run.masks:

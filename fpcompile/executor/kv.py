@@ -1,14 +1,15 @@
 """Keys and values of a bare run: contiguous tensors per layer, and their exchange with transformers caches.
 
-A run never writes into a tensor that it was given and never in place: appending makes a new tensor, so a
-checkpoint may hold the old one. Layers are numbered as in the model's own cache.
+A prefill never writes into a tensor that it was given and never in place: appending to :class:`LayerKV` makes
+a new tensor, so a checkpoint may hold the old one. Decoding appends one token at a time, to memory of its own
+with room behind the last one: :class:`GrowingKV`. Layers are numbered as in the model's own cache.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, Protocol, final
 
 import torch
 from torch import Tensor
@@ -17,6 +18,25 @@ from transformers.cache_utils import DynamicLayer
 
 from fpcompile.errors import InvalidInputError
 from fpcompile.models.attention import AttentionCall
+
+
+class KV(Protocol):
+    """One layer's keys ``[B, Hkv, n, D]`` and values ``[B, Hkv, n, Dv]``, as far as attention reads them.
+
+    ``start`` is the position of the first of them. ``append`` puts new tokens behind the last one and returns
+    what holds all of them.
+    """
+
+    @property
+    def keys(self) -> Tensor: ...
+
+    @property
+    def values(self) -> Tensor: ...
+
+    @property
+    def start(self) -> int: ...
+
+    def append(self, keys: Tensor, values: Tensor) -> KV: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -32,6 +52,72 @@ class LayerKV:
         return LayerKV(
             torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2), self.start
         )
+
+
+_ROOM: Final = 64  # tokens: growing by less would copy a short cache too often
+
+
+@final
+class GrowingKV:
+    """Keys and values that are written behind one another, in memory that grows by a quarter when it is full.
+
+    The tensors that it begins with are only read: the first ``append`` copies them. ``span`` (tokens, 0 for
+    none) is the sliding window or chunk of the layer: what lies further back than a new token can see is not
+    visible, and dropped when memory is next moved, so that at most ``2 * span + 64`` tokens are held.
+    ``keys``, ``values`` and ``start`` are views and a position that the next ``append`` makes obsolete.
+    """
+
+    __slots__ = ("_first", "_keys", "_origin", "_span", "_stop", "_values")
+
+    def __init__(self, kv: KV, span: int = 0) -> None:
+        self._keys, self._values, self._origin = kv.keys, kv.values, kv.start
+        self._span = span
+        self._first, self._stop = 0, int(kv.keys.shape[2])
+
+    @property
+    def keys(self) -> Tensor:
+        """``[B, Hkv, n, D]``."""
+        return self._keys[:, :, self._first : self._stop]
+
+    @property
+    def values(self) -> Tensor:
+        """``[B, Hkv, n, Dv]``."""
+        return self._values[:, :, self._first : self._stop]
+
+    @property
+    def start(self) -> int:
+        """Position of the first visible token."""
+        return self._origin + self._first
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, room for more included."""
+        return self._keys.untyped_storage().nbytes() + self._values.untyped_storage().nbytes()
+
+    def append(self, keys: Tensor, values: Tensor) -> GrowingKV:
+        """Write new tokens in place; of a layer with a span, what the first of them cannot see goes out of view."""
+        new = int(keys.shape[2])
+        if self._span:
+            self._first = max(self._first, self._stop - self._span + 1)
+        if self._stop + new > int(self._keys.shape[2]):
+            self._move(new)
+        stop = self._stop + new
+        self._keys[:, :, self._stop : stop] = keys
+        self._values[:, :, self._stop : stop] = values
+        self._stop = stop
+        return self
+
+    def _move(self, new: int) -> None:
+        """To memory of its own with room for ``new`` tokens and more; what is out of view stays behind."""
+        seen = self._stop - self._first
+        room = seen + new + max(_ROOM, min(seen // 4, self._span or seen))
+        tensors = []
+        for old in (self._keys, self._values):
+            grown = old.new_empty(*old.shape[:2], room, old.shape[3])
+            grown[:, :, :seen] = old[:, :, self._first : self._stop]
+            tensors.append(grown)
+        self._keys, self._values = tensors
+        self._origin, self._first, self._stop = self._origin + self._first, 0, seen
 
 
 def owned(tensor: Tensor) -> Tensor:
@@ -105,7 +191,7 @@ def _foreign(expected: str, got: str) -> InvalidInputError:
     )
 
 
-def write_cache(config: Any, layers: dict[int, LayerKV]) -> Cache:
+def write_cache(config: Any, layers: Mapping[int, KV]) -> Cache:
     """A transformers cache of the model's own class that :meth:`generate` can go on with.
 
     Its plain layers hold the run's tensors themselves: ``update`` would copy them once more.
@@ -124,7 +210,7 @@ def write_cache(config: Any, layers: dict[int, LayerKV]) -> Cache:
     return cache
 
 
-def pad_layers(groups: list[dict[int, LayerKV]], mask: Tensor) -> dict[int, LayerKV]:
+def pad_layers(groups: Sequence[Mapping[int, KV]], mask: Tensor) -> dict[int, LayerKV]:
     """Join single sequences into the padded form ``[B, H, columns, D]`` that ``mask`` describes."""
     joined: dict[int, LayerKV] = {}
     for index in groups[0]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fpcompile.errors import InternalError, UsageError
 from fpcompile.executor.faults import segment_error
-from fpcompile.executor.kv import LayerKV
+from fpcompile.executor.kv import KV
 from fpcompile.executor.schedule import Launch
 from fpcompile.executor.stages import Stage, Step
 from fpcompile.ir import Segment
@@ -39,7 +39,7 @@ class Run:
         program: Program,
         call: Call,
         values: dict[str, Tensor],
-        kv: list[dict[int, LayerKV]],
+        kv: list[dict[int, KV]],
         schedule: tuple[Launch, ...],
         *,
         at: int = 0,

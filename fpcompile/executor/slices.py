@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fpcompile.errors import InternalError, UsageError
 from fpcompile.executor.inputs import Group, Layout
-from fpcompile.executor.kv import LayerKV
+from fpcompile.executor.kv import KV, LayerKV
 from fpcompile.executor.packed import PackedCall
 from fpcompile.executor.run import Run
 from fpcompile.executor.schedule import Shape
@@ -263,12 +263,12 @@ class Chunks:
         return min(start + self.size, self.tokens)
 
 
-def _part(kv: LayerKV, i: int) -> LayerKV:
+def _part(kv: KV, i: int) -> KV:
     """One sequence of a batch."""
     return LayerKV(kv.keys[i : i + 1], kv.values[i : i + 1], kv.start)
 
 
-def _joined(sequences: list[dict[int, LayerKV]]) -> dict[int, LayerKV]:
+def _joined(sequences: list[dict[int, KV]]) -> dict[int, KV]:
     """Sequences of equal length as one batch."""
     if len(sequences) == 1:
         return sequences[0]

@@ -10,6 +10,7 @@ Limits: attainment within 3 points and mean TTFT within 15 % at loads up to 0.7;
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 from typing import Any
@@ -18,7 +19,7 @@ from fpcompile.scheduler.goodput import attainment
 from fpcompile.scheduler.simulator import Outcome
 from fpcompile.scheduler.sweep import CellKey
 
-__all__ = ["compare", "comparison_markdown", "crossing"]
+__all__ = ["Compared", "compare", "comparison_markdown", "crossing"]
 
 ATTAINMENT, TTFT, GOODPUT, LOAD = 0.03, 0.15, 0.05, 0.7
 
@@ -34,17 +35,29 @@ def crossing(points: Iterable[tuple[float, float]], target: float) -> float | No
     return None
 
 
-def compare(
-    report: dict[str, Any], cells: Sequence[tuple[CellKey, list[Outcome], list[Outcome]]]
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Compared:
+    """The outcomes of one cell. ``repeated``: simulated with the device seconds that each request took, None
+    where requests shared the device.
+    """
+
+    key: CellKey
+    real: Sequence[Outcome]
+    simulated: Sequence[Outcome]
+    repeated: Sequence[Outcome] | None = None
+
+
+def compare(report: dict[str, Any], cells: Sequence[Compared]) -> dict[str, Any]:
     """Rows for each policy and rate, goodputs for each policy, and what is within the limits."""
     rows = []
-    for policy, rate in dict.fromkeys((key.policy, key.rate) for key, _, _ in cells):
-        mine = [(a, b) for key, a, b in cells if (key.policy, key.rate) == (policy, rate)]
-        real = [outcome for found, _ in mine for outcome in found]
-        simulated = [outcome for _, found in mine for outcome in found]
-        rows.append(_row(policy, rate, rate / report["capacity"], real, simulated))
-    goodputs = {name: _goodput(report, name) for name in report["policies"]}
+    for policy, rate in dict.fromkeys((cell.key.policy, cell.key.rate) for cell in cells):
+        mine = [cell for cell in cells if (cell.key.policy, cell.key.rate) == (policy, rate)]
+        real = [outcome for cell in mine for outcome in cell.real]
+        simulated = [outcome for cell in mine for outcome in cell.simulated]
+        repeated = [outcome for cell in mine for outcome in cell.repeated or ()]
+        row = _row(policy, rate, rate / report["capacity"], real, simulated)
+        rows.append(row | _repeated(repeated if len(repeated) == len(real) else []))
+    goodputs = {name: _goodput(report, name, rows) for name in report["policies"]}
     low = [row for row in rows if row["load"] <= LOAD + 0.005]
     ratios = [entry["ratio"] for entry in goodputs.values()]
     return {
@@ -84,7 +97,17 @@ def _row(
     }
 
 
-def _goodput(report: dict[str, Any], name: str) -> dict[str, Any]:
+def _repeated(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    seen = attainment(outcomes) if outcomes else None
+    times = [o.ttft for o in outcomes if o.ttft is not None]
+    return {
+        "overall_repeated": None if seen is None else seen.overall,
+        "worst_repeated": None if seen is None else seen.worst,
+        "mean_ttft_repeated": fmean(times) if times else None,
+    }
+
+
+def _goodput(report: dict[str, Any], name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for label, source in (("real", report), ("simulated", report["simulated"])):
         entry = source["policies"][name]
@@ -93,6 +116,9 @@ def _goodput(report: dict[str, Any], name: str) -> dict[str, Any]:
         found[f"{label}_crossing"] = crossing(points, report["target"])
     real, simulated = found["real_crossing"], found["simulated_crossing"]
     found["ratio"] = simulated / real if real and simulated else None
+    again = [(row["rate"], row["worst_repeated"]) for row in rows if row["policy"] == name]
+    known = all(worst is not None for _, worst in again)
+    found["repeated_crossing"] = crossing(again, report["target"]) if known else None
     return found
 
 
@@ -105,27 +131,31 @@ def comparison_markdown(report: dict[str, Any]) -> str:
     head = (
         f"{report['model']}, {report['parameters'] / 1e6:.0f} million parameters, {report['dtype']}; prompts "
         f"{report['length_scale']:g} times as long as the trace's; capacity {report['capacity']:.1f} req/s; "
-        f"{report['num_prompts']} requests per run; SLOs (multiples of the isolated TTFT): {slos}.\n"
+        f"{report['num_prompts']} requests per run; SLOs (multiples of the isolated TTFT): {slos}; pace of "
+        f"the device before and behind each run {min(report['pace']):.2f} to {max(report['pace']):.2f}.\n"
     )
     lines = [
         head,
         "| policy | load | requests/s | attainment, real | simulated | worst class, real | simulated "
-        "| mean TTFT, real (ms) | simulated |",
-        "|---|" + "---:|" * 8,
+        "| repeated | mean TTFT, real (ms) | simulated | repeated |",
+        "|---|" + "---:|" * 10,
     ]
     for row in report["comparison"]["rows"]:
-        percents = [row[key] for key in ("overall", "overall_simulated", "worst", "worst_simulated")]
+        names = ("overall", "overall_simulated", "worst", "worst_simulated", "worst_repeated")
         cells = [f"`{row['policy']}`", f"{row['load']:.2f}", f"{row['rate']:.3g}"]
-        cells += [f"{100 * value:.1f} %" for value in percents]
-        cells += [f"{1e3 * row[key]:.1f}" for key in ("mean_ttft", "mean_ttft_simulated")]
+        cells += ["-" if row[key] is None else f"{100 * row[key]:.1f} %" for key in names]
+        times = [row[key] for key in ("mean_ttft", "mean_ttft_simulated", "mean_ttft_repeated")]
+        cells += ["-" if value is None else f"{1e3 * value:.1f}" for value in times]
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        "| policy | goodput, real (req/s) | simulated | crossing of 90 %, real | simulated | ratio |",
+        "| policy | goodput, real (req/s) | simulated | crossing of 90 %, real | simulated | ratio "
+        "| repeated |",
     ]
-    lines.append("|---|" + "---:|" * 5)
+    lines.append("|---|" + "---:|" * 6)
     for name, entry in report["comparison"]["goodput"].items():
-        values = [entry[key] for key in ("real", "simulated", "real_crossing", "simulated_crossing", "ratio")]
+        keys = ("real", "simulated", "real_crossing", "simulated_crossing", "ratio", "repeated_crossing")
+        values = [entry[key] for key in keys]
         shown = ["-" if value is None else f"{value:.2f}" for value in values]
         lines.append("| " + " | ".join([f"`{name}`", *shown]) + " |")
     verdicts = ", ".join(

@@ -7,8 +7,15 @@ mean prompt) x the measured isolated TTFT of the class's mean scaled prompt.
 The simulator gets the same requests at the same times, and for decisions and device the *occupancies* that
 were measured first: how long a prompt keeps a device from the next one when prompts of all lengths come as
 one backlog, first come first served (medians over a grid of lengths, linear between). The engine corrects its
-predictions, so that it soon decides by what runs take. Nothing is fitted to what the loaded runs show. The
-report has the measurement, the simulation and their comparison (:mod:`bench_compare`).
+predictions, so that it soon decides by what runs take. A shared machine does not keep its speed: a short
+backlog before and behind each loaded run says how fast the device is at that time (its *pace*: seconds now
+over seconds at first), and the simulation of that run takes occupancies times the mean of both. Nothing is
+fitted to what the loaded runs show. The report has the measurement, the simulation and their comparison
+(:mod:`bench_compare`).
+
+Beside it stands the run *repeated*: the same requests simulated with the device seconds that each was seen to
+take. That is no prediction. It tells what is due to decisions from what is due to a device that was faster or
+slower than it was before and behind the run.
 
 A policy that slices prompts (`chunked:N`, `vllm:N,T`) has times of its own, measured in slices. The
 simulator charges each slice what the measured costs say for its tokens behind its context, times measured /
@@ -37,7 +44,7 @@ from fpcompile.scheduler.sweep import Cell, CellKey, SweepSetup, summary
 from fpcompile.scheduler.synthetic import synthetic_trace
 from fpcompile.scheduler.traces import read_trace
 from fpcompile.scheduler.workload import TraceRow, requests_at, tile
-from fpcompile.serving.bench_compare import compare
+from fpcompile.serving.bench_compare import Compared, compare
 from fpcompile.serving.bench_device import RealDevice
 from fpcompile.serving.bench_goodput import make_report
 from fpcompile.serving.bench_worker import Plan, plan_of
@@ -50,6 +57,7 @@ LOADS = (0.5, 0.7, 0.9, 1.0, 1.1, 1.2, 1.3)
 _GRID = 14
 _SHARE = 0.9  # of the time that is left, for the requests themselves; the rest is for backlogs to end
 _FEWEST = 20
+_AGAIN = 2  # prompts of each length in a backlog before and behind a loaded run
 _UNMEASURED = ("decision_us", "peak_paused_bytes", "peak_waiting", "evictions")
 
 
@@ -76,6 +84,11 @@ class Measured:
         if size is None:
             return self.table.seconds(tokens)
         return sum(self.table.seconds(min(size, tokens - at), at) for at in range(0, tokens, size))
+
+    def at_pace(self, pace: float) -> Measured:
+        """The same on a device that takes ``pace`` times as long."""
+        busy = {tokens: seconds * pace for tokens, seconds in self.busy.items()}
+        return replace(self, busy=busy, alone={n: seconds * pace for n, seconds in self.alone.items()})
 
     def slowdown(self, request: Request) -> float:
         """Measured occupancy over tabulated seconds of this request's prompt."""
@@ -156,7 +169,10 @@ def run_bench_real(
         slos, multiples = paper_slos(rows, length_scale, quickest.seconds)
         capacity = 1 / _mean(quickest, short)
         grid = sorted(rates) if rates else [float(f"{load * capacity:.3g}") for load in LOADS]
-        count = num_prompts or affordable(minutes * 60 - (time.monotonic() - begun), grid, len(plans), seeds)
+        cells = [plan for plan in plans.values() for _ in range(len(grid) * seeds)]
+        pacing = sum(2 * _AGAIN * sum(known[plan].busy.values()) for plan in cells)
+        left = minutes * 60 - (time.monotonic() - begun) - pacing
+        count = num_prompts or affordable(left, grid, len(plans), seeds)
         keys = [CellKey(name, rate, seed) for name in plans for rate in grid for seed in range(1, seeds + 1)]
         setup = SweepSetup(tuple(short), quickest.table, slos, count, options=dict(options or {}))
         pairs = []
@@ -165,7 +181,7 @@ def run_bench_real(
             if progress is not None:
                 progress(number, len(keys))
     places = (setup, grid, grid[0], trace, capacity)
-    real = make_report([pair[0] for pair in pairs], *places)
+    real = make_report([pair.real for pair in pairs], *places)
     for entry in real["policies"].values():
         for point in entry["points"]:
             for name in _UNMEASURED:
@@ -176,13 +192,14 @@ def run_bench_real(
         "length_scale": length_scale,
         "slo_multiples": multiples,
         "isolated": {_plan_name(plan): _isolated(one) for plan, one in known.items()},
-        "latest_sending_s": max(pair[4] for pair in pairs),
-        "unserved": sum(pair[0].rejected for pair in pairs),
+        "latest_sending_s": max(pair.late for pair in pairs),
+        "pace": [pair.pace for pair in pairs],
+        "unserved": sum(pair.real.rejected for pair in pairs),
         "minutes": (time.monotonic() - begun) / 60,
         **real,
-        "simulated": make_report([pair[1] for pair in pairs], *places),
+        "simulated": make_report([pair.simulated for pair in pairs], *places),
     }
-    report["comparison"] = compare(report, [(pair[0].key, pair[2], pair[3]) for pair in pairs])
+    report["comparison"] = compare(report, [pair.compared for pair in pairs])
     if json_path is not None:
         Path(json_path).write_text(json.dumps(report, indent=1) + "\n")
     return report
@@ -220,32 +237,58 @@ def affordable(seconds: float, rates: Sequence[float], policies: int, seeds: int
     return count
 
 
-def _both(
-    device: RealDevice, one: Measured, setup: SweepSetup, key: CellKey
-) -> tuple[Cell, Cell, list[Outcome], list[Outcome], float]:
-    """One cell measured and simulated: both summaries, both lists of outcomes, the latest sending."""
+@dataclass(frozen=True)
+class _Pair:
+    """One cell, measured and simulated; ``late``: the latest sending in seconds."""
+
+    real: Cell
+    simulated: Cell
+    compared: Compared
+    late: float
+    pace: float
+
+
+def _both(device: RealDevice, first: Measured, setup: SweepSetup, key: CellKey) -> _Pair:
+    """Measure and simulate one cell."""
     rows = tile(setup.rows, setup.count, key.seed)
-    requests = requests_at(rows, key.rate, one.table, setup.slos, length=lambda row: one.occupied(row.tokens))
+    requests = requests_at(rows, key.rate, first.table, setup.slos, length=lambda r: first.occupied(r.tokens))
     options = dict(setup.options)
-    records, blocking, late = device.serve(one.plan, key.policy, requests, options)
+    before = _pace(device, first)
+    records, blocking, late = device.serve(first.plan, key.policy, requests, options)
+    pace = (before + _pace(device, first)) / 2
+    one = first.at_pace(pace)
+
+    def simulate(slowdown: Callable[[Request], float]) -> SimulationResult:
+        core = Scheduler(key.policy, predictor=one.predictor(), **options)
+        simulator = Simulator(key.policy, one.table, core=core, slowdown=slowdown, learnt=True)
+        result = simulator.run(requests)
+        result.outcomes = _judged(result.outcomes, one)
+        return result
+
     served = {record.id: record for record in records}
     outcomes = []
     for request in requests:
         record = served[request.id]
         outcomes.append(Outcome(request, record.ttft, None, record.preemptions, record.error))
-    core = Scheduler(key.policy, predictor=one.predictor(), **options)
-    simulator = Simulator(key.policy, one.table, core=core, slowdown=one.slowdown, learnt=True)
-    simulation = simulator.run(requests)
-    real, predicted = (_judged(found, one) for found in (outcomes, simulation.outcomes))
-    measured = SimulationResult(outcomes=real, blocking=blocking)
-    simulation.outcomes = predicted
-    return (
-        summary(key, [measured], one.table),
+    real = _judged(outcomes, one)
+    simulation = simulate(one.slowdown)
+    executed = {record.id: record.executed for record in records if record.executed}
+    repeated = None
+    if len(executed) == len(requests):
+        repeated = simulate(lambda r: executed[r.id] / one.tabulated(r.tokens)).outcomes
+    return _Pair(
+        summary(key, [SimulationResult(outcomes=real, blocking=blocking)], one.table),
         summary(key, [simulation], one.table),
-        real,
-        predicted,
+        Compared(key, real, simulation.outcomes, repeated),
         late,
+        pace,
     )
+
+
+def _pace(device: RealDevice, one: Measured) -> float:
+    """How many times as long as at first a short backlog takes now."""
+    now = device.busy(one.plan, sorted(one.busy), _AGAIN)
+    return sum(now.values()) / sum(one.busy.values())
 
 
 def _judged(outcomes: Sequence[Outcome], one: Measured) -> list[Outcome]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import threading
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -40,18 +41,23 @@ __all__ = ["Plan", "Record", "build_model", "plan_of", "serve"]
 Plan = tuple[str, float | None, int | None]
 """(granularity, budget in milliseconds or None, tokens of a slice or None for whole prompts)."""
 
+_DEEP = 4  # prompts in a backlog
 _GRANULARITY = {"model": "model", "operator": "operator"}
 _STOPS = {"layers": "groups of layers", "half-layer": "half layers"}
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What became of one request; ``ttft`` in seconds, None when it was not served (``error``: why)."""
+    """What became of one request; ``ttft`` in seconds, None when it was not served (``error``: why).
+
+    ``executed``: device seconds, None when it shared them with others.
+    """
 
     id: str
     ttft: float | None
     preemptions: int
     error: str = ""
+    executed: float | None = None
 
 
 def plan_of(policy: Policy) -> Plan:
@@ -194,7 +200,10 @@ class _Worker:
         """Keep what was seen, and neither the handle nor the output."""
         seen = handle.metrics
         why = "" if seen.state == "completed" else seen.state
-        self._records[seen.request_id] = Record(seen.request_id, seen.ttft, seen.preemptions, why)
+        self._records[seen.request_id] = Record(
+            seen.request_id, seen.ttft, seen.preemptions, why,
+            None if seen.numerics == "tolerance" else seen.executed,
+        )  # fmt: skip
 
     def collect(self) -> tuple[list[Record], list[float]]:
         """Wait for the end of everything: records, and blocking times."""
@@ -223,16 +232,26 @@ class _Worker:
         return {tokens: median(seen) for tokens, seen in times.items()}
 
     def busy(self, plan: Plan, lengths: list[int], repeats: int) -> dict[int, float]:
-        """Median seconds between the end of the prompt before and its own, in a backlog in random order."""
+        """Median seconds between the end of the prompt before and its own, in a backlog in random order.
+
+        The backlog is kept :data:`_DEEP` prompts deep, so that a prompt's own submission is in its time.
+        """
         policy = "fcfs" if plan[2] is None else f"chunked:{plan[2]}"
         order = [tokens for tokens in lengths for _ in range(repeats)]
         random.Random(0).shuffle(order)
         times: dict[int, list[float]] = {tokens: [] for tokens in lengths}
         ends: list[float] = []
+        places = threading.Semaphore(_DEEP)
         with Engine(self._programs[plan[:2]], policy=policy, record_timeline=False, max_queue=None) as engine:
+
+            def ended(_: Handle) -> None:
+                ends.append(engine.now())
+                places.release()
+
             for tokens in (order[0], *order):
+                places.acquire()
                 handle = engine.submit(self._ids[:, :tokens], ttft_slo=1e6, logits_to_keep=1)
-                handle.add_done_callback(lambda _: ends.append(engine.now()))
+                handle.add_done_callback(ended)
         for tokens, (before, end) in zip(order, pairwise(ends), strict=True):
             times[tokens].append(end - before)
         return {tokens: median(seen) for tokens, seen in times.items()}

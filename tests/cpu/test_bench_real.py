@@ -55,6 +55,9 @@ def test_isolated_times_are_linear_between_what_was_measured_and_slow_the_table_
     assert one.occupied(15) == pytest.approx(0.045)
     assert one.slowdown(Request("r", 0.0, 1.0, 20, 0.02)) == pytest.approx(3.0)
     assert one.predictor().predict(10) == pytest.approx(0.03, rel=0.1)
+    slower = one.at_pace(1.5)
+    assert slower.occupied(15) == pytest.approx(1.5 * one.occupied(15)), "a machine that others use too"
+    assert slower.seconds(15) == pytest.approx(1.5 * one.seconds(15))
 
 
 def test_a_trace_whose_prompts_all_have_one_length_is_measured_there() -> None:
@@ -100,6 +103,8 @@ def test_a_measurement_accounts_for_every_request_and_stands_beside_its_simulati
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["unserved"] == 0
+    assert len(report["pace"]) == 8
+    assert all(pace > 0 for pace in report["pace"])
     assert report["num_prompts"] == 30
     policies = ("fcfs", "s-edf", "flowprefill", "vllm:64,16")
     assert set(report["policies"]) == set(report["simulated"]["policies"]) == set(policies)

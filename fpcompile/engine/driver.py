@@ -27,17 +27,19 @@ from typing import Any
 
 from fpcompile.engine.decisions import DecisionLog
 from fpcompile.engine.errors import SchedulerFailedError, twin
+from fpcompile.engine.health import Launching, Watchdog
 from fpcompile.engine.inbox import Inbox
 from fpcompile.engine.loads import UNFINISHED, Load, alone, pack, step
 from fpcompile.engine.metrics import Ended, Ticket
 from fpcompile.engine.pilot import Ending, Pilot
-from fpcompile.engine.prices import Prices
+from fpcompile.engine.prices import Prices, launch_of
 from fpcompile.engine.programs import Programs
 from fpcompile.engine.recorder import Recorder, joined
 from fpcompile.engine.registry import Registry
 from fpcompile.engine.statistics import Counts, EngineStatistics
 from fpcompile.engine.timeouts import Timeouts
 from fpcompile.errors import (
+    DeviceFailedError,
     InternalError,
     RequestCancelledError,
     RequestRejectedError,
@@ -108,6 +110,7 @@ class Driver:
         self.registry = registry
         self.inbox = Inbox()
         self.clock = clock
+        self.watchdog = Watchdog(clock, self._launching)
         self.counts = Counts()
         self.prices = prices
         self.recorder = recorder
@@ -130,11 +133,14 @@ class Driver:
         ``max_segments`` returns to the caller after so many segments; the run keeps the device. False when
         the device is idle.
         """
+        self.watchdog.at_cut(self.clock())
         with self.pilot.ready():
             self._hear()
             if self._flight is None:
+                self.watchdog.left()
                 return False
             self._fly(self._flight, max_segments)
+        self.watchdog.left()
         return True
 
     def idle_seconds(self) -> float | None:
@@ -182,11 +188,16 @@ class Driver:
     def abort(self, error: BaseException) -> None:
         """The loop is broken: everybody hears of it, and nobody is admitted any more."""
         logger.critical("the engine's loop is broken", exc_info=error)
+        self.watchdog.broke(error)
         self.registry.close(error)
         self._flight = None
         for ticket in self.registry.live():
-            broken = InternalError("the engine's loop is broken", got=f"{type(error).__name__}: {error}")
-            broken.__cause__ = error
+            broken: Exception
+            if isinstance(error, DeviceFailedError):
+                broken = twin(error)
+            else:
+                broken = InternalError("the engine's loop is broken", got=f"{type(error).__name__}: {error}")
+                broken.__cause__ = error
             try:
                 self._finish(ticket, "failed", error=broken)
             except Exception:
@@ -218,6 +229,7 @@ class Driver:
         flight.begun = self.clock()
         landing = self.pilot.fly(load.run, stop, limit, cost=load.cost, gives_back=last)
         now = self.clock()
+        self.watchdog.at_cut(now)
         load.executed += now - flight.begun  # without what a host does between two turns
         flight.begun = now
         if self._flight is not flight:
@@ -236,10 +248,19 @@ class Driver:
     def _stop(self) -> bool:
         """The question between two segments: has anything come that takes the device away?"""
         now = self.clock()
+        self.watchdog.at_cut(now)
         if self.inbox.flag or now >= self._timer or now >= self._timeouts.next:
             self._hear()
         flight = self._flight
         return flight is None or flight.pause
+
+    def _launching(self, behind: int) -> Launching | None:
+        """For the watchdog: what is under way, or (``behind`` 1) what was before the last cut."""
+        flight = self._flight
+        if flight is None:
+            return None
+        name, seconds = launch_of(flight.load.program, flight.load.run, behind=behind)
+        return Launching(flight.load.name, name, seconds)
 
     def _stop_behind(self) -> bool:
         """The same for a policy that waits for the device at every check."""
@@ -341,6 +362,7 @@ class Driver:
                 if name in self._known and self.core.state(name) is State.CANCELLED:
                     self._cancelled(self._known[name])
         except Exception as error:
+            self.pilot.check(error)
             self._scheduler_failed(error)
 
     def _timed_out(self) -> list[Event]:

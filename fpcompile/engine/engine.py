@@ -31,6 +31,7 @@ from fpcompile.engine.decisions import check_recordable
 from fpcompile.engine.driver import Driver
 from fpcompile.engine.errors import Home
 from fpcompile.engine.handle import Handle
+from fpcompile.engine.health import Health
 from fpcompile.engine.metrics import Ticket
 from fpcompile.engine.modes import shape_of
 from fpcompile.engine.prices import PackPredictor, Prices, seconds_left
@@ -213,6 +214,14 @@ class Engine:
     def statistics(self) -> EngineStatistics:
         """Counts and blocking times so far."""
         return self._driver.statistics()
+
+    def health(self) -> Health:
+        """Whether cuts still come, and since when; from any thread, without waiting for the device.
+
+        Unhealthy: no cut for 10 times the predicted seconds of the launch under way, and for at least one
+        second; or the loop has broken. See :mod:`fpcompile.engine.health`.
+        """
+        return self._driver.watchdog.health()
 
     def timeline(self) -> Timeline:
         """What ran when; raises :class:`UsageError` when ``record_timeline`` is off."""

@@ -18,7 +18,8 @@ import torch
 from fpcompile.engine.outputs import inputs_of, tensors_in
 from fpcompile.engine.prices import next_cost
 from fpcompile.engine.programs import ProgramLike, RunLike
-from fpcompile.executor.device import Device, Event
+from fpcompile.errors import DeviceFailedError
+from fpcompile.executor.device import Device, Event, breakdown
 from fpcompile.executor.loop import Hook, Outcome, advance
 from fpcompile.executor.runahead import RunAhead
 
@@ -85,7 +86,10 @@ class Pilot:
         cost: Callable[[], float] | None,
         gives_back: bool,
     ) -> Landing:
-        """Go on with ``run``. ``gives_back``: reaching ``limit`` launches ends the flight as a stop does."""
+        """Go on with ``run``. ``gives_back``: reaching ``limit`` launches ends the flight as a stop does.
+
+        Raises :class:`DeviceFailedError`; what else a run raises is how its flight ends.
+        """
         try:
             outcome = advance(
                 run, stop, limit, ahead=self._ahead, cost=cost, on_segment=self._hook, clock=self._clock
@@ -98,8 +102,14 @@ class Pilot:
                 self._ahead.drain()  # behind the result, which launches work of its own
             return Landing(Ending.DONE if outcome is Outcome.DONE else Ending.STOPPED, value=value)
         except Exception as error:
+            self.check(error)
             self.clear()
             return Landing(Ending.FAILED, error=error)
+
+    def check(self, error: Exception) -> None:
+        """Raise :class:`DeviceFailedError` if ``error`` says that nothing can be executed any more."""
+        if (cause := breakdown(error)) is not None:
+            raise DeviceFailedError(str(self.device.torch_device), cause=cause) from cause
 
     def wait(self) -> None:
         """Until all that was launched is complete."""

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable
 from math import inf
 
 from fpcompile.engine.programs import ProgramLike, RunLike
+from fpcompile.executor.loop import Named
 from fpcompile.executor.run import Run
 from fpcompile.executor.schedule import Shape, launch_seconds
 from fpcompile.executor.slices import Chunks
 from fpcompile.executor.together import Together
 from fpcompile.scheduler.predictor import Correction, PredictionError, overall_error
 
-__all__ = ["PackPredictor", "Prices", "context_of", "next_cost", "seconds_left", "seconds_whole"]
+__all__ = ["PackPredictor", "Prices", "context_of", "launch_of", "next_cost", "seconds_left", "seconds_whole"]
 
 
 def context_of(run: RunLike) -> float:
@@ -63,6 +64,25 @@ def next_cost(program: ProgramLike, run: RunLike) -> Callable[[], float]:
         for index in range(len(program.segments))
     )
     return lambda: by_segment[run.cursor]
+
+
+def launch_of(program: ProgramLike, run: RunLike, *, behind: int = 0) -> tuple[str, float]:
+    """Segment and predicted seconds of the launch that ``run`` makes next, or of the one ``behind`` it."""
+    if isinstance(run, Together):
+        if not run.made:
+            return "joining", 0.0
+        run = run.joined
+    if isinstance(run, Run):
+        owner, at = run.program, max(min(run.at, len(run.schedule) - 1 + behind) - behind, 0)
+        launch = run.schedule[at]
+        segment: Named = owner.segments[owner.stages[launch.first].segment]
+        shape = run.call.shape
+        return segment.name, launch_seconds(launch, owner.stages, shape, owner.costs, owner.kv_heads())
+    if isinstance(run, Chunks):
+        return run.next_segment.name, _seconds(program, run.next_shape())
+    index = max(min(run.cursor, len(program.segments) - 1 + behind) - behind, 0)
+    seconds = program.segment_seconds(index, tokens=run.tokens, rows=run.rows, context=context_of(run))
+    return program.segments[index].name, seconds
 
 
 def _once_joined(program: ProgramLike, run: Together) -> Callable[[], float]:

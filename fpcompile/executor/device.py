@@ -33,9 +33,19 @@ from torch import Tensor
 
 from fpcompile.errors import InvalidInputError, UnknownNameError
 
-__all__ = ["CpuDevice", "CudaDevice", "Device", "Event", "make_device", "strided_like"]
+__all__ = ["CpuDevice", "CudaDevice", "Device", "Event", "breakdown", "make_device", "strided_like"]
 
 KINDS: Final = ("auto", "cpu", "cuda")
+
+
+def breakdown(error: BaseException | None) -> BaseException | None:
+    """The error of a device that ``error`` is, or was caused by; None when nothing but a computation failed.
+
+    torch raises its own class for those (an illegal access, a lost device); running out of memory is none.
+    """
+    while error is not None and not isinstance(error, torch.AcceleratorError):
+        error = error.__cause__
+    return error
 
 
 class Event(ABC):

@@ -113,6 +113,11 @@ class Together:
         return self._joined
 
     @property
+    def made(self) -> bool:
+        """Whether they have been joined: asking for anything else joins them."""
+        return self._joined is not None
+
+    @property
     def tokens(self) -> int:
         """New tokens of all members."""
         return self.joined.tokens

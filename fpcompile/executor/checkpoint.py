@@ -140,7 +140,7 @@ def _digest(description: str, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-class _Packer:
+class Packer:
     """Collects storages; each is kept once."""
 
     def __init__(self) -> None:
@@ -165,7 +165,7 @@ class _Packer:
 
 def take(run: Run) -> Checkpoint:
     """Snapshot of a run between two steps."""
-    packer = _Packer()
+    packer = Packer()
     program = run.program
     return Checkpoint(
         program=program.fingerprint,
@@ -177,7 +177,7 @@ def take(run: Run) -> Checkpoint:
         values={name: packer.place(v) for name, v in run.values.items()},
         kv=tuple(
             {i: (packer.place(kv.keys), packer.place(kv.values), kv.start) for i, kv in group.items()}
-            for group in run.kv
+            for group in [{i: kv.kept() for i, kv in group.items()} for group in run.kv]
         ),
         partial={name: packer.place(v.clone()) for name, v in run.partial.items()},
         extra={name: packer.place(t) for name, t in run.call.tensors().items()},

@@ -24,7 +24,8 @@ class KV(Protocol):
     """One layer's keys ``[B, Hkv, n, D]`` and values ``[B, Hkv, n, Dv]``, as far as attention reads them.
 
     ``start`` is the position of the first of them. ``append`` puts new tokens behind the last one and returns
-    what holds all of them.
+    what holds all of them. ``own`` are the tensors whose memory this holds, ``pooled_bytes`` what it holds
+    of a memory that is not its own; ``kept`` is the same in memory of its own, for results and checkpoints.
     """
 
     @property
@@ -36,7 +37,15 @@ class KV(Protocol):
     @property
     def start(self) -> int: ...
 
+    @property
+    def own(self) -> tuple[Tensor, ...]: ...
+
+    @property
+    def pooled_bytes(self) -> int: ...
+
     def append(self, keys: Tensor, values: Tensor) -> KV: ...
+
+    def kept(self) -> LayerKV: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -48,10 +57,32 @@ class LayerKV:
     start: int = 0
 
     def append(self, keys: Tensor, values: Tensor) -> LayerKV:
-        """With new tokens behind the old ones."""
+        """Another one, in new memory."""
         return LayerKV(
             torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2), self.start
         )
+
+    @property
+    def own(self) -> tuple[Tensor, ...]:
+        """Both."""
+        return (self.keys, self.values)
+
+    @property
+    def pooled_bytes(self) -> int:
+        """None."""
+        return 0
+
+    def kept(self) -> LayerKV:
+        """It is in memory of its own."""
+        return self
+
+
+def kv_bytes(groups: Iterable[Mapping[int, KV]]) -> int:
+    """Bytes of the memory behind these caches, each storage once."""
+    layers = [kv for group in groups for kv in group.values()]
+    storages = [tensor.untyped_storage() for kv in layers for tensor in kv.own]
+    own = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(own.values()) + sum(kv.pooled_bytes for kv in layers)
 
 
 _ROOM: Final = 64  # tokens: growing by less would copy a short cache too often
@@ -70,9 +101,10 @@ class GrowingKV:
     __slots__ = ("_first", "_keys", "_origin", "_span", "_stop", "_values")
 
     def __init__(self, kv: KV, span: int = 0) -> None:
-        self._keys, self._values, self._origin = kv.keys, kv.values, kv.start
+        kept = kv.kept()  # the memory of a pool is somebody else's tomorrow
+        self._keys, self._values, self._origin = kept.keys, kept.values, kept.start
         self._span = span
-        self._first, self._stop = 0, int(kv.keys.shape[2])
+        self._first, self._stop = 0, int(kept.keys.shape[2])
 
     @property
     def keys(self) -> Tensor:
@@ -94,8 +126,22 @@ class GrowingKV:
         """Bytes held, room for more included."""
         return self._keys.untyped_storage().nbytes() + self._values.untyped_storage().nbytes()
 
+    @property
+    def own(self) -> tuple[Tensor, ...]:
+        """Both, with their room."""
+        return (self._keys, self._values)
+
+    @property
+    def pooled_bytes(self) -> int:
+        """None."""
+        return 0
+
+    def kept(self) -> LayerKV:
+        """A copy of what is visible: the next ``append`` may write over it."""
+        return LayerKV(self.keys.clone(), self.values.clone(), self.start)
+
     def append(self, keys: Tensor, values: Tensor) -> GrowingKV:
-        """Write new tokens in place; of a layer with a span, what the first of them cannot see goes out of view."""
+        """Write new tokens in place; behind a span, what the first of them cannot see goes out of view."""
         new = int(keys.shape[2])
         if self._span:
             self._first = max(self._first, self._stop - self._span + 1)
@@ -197,7 +243,8 @@ def write_cache(config: Any, layers: Mapping[int, KV]) -> Cache:
     Its plain layers hold the run's tensors themselves: ``update`` would copy them once more.
     """
     cache = DynamicCache(config=config)
-    for index, kv in sorted(layers.items()):
+    for index in sorted(layers):
+        kv = layers[index].kept()
         plain: Any = cache.layers[index] if index < len(cache.layers) else None
         if type(plain) is DynamicLayer:
             plain.lazy_initialization(kv.keys, kv.values)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fpcompile.errors import InternalError, UsageError
 from fpcompile.executor.faults import segment_error
-from fpcompile.executor.kv import KV
+from fpcompile.executor.kv import KV, kv_bytes
 from fpcompile.executor.schedule import Launch
 from fpcompile.executor.stages import Stage, Step
 from fpcompile.ir import Segment
@@ -98,7 +98,7 @@ class Run:
     @property
     def kv_bytes(self) -> int:
         """Bytes of the keys and values written so far, cached ones included."""
-        return _storage_bytes(t for group in self.kv for kv in group.values() for t in (kv.keys, kv.values))
+        return kv_bytes(self.kv)
 
     def step(self) -> None:
         """Make one launch: a segment, several small ones within the budget, or a tile.

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fpcompile.errors import InternalError, UsageError
 from fpcompile.executor.inputs import Group, Layout
-from fpcompile.executor.kv import KV, LayerKV
+from fpcompile.executor.kv import KV, LayerKV, kv_bytes
 from fpcompile.executor.packed import PackedCall
 from fpcompile.executor.run import Run
 from fpcompile.executor.schedule import Shape
@@ -87,7 +87,7 @@ class Sliced:
     @property
     def kv_bytes(self) -> int:
         """Bytes of the cache so far."""
-        return sum(kv.keys.nbytes + kv.values.nbytes for layers in self._kv for kv in layers.values())
+        return kv_bytes(self._kv)
 
     def shape(self, start: int, stop: int) -> Shape:
         """What a slice from ``start`` to ``stop`` computes."""

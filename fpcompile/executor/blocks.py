@@ -1,0 +1,192 @@
+"""Which blocks of a cache are free, used, or kept for their contents: bookkeeping without tensors.
+
+Words
+    *block*   a fixed number of tokens in every layer's cache; named by its index.
+    *extent*  blocks that lie one behind the other; kernels read an extent without a copy.
+    *key*     names what a full block holds: a digest of all tokens up to its end, of the tenant and the program
+              (:func:`prefix_keys`). Equal keys, equal contents.
+    *used*    held by at least one run; *cached*: held by nobody, but its contents have a key; *free*: the rest.
+
+Typical use
+    ``shared = blocks.share(keys)`` then ``mine = blocks.take(n)``; when the run ends
+    ``blocks.file(block, key)`` for each full block, and ``blocks.give(shared + mine)``.
+
+Invariants (``validate``)
+    free + used + cached = total. What is cached can always be taken: the least recently used first, the end of
+    a prefix before its beginning. A key names one block. Free extents are sorted, apart and not empty.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+
+from fpcompile.errors import InternalError, InvalidInputError
+
+__all__ = ["BlockPool", "extents", "prefix_keys"]
+
+
+def prefix_keys(tokens: Sequence[int], block_tokens: int, salt: bytes) -> list[bytes]:
+    """A key for each full block of ``tokens``; each depends on all tokens before, and on ``salt``."""
+    raw, size = array("q", tokens).tobytes(), 8 * block_tokens
+    keys: list[bytes] = []
+    key = blake2b(salt, digest_size=16).digest()
+    for end in range(size, len(raw) + 1, size):
+        key = blake2b(key + raw[end - size : end], digest_size=16).digest()
+        keys.append(key)
+    return keys
+
+
+def extents(blocks: Iterable[int]) -> list[tuple[int, int]]:
+    """``blocks``, in their order, as (first, count) of the extents that they form."""
+    found: list[tuple[int, int]] = []
+    for block in blocks:
+        if found and block == sum(found[-1]):
+            found[-1] = (found[-1][0], found[-1][1] + 1)
+        else:
+            found.append((block, 1))
+    return found
+
+
+class BlockPool:
+    """The blocks of one cache. One thread at a time changes it; the counts may be read by any."""
+
+    def __init__(self, total: int) -> None:
+        if total < 1:
+            raise InvalidInputError("a pool without blocks", expected="at least 1", got=repr(total))
+        self.total = total
+        self._free: list[tuple[int, int]] = [(0, total)]
+        self._references: dict[int, int] = {}
+        self._by_key: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self.free = total
+        """Blocks that nobody holds and that hold nothing of worth."""
+
+    @property
+    def used(self) -> int:
+        """Blocks that runs hold."""
+        return len(self._references)
+
+    @property
+    def cached(self) -> int:
+        """Blocks that nobody holds and whose contents may be used again."""
+        return len(self._cached)
+
+    @property
+    def available(self) -> int:
+        """Blocks that ``take`` could give."""
+        return self.free + self.cached
+
+    def take(self, count: int) -> list[int]:
+        """``count`` blocks, in one extent if there is one, for whoever asks; their contents are undefined.
+
+        The smallest extent that is large enough, so that large ones last; else the largest ones there are.
+        Cached blocks are given up when the free ones are too few.
+        """
+        if count > self.available:
+            raise InternalError(
+                "more cache blocks are taken than there are", expected=f"<= {self.available}", got=str(count)
+            )
+        while self.free < count:
+            self._forget(next(iter(self._cached)))
+        blocks: list[int] = []
+        while len(blocks) < count:
+            wanted = count - len(blocks)
+            fitting = [extent for extent in self._free if extent[1] >= wanted]
+            first, size = (
+                min(fitting, key=lambda e: (e[1], e[0]))
+                if fitting
+                else max(self._free, key=lambda e: (e[1], -e[0]))
+            )
+            part = min(size, wanted)
+            place = bisect_right(self._free, (first, size)) - 1
+            self._free[place : place + 1] = [(first + part, size - part)] if size > part else []
+            blocks += range(first, first + part)
+        self.free -= count
+        self._references.update((block, 1) for block in blocks)
+        return blocks
+
+    def known(self, keys: Sequence[bytes]) -> int:
+        """How many of the first blocks named by ``keys`` are there; changes nothing."""
+        count = 0
+        while count < len(keys) and keys[count] in self._by_key:
+            count += 1
+        return count
+
+    def share(self, keys: Sequence[bytes]) -> list[int]:
+        """The blocks that hold the longest known beginning of ``keys``, one more reference to each."""
+        blocks = [self._by_key[key] for key in keys[: self.known(keys)]]
+        for block in blocks:
+            self._cached.pop(block, None)
+            self._references[block] = self._references.get(block, 0) + 1
+        return blocks
+
+    def file(self, block: int, key: bytes) -> None:
+        """``block``, which somebody holds, is full and holds what ``key`` names."""
+        if block not in self._references:
+            raise InternalError("a block that nobody holds is filed", got=str(block))
+        if key not in self._by_key and block not in self._key_of:
+            self._by_key[key] = block
+            self._key_of[block] = key
+
+    def give(self, blocks: Sequence[int]) -> None:
+        """One reference less to each; what has a key and no reference stays cached."""
+        for block in reversed(blocks):  # the end of a prefix is of no use without its beginning
+            left = self._references.get(block, 0) - 1
+            if left < 0:
+                raise InternalError("a block is given back that nobody holds", got=str(block))
+            if left:
+                self._references[block] = left
+                continue
+            del self._references[block]
+            if block in self._key_of:
+                self._cached[block] = None
+            else:
+                self._put(block)
+
+    def forget_all(self) -> None:
+        """Nothing is cached any more."""
+        for block in list(self._cached):
+            self._forget(block)
+
+    def _forget(self, block: int) -> None:
+        del self._cached[block]
+        del self._by_key[self._key_of.pop(block)]
+        self._put(block)
+
+    def _put(self, block: int) -> None:
+        """The block is free: join it to its neighbours."""
+        place = bisect_right(self._free, (block, 0))
+        first, size = block, 1
+        if place < len(self._free) and self._free[place][0] == block + 1:
+            size += self._free.pop(place)[1]
+        if place and sum(self._free[place - 1]) == block:
+            place -= 1
+            first, size = self._free[place][0], self._free.pop(place)[1] + size
+        self._free.insert(place, (first, size))
+        self.free += 1
+
+    def validate(self) -> None:
+        """Check the invariants; raises :class:`InternalError` naming the broken one."""
+        free = {b for first, size in self._free for b in range(first, first + size)}
+        groups = (free, set(self._references), set(self._cached))
+        facts = {
+            "free + used + cached = total": sum(map(len, groups)) == self.total,
+            "every block is in one of them": set().union(*groups) == set(range(self.total)),
+            "free blocks are counted": len(free) == self.free,
+            "free extents are joined": all(
+                sum(a) < b[0] for a, b in zip(self._free, self._free[1:], strict=False)
+            ),
+            "a key names one block": self._by_key == {k: b for b, k in self._key_of.items()},
+            "cached blocks have keys": groups[2] <= set(self._key_of) <= groups[1] | groups[2],
+        }
+        for what, holds in facts.items():
+            if not holds:
+                raise InternalError(
+                    f"cache blocks: {what}",
+                    got=f"free {self.free}, used {self.used}, cached {self.cached} of {self.total}",
+                )

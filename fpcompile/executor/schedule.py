@@ -147,7 +147,7 @@ def _row_tiles(index: int, over: str, shape: Shape, costs: StageCosts, seconds: 
     units = math.ceil(total / count / MIN_ROWS)
     while units > 1 and cost(max(b - a for a, b in _ranges(total, MIN_ROWS * units))) > seconds:
         units -= 1  # the remainder made the last tile too long
-    return _final([Launch(index, index + 1, a, b) for a, b in _ranges(total, MIN_ROWS * units)])
+    return _final([Launch(index, index + 1, a, b, final=False) for a, b in _ranges(total, MIN_ROWS * units)])
 
 
 def _attention_tiles(index: int, shape: Shape, costs: StageCosts, seconds: float, heads: int) -> list[Launch]:
@@ -218,4 +218,4 @@ def _ranges(total: int, size: int) -> list[tuple[int, int]]:
 
 def _final(tiles: list[Launch]) -> list[Launch]:
     tiles[-1] = dataclasses.replace(tiles[-1], final=True)
-    return [dataclasses.replace(t, final=False) for t in tiles[:-1]] + tiles[-1:]
+    return tiles

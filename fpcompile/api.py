@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch import nn
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
@@ -12,18 +13,21 @@ from transformers import PreTrainedModel
 from fpcompile.errors import InvalidInputError, ProgramFileError, UnknownNameError, UnsupportedModelError
 from fpcompile.executor.generic_route import compile_generic_program, exported_module, is_exported
 from fpcompile.executor.packed import PackedProgram
-from fpcompile.executor.program import Program
+from fpcompile.executor.program import Program, check_budget
+from fpcompile.executor.rates import measured_rates
 from fpcompile.executor.saving import load as load_program
 from fpcompile.executor.verify import self_check
 from fpcompile.ir import Granularity
 from fpcompile.models.ambient import tracing
 from fpcompile.models.capture import capture
+from fpcompile.passes.design import DESIGN_TOKENS, Design, default_rates
 from fpcompile.passes.lower import BACKENDS, lower
 from fpcompile.passes.partition import Partitioned
 from fpcompile.passes.pipeline import compile_packed
 
 WEIGHTS = ("shared", "packed")
 ROUTES = ("auto", "packed", "generic")
+RATES = ("default", "measured")
 
 
 def segment(
@@ -38,13 +42,19 @@ def segment(
     backend: str = "eager",
     weights: str = "shared",
     verify: bool = True,
+    design_tokens: int | None = None,
+    rates: str | None = None,
 ) -> Program:
     """Compile ``model`` into preemptible segments.
 
     ``granularity`` places the cuts: ``"operator"`` (around attention, every projection and experts),
-    ``"layer"`` or ``"model"``. ``max_blocking_ms`` bounds the predicted time of every launch at any prompt
-    length: small segments are launched together, long ones tile by tile (:class:`BudgetWarning` where even
-    the smallest tile takes longer, :class:`BudgetError` with ``strict_budget``); the device is measured for
+    ``"layer"`` or ``"model"``. ``"auto"`` takes the fewest cuts with which every launch keeps
+    ``max_blocking_ms`` at ``design_tokens`` tokens (2048), and of these the ones with the fewest live bytes;
+    operators are priced by their operations and bytes at ``rates``: ``"default"``, constants that give the
+    same plan on every machine, or ``"measured"`` on this one (:mod:`fpcompile.passes.auto`). Without a budget
+    its cuts are those of ``"operator"``. ``max_blocking_ms`` bounds the predicted time of every launch at any
+    prompt length: small segments are launched together, long ones tile by tile (:class:`BudgetWarning` where
+    even the smallest tile takes longer, :class:`BudgetError` with ``strict_budget``); the device is measured for
     it, a few seconds at the first time (:mod:`fpcompile.executor.cost_cache`). None means one launch for each
     segment. ``weights="packed"`` keeps a second copy of linear weights in the layout of the CPU's bf16
     kernel: the same bits, faster, above all for short prompts and tiles; it has no effect elsewhere.
@@ -64,8 +74,8 @@ def segment(
     of the model are part of what is traced: they are called now, with fake tensors, and not in runs.
 
     Raises :class:`InvalidInputError` for something that is no evaluating model, :class:`UnknownNameError` for
-    an unknown granularity, route or backend, :class:`UsageError` where the backend's compiler is missing,
-    :class:`UnsupportedModelError` for a model that cannot be captured by the route.
+    an unknown granularity, route, rates or backend, :class:`UsageError` where the backend's compiler is
+    missing, :class:`UnsupportedModelError` for a model that cannot be captured by the route.
     """
     if isinstance(model, ExportedProgram):
         model, own = exported_module(model)
@@ -79,6 +89,7 @@ def segment(
         raise UnknownNameError("backend", backend, known=BACKENDS)
     if route not in ROUTES:
         raise UnknownNameError("route", route, known=ROUTES)
+    design = _design(model, granularity, max_blocking_ms, design_tokens, rates)
     blocked: str | None = None
     if dynamic_shapes is not None and example_inputs is None:
         raise InvalidInputError(
@@ -90,7 +101,7 @@ def segment(
         try:
             with tracing(_device_type(model)):
                 budget = {"max_blocking_ms": max_blocking_ms, "strict_budget": strict_budget}
-                program = _packed(model, granularity, budget, weights, backend, verify)
+                program = _packed(model, granularity, design, budget, weights, backend, verify)
             if max_blocking_ms is not None and program.device.type != "meta":
                 _ = program.costs
             return program
@@ -110,6 +121,7 @@ def segment(
             verify=verify,
             dynamic_shapes=dynamic_shapes,
             backend=backend,
+            design=design,
         )
 
 
@@ -138,9 +150,40 @@ def _device_type(model: nn.Module) -> str:
     return next((p.device.type for p in model.parameters()), "cpu")
 
 
+def _design(
+    model: nn.Module, granularity: str, max_blocking_ms: float | None, tokens: Any, rates: str | None
+) -> Design | None:
+    """What cuts are placed for; None for a preset and without a budget."""
+    budget = check_budget(max_blocking_ms)
+    if granularity != Granularity.AUTO:
+        for name, given in (("design_tokens", tokens), ("rates", rates)):
+            if given is not None:
+                raise InvalidInputError(
+                    f"{name} is of no use with granularity={granularity!r}",
+                    expected="granularity='auto', or no such option",
+                    got=f"{name}={given!r}",
+                )
+    if rates not in (None, *RATES):
+        raise UnknownNameError("rates", rates, known=RATES)
+    if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
+        raise InvalidInputError(
+            "design_tokens has a wrong value", expected="a positive int", got=repr(tokens)
+        )
+    if granularity != Granularity.AUTO or budget is None:
+        return None
+    parameter = next(model.parameters(), None)
+    device, dtype = (
+        (torch.device("cpu"), torch.float32) if parameter is None else (parameter.device, parameter.dtype)
+    )
+    measure = rates == "measured" and device.type != "meta"
+    found = measured_rates(device, dtype) if measure else default_rates(device.type, dtype)
+    return Design(budget / 1e3, found, tokens or DESIGN_TOKENS)
+
+
 def _packed(
     model: nn.Module,
     granularity: str,
+    design: Design | None,
     budget: dict[str, Any],
     weights: str,
     backend: str,
@@ -152,7 +195,9 @@ def _packed(
             f"{type(model).__name__} cannot take the packed route", reason="it is no transformers model"
         )
     captured = capture(inner)
-    partitioned = compile_packed(captured, Granularity(granularity), packed_weights=weights == "packed")
+    partitioned = compile_packed(
+        captured, Granularity(granularity), packed_weights=weights == "packed", design=design
+    )
     program = PackedProgram(partitioned, captured.bindings, inner, **budget)
     if verify:  # of the generated code: other rounding may turn a choice of experts, and look like mixing
         self_check(program, model)

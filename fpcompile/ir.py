@@ -38,11 +38,12 @@ class Route(StrEnum):
 
 
 class Granularity(StrEnum):
-    """Presets for the placement of cuts."""
+    """How cuts are placed: three presets, or by a budget (:mod:`fpcompile.passes.placement`)."""
 
     OPERATOR = "operator"
     LAYER = "layer"
     MODEL = "model"
+    AUTO = "auto"
 
 
 class PartKind(StrEnum):
@@ -63,6 +64,8 @@ class CutReason(StrEnum):
     CONVOLUTION = "after convolution"
     AFTER_LEAF = "after opaque leaf"
     LAYER = "layer boundary"
+    BUDGET = "the launch would exceed the budget"
+    BEYOND_BUDGET = "an operator beside it exceeds the budget"
     END = "end of model"
 
 
@@ -76,6 +79,7 @@ class Refusal(StrEnum):
     NO_WORK = "no heavy operator since the last cut"
     NO_WORK_LEFT = "no heavy operator up to the end"
     COARSER = "not at this granularity"
+    MORE_LAUNCHES = "one launch more than the budget needs"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

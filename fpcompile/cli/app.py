@@ -48,7 +48,7 @@ def demo(
     long_tokens: Annotated[int, typer.Option(min=1, help="Length of the long prompt.")] = 4096,
     urgent_tokens: Annotated[int, typer.Option(min=1, help="Length of each urgent prompt.")] = 64,
     policy: Annotated[str, typer.Option(help="Policy to compare with fcfs.")] = "s-edf",
-    granularity: Annotated[str, typer.Option(help="operator, layer or model.")] = "operator",
+    granularity: Annotated[str, typer.Option(help="operator, layer, model or auto.")] = "operator",
     max_blocking_ms: Annotated[
         float | None, typer.Option(help="Budget of a launch: tiles; bits may then differ from the model's.")
     ] = None,
@@ -88,7 +88,10 @@ def demo(
 def explain(
     model: Annotated[str, typer.Argument(help=_MODEL_HELP)],
     tokens: Annotated[int, typer.Option(min=1, help="Length at which the formulas are evaluated.")] = 2048,
-    granularity: Annotated[str, typer.Option(help="operator, layer or model.")] = "operator",
+    granularity: Annotated[str, typer.Option(help="operator, layer, model or auto.")] = "operator",
+    max_blocking_ms: Annotated[
+        float | None, typer.Option(help="Budget of a launch, for granularity auto.")
+    ] = None,
 ) -> None:
     """Print the plan of a model: every segment, its work, its live bytes, the reason for its cut.
 
@@ -98,7 +101,9 @@ def explain(
         from fpcompile.api import segment
         from fpcompile.cli.load import load_shape
 
-        program = segment(load_shape(model), granularity=granularity, verify=False)
+        program = segment(
+            load_shape(model), granularity=granularity, max_blocking_ms=max_blocking_ms, verify=False
+        )
         typer.echo(program.explain(tokens=tokens))
 
 

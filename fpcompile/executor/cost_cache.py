@@ -57,14 +57,18 @@ def read(program: Program) -> Samples | None:
 def write(program: Program, samples: Samples) -> None:
     """Keep what was measured; an older measurement is replaced."""
     where = _file(program)
-    if where is None:
-        return
+    if where is not None:
+        write_file(where, write_text(program, samples))
+
+
+def write_file(where: Path, text: str) -> None:
+    """Write a file of the cache whole or not at all; a folder that cannot be written to is noted."""
     try:
         where.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=where.parent, prefix=f".{where.name}.")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(write_text(program, samples))
+                file.write(text)
             os.replace(temporary, where)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -143,8 +147,17 @@ def _sound(found: tuple[tuple[int, float], ...]) -> bool:
 
 
 def _file(program: Program) -> Path | None:
+    return _named(identity(program), "")
+
+
+def rates_file(identity: dict[str, Any]) -> Path | None:
+    """Where the rates of a device are kept; None when nothing is."""
+    return _named(identity, "rates-")
+
+
+def _named(identity: dict[str, Any], prefix: str) -> Path | None:
     base = folder()
     if base is None:
         return None
-    digest = hashlib.sha256(json.dumps(identity(program), sort_keys=True).encode()).hexdigest()
-    return base / f"{digest[:32]}.json"
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return base / f"{prefix}{digest[:32]}.json"

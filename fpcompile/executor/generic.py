@@ -33,6 +33,7 @@ from fpcompile.models.ambient import tracing
 from fpcompile.models.generic import GenericCapture, pack
 from fpcompile.models.generic_shapes import promises
 from fpcompile.models.generic_tree import unflatten
+from fpcompile.passes.design import Design
 from fpcompile.passes.generic_capture import capture_generic
 from fpcompile.passes.generic_partition import Compiled, compile_generic
 from fpcompile.passes.lower import lower
@@ -101,7 +102,7 @@ class Variant(Program):
         architecture: str,
         max_blocking_ms: float | None,
     ) -> None:
-        compiled = compile_generic(captured, granularity, architecture, owner.notes)
+        compiled = compile_generic(captured, granularity, architecture, owner.notes, owner.design)
         plan, functions = lower(compiled.plan, compiled.functions, owner.backend)
         compiled = dataclasses.replace(compiled, plan=plan, functions=functions)
         self.owner, self.captured = owner, captured
@@ -200,8 +201,10 @@ class GenericProgram(Program):
         dynamic_shapes: Mapping[str, Any] | None = None,
         backend: str = "eager",
         strict_budget: bool = False,
+        design: Design | None = None,
     ) -> None:
         self.model = model
+        self.design = design
         self.backend = backend
         self.watch = WeightWatch(model)
         self.dynamic_shapes = dynamic_shapes or {}

@@ -14,6 +14,7 @@ from fpcompile.executor.generic import GenericProgram
 from fpcompile.ir import Granularity
 from fpcompile.models.generic_shapes import by_name
 from fpcompile.models.generic_tree import flatten, unflatten
+from fpcompile.passes.design import Design
 
 _LENGTH = 37  # a size that no model dimension is likely to have
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -32,8 +33,10 @@ def compile_generic_program(
     verify: bool,
     dynamic_shapes: Any = None,
     backend: str = "eager",
+    design: Design | None = None,
 ) -> GenericProgram:
     """A program of the generic route. ``blocked`` says why the packed route was not taken.
+    ``design`` is what granularity auto places cuts for.
 
     ``dynamic_shapes`` follows torch.export: by argument name, or a tuple in the arguments' order.
 
@@ -51,6 +54,7 @@ def compile_generic_program(
         notes=notes,
         dynamic_shapes=None if dynamic_shapes is None else by_name(model, dynamic_shapes),
         backend=backend,
+        design=design,
     )
     if verify:
         self_check(program, model, example)

@@ -2,7 +2,8 @@
 
 ``operator``: a cut before and behind each attention call, and one behind each projection and experts leaf;
 between two of these any position is legal, and the one with the fewest live bytes at the design length is
-taken (the earliest of equals). ``layer``: one cut where the decoder layer changes. ``model``: none.
+taken (the earliest of equals). ``layer``: one cut where the decoder layer changes. ``model``: none. ``auto``:
+the fewest that keep a budget (:mod:`fpcompile.passes.auto`).
 No cut is placed where a later in-place operator would write into a value that crosses it. What is not cut has
 a reason too (:mod:`fpcompile.passes.refusals`).
 """
@@ -17,12 +18,12 @@ from torch import fx
 from fpcompile.errors import InternalError
 from fpcompile.ir import CutReason, Granularity
 from fpcompile.passes.aliases import uncuttable
+from fpcompile.passes.auto import NO_BUDGET, budget_cuts
 from fpcompile.passes.context import ATTENTION, LEAF, Context, body, expression, source, symbols
 from fpcompile.passes.costs import is_projection, size_hint
 from fpcompile.passes.dataflow import live_bytes
+from fpcompile.passes.design import DESIGN_TOKENS, Design, value_at
 from fpcompile.passes.refusals import refusals
-
-DESIGN_TOKENS = 2048
 
 
 def run_inputs(graph: fx.Graph) -> list[fx.Node]:
@@ -105,15 +106,26 @@ def _refused(graph: fx.Graph, forbidden: dict[str, str]) -> tuple[str, ...]:
     )
 
 
-def place_cuts(graph: fx.Graph, ctx: Context, *, granularity: Granularity) -> fx.Graph:
-    """Fill ``ctx.cuts`` for one of the presets."""
+def place_cuts(
+    graph: fx.Graph, ctx: Context, *, granularity: Granularity, design: Design | None = None
+) -> fx.Graph:
+    """Fill ``ctx.cuts`` for one of the presets, or by the budget of ``design``."""
     forbidden = uncuttable(graph)
     ctx.refused = _refused(graph, forbidden)
     cuts: dict[str, CutReason] = {}
     nodes, sizes = body(graph), list[float]()
-    if granularity is Granularity.OPERATOR:
+    if granularity is Granularity.AUTO and design is not None:
+        names = symbols(graph)
+        held = live_bytes(
+            graph, run_inputs(graph), lambda size: value_at(expression(size, names), design.tokens)
+        )
+        cuts, ctx.refusals, note = budget_cuts(nodes, ctx.costs, held, forbidden, design)
+        ctx.refused = (*ctx.refused, note)
+    elif granularity in (Granularity.OPERATOR, Granularity.AUTO):
         sizes = _sizes(graph)
         cuts = _operator_cuts(nodes, ctx, forbidden, sizes)
+        if granularity is Granularity.AUTO:
+            ctx.refused = (*ctx.refused, NO_BUDGET)
     elif granularity is Granularity.LAYER:
         cuts = _layer_cuts(graph, forbidden)
     for name in cuts:
@@ -121,6 +133,7 @@ def place_cuts(graph: fx.Graph, ctx: Context, *, granularity: Granularity) -> fx
             raise InternalError("a cut was placed inside an alias class that is written later", where=name)
     cuts[nodes[-1].name] = CutReason.END
     ctx.cuts = {n.name: cuts[n.name] for n in nodes if n.name in cuts}
-    heavy = [_anchor(n, ctx) is not None for n in nodes]
-    ctx.refusals = refusals(nodes, cuts, forbidden, heavy, sizes, granularity)
+    if not ctx.refusals:
+        heavy = [_anchor(n, ctx) is not None for n in nodes]
+        ctx.refusals = refusals(nodes, cuts, forbidden, heavy, sizes)
     return graph

@@ -20,10 +20,12 @@ from fpcompile.ir import TOKENS, ZERO, Cost, CutReason, Granularity
 from fpcompile.models.generic import GenericCapture
 from fpcompile.passes import normalise as packed
 from fpcompile.passes.aliases import uncuttable
+from fpcompile.passes.auto import NO_BUDGET, budget_cuts
 from fpcompile.passes.context import LEAF, Context, body, source, tensors_of
 from fpcompile.passes.costs import is_projection, node_cost, size_hint
-from fpcompile.passes.cuts import DESIGN_TOKENS, layer_of
+from fpcompile.passes.cuts import layer_of
 from fpcompile.passes.dataflow import live_bytes
+from fpcompile.passes.design import DESIGN_TOKENS, Design, value_at
 from fpcompile.passes.refusals import refusals
 
 aten = torch.ops.aten
@@ -240,26 +242,34 @@ def _carries(node: fx.Node) -> bool:
     return schema is not None and any(r.alias_info is not None for r in schema.returns)
 
 
-def place_cuts(graph: fx.Graph, g: Generic, granularity: Granularity) -> None:
-    """Fill the cuts for one of the presets; see :mod:`fpcompile.passes.cuts`."""
+def place_cuts(graph: fx.Graph, g: Generic, granularity: Granularity, design: Design | None = None) -> None:
+    """Fill the cuts for one of the presets, or by a budget; see :mod:`fpcompile.passes.cuts`."""
     forbidden = uncuttable(graph)
     nodes = body(graph)
     if not nodes:
         raise UnsupportedModelError("the model computes nothing", reason="its graph has no operator")
     cuts: dict[str, CutReason] = {}
     sizes: list[float] = []
-    if granularity is Granularity.OPERATOR:
+    context = g.context
+    if granularity is Granularity.AUTO and design is not None:
+        held = live_bytes(graph, g.inputs, lambda size: value_at(_known(size_of(size, g)), design.tokens))
+        cuts, context.refusals, note = budget_cuts(nodes, context.costs, held, forbidden, design)
+        context.refused = (note,)
+    elif granularity in (Granularity.OPERATOR, Granularity.AUTO):
         sizes = live_bytes(graph, g.inputs, lambda size: size_hint(_known(size_of(size, g)), DESIGN_TOKENS))
         cuts = _operator_cuts(nodes, g, forbidden, sizes)
+        if granularity is Granularity.AUTO:
+            context.refused = (NO_BUDGET,)
     elif granularity is Granularity.LAYER:
         cuts = _layer_cuts(nodes, forbidden)
     for name in cuts:
         if name in forbidden:
             raise InternalError("a cut was placed inside an alias class that is written later", where=name)
     cuts[nodes[-1].name] = CutReason.END
-    g.context.cuts = {n.name: cuts[n.name] for n in nodes if n.name in cuts}
-    heavy = [_anchor(n, g) is not None for n in nodes]
-    g.context.refusals = refusals(nodes, cuts, forbidden, heavy, sizes, granularity)
+    context.cuts = {n.name: cuts[n.name] for n in nodes if n.name in cuts}
+    if not context.refusals:
+        heavy = [_anchor(n, g) is not None for n in nodes]
+        context.refusals = refusals(nodes, cuts, forbidden, heavy, sizes)
 
 
 def _operator_cuts(

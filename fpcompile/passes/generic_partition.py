@@ -16,6 +16,7 @@ from fpcompile.passes.aliases import storage_owners, uncuttable
 from fpcompile.passes.codegen import Function, Functions
 from fpcompile.passes.context import LEAF, body, describe, source, tensors_of
 from fpcompile.passes.dataflow import live_after
+from fpcompile.passes.design import Design
 from fpcompile.passes.generic import Generic, size_of
 from fpcompile.passes.partition import weight
 
@@ -161,14 +162,18 @@ class Compiled:
 
 
 def compile_generic(
-    captured: GenericCapture, granularity: Granularity, architecture: str, notes: tuple[str, ...] = ()
+    captured: GenericCapture,
+    granularity: Granularity,
+    architecture: str,
+    notes: tuple[str, ...] = (),
+    design: Design | None = None,
 ) -> Compiled:
-    """Run the generic pipeline over a variant."""
+    """Run the generic pipeline over a variant; ``design`` is for granularity auto."""
     graph, g = captured.graph.graph, passes.generic_context(captured)
     for name, run in (
         ("normalise", passes.normalise),
         ("annotate costs", passes.price),
-        (f"place cuts ({granularity})", lambda graph, g: passes.place_cuts(graph, g, granularity)),
+        (f"place cuts ({granularity})", lambda graph, g: passes.place_cuts(graph, g, granularity, design)),
     ):
         run(graph, g)
         try:
@@ -187,6 +192,6 @@ def compile_generic(
         output=own[0],
         more_outputs=own[1:],
         segments=builder.segments(),
-        notes=(*notes, *captured.notes),
+        notes=(*notes, *captured.notes, *g.context.refused),
     )
     return Compiled(plan, builder.functions.found, names, g.lengths, builder.picks)

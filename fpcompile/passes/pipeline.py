@@ -17,6 +17,7 @@ from fpcompile.models.capture import Capture
 from fpcompile.passes.context import Context
 from fpcompile.passes.costs import annotate_costs
 from fpcompile.passes.cuts import place_cuts
+from fpcompile.passes.design import Design
 from fpcompile.passes.normalise import normalise
 from fpcompile.passes.partition import Partitioned, partition
 from fpcompile.passes.prepack import prepack
@@ -25,24 +26,33 @@ from fpcompile.passes.tokenwise import prove_tokenwise
 Pass = Callable[[fx.Graph, Context], fx.Graph]
 
 
-def packed_pipeline(granularity: Granularity, *, packed_weights: bool) -> tuple[tuple[str, Pass], ...]:
+def packed_pipeline(
+    granularity: Granularity, *, packed_weights: bool, design: Design | None = None
+) -> tuple[tuple[str, Pass], ...]:
     """The named passes of the packed route, in order."""
     lowering: tuple[tuple[str, Pass], ...] = (("prepack weights", prepack),) if packed_weights else ()
     return (
         ("normalise", normalise),
         ("prove token-wise", prove_tokenwise),
         ("annotate costs", annotate_costs),
-        (f"place cuts ({granularity})", functools.partial(place_cuts, granularity=granularity)),
+        (
+            f"place cuts ({granularity})",
+            functools.partial(place_cuts, granularity=granularity, design=design),
+        ),
         *lowering,
     )
 
 
 def compile_packed(
-    captured: Capture, granularity: Granularity, *, packed_weights: bool = False
+    captured: Capture,
+    granularity: Granularity,
+    *,
+    packed_weights: bool = False,
+    design: Design | None = None,
 ) -> Partitioned:
-    """Run the packed pipeline over a capture and partition the result."""
+    """Run the packed pipeline over a capture and partition the result; ``design`` is for granularity auto."""
     graph, ctx = captured.graph.graph, Context(captured)
-    for name, run in packed_pipeline(granularity, packed_weights=packed_weights):
+    for name, run in packed_pipeline(granularity, packed_weights=packed_weights, design=design):
         graph = run(graph, ctx)
         try:
             graph.lint()

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx
 
-from fpcompile.ir import CutReason, Granularity, Refusal
+from fpcompile.ir import CutReason, Refusal
 
 
 def refusals(
@@ -19,9 +19,10 @@ def refusals(
     forbidden: Mapping[str, str],
     heavy: Sequence[bool],
     sizes: Sequence[float],
-    granularity: Granularity,
 ) -> dict[str, Refusal]:
-    """Node -> why no cut is behind it. ``heavy`` and ``sizes`` (live bytes behind) are by position."""
+    """Node -> why no cut is behind it. ``heavy`` and ``sizes`` (live bytes behind) are by position; there are
+    no sizes where cuts were placed at layers or not at all.
+    """
     targets = {n.name: n.target for n in nodes}
     found: dict[str, Refusal] = {}
     end, follows = len(nodes) - 1, False  # the next cut, and whether a heavy node lies in front of it
@@ -34,7 +35,7 @@ def refusals(
         if name in forbidden:
             picks = targets.get(forbidden[name]) is operator.getitem
             found[name] = Refusal.INSIDE_OPERATOR if picks else Refusal.WRITTEN_LATER
-        elif granularity is not Granularity.OPERATOR:
+        elif not sizes:
             found[name] = Refusal.COARSER
         elif not begins[at]:
             found[name] = Refusal.NO_WORK

@@ -201,7 +201,7 @@ def read_log(path: str | Path) -> Log:
     steps: list[Step] = []
     predictions: list[tuple[float, ...]] = []
     restarts: list[int] = []
-    header: dict[str, Any] = {}
+    header: tuple[str, dict[str, Any]] | None = None
     lines = text.splitlines()
     torn = len(lines) > 1 and not text.endswith("\n") and not _complete(lines[-1])
     if torn:
@@ -210,9 +210,9 @@ def read_log(path: str | Path) -> Log:
         try:
             data = json.loads(line)
             if number == 1:
-                header = data
                 if data["version"] != _VERSION:
                     raise ValueError(f"version {data['version']}")
+                header = (str(data["policy"]), _numbers(SchedulerOptions, data["options"]))
                 continue
             if data.get("restarted"):
                 restarts.append(len(steps))
@@ -229,10 +229,9 @@ def read_log(path: str | Path) -> Log:
                 expected=f"a line of a log of version {_VERSION}",
                 got=str(error),
             ) from error
-    if not header:
+    if header is None:
         raise InvalidInputError("the log is empty", expected="a header line", where=str(source))
-    options = _numbers(SchedulerOptions, header["options"])
-    policy = str(header["policy"])
+    policy, options = header
     return Log(policy, options, steps, predictions=predictions, restarts=restarts, torn=torn)
 
 

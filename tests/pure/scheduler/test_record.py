@@ -158,6 +158,8 @@ def test_who_was_cancelled_alone_was_not_served(tmp_path: Path) -> None:
         (lambda t: t.replace('"version":1', '"version":9'), 1),
         (lambda t: t + "{\n", -1),
         (lambda t: t + '{"a":1}\n', -1),
+        (lambda t: t.replace('"policy"', '"polity"', 1), 1),
+        (lambda t: t.replace('"options":{', '"options":3,"was":{', 1), 1),
     ],
 )
 def test_bad_logs_are_named(tmp_path: Path, change: object, line: int) -> None:

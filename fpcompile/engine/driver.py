@@ -25,6 +25,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from fpcompile.engine import journal
 from fpcompile.engine.decisions import DecisionLog
 from fpcompile.engine.errors import SchedulerFailedError, twin
 from fpcompile.engine.health import Launching, Watchdog
@@ -201,7 +202,8 @@ class Driver:
             try:
                 self._finish(ticket, "failed", error=broken)
             except Exception:
-                logger.exception("request %r could not be ended properly", ticket.id)
+                about = {"request_id": ticket.id}
+                logger.exception("request %r could not be ended properly", ticket.id, extra=about)
 
     def validate(self) -> None:
         """Check the invariants; raises :class:`InternalError` or the scheduler's own error."""
@@ -292,6 +294,7 @@ class Driver:
         for ticket in served:
             ticket.paused(nbytes, next_one)
             nbytes = 0  # what they share is counted once
+            journal.preempted(ticket, next_one)
             if self.recorder is not None:
                 self.recorder.preempted(ticket, now)
 
@@ -384,6 +387,7 @@ class Driver:
                 ticket = self.registry.get(event.request.id)
                 if ticket is None:
                     raise InternalError("a request arrived that was not admitted", got=event.request.id)
+                journal.arrived(ticket)
                 if self.recorder is not None:
                     self.recorder.arrived(ticket)
                 if ticket.id in gone:
@@ -424,7 +428,8 @@ class Driver:
                 self.registry.started()
                 if ticket.ready is not None:
                     self.pilot.take(ticket.run, ticket.ready)
-            ticket.launched(now)
+            ticket.launched(now, tickets)
+            journal.launched(ticket)
         if self.recorder is not None:
             self.recorder.lanes = tuple(ticket.id for ticket in tickets)
         self._flight = _Flight(self._load(command, tickets), command.max_segments, now)
@@ -483,6 +488,7 @@ class Driver:
         self._known.pop(ticket.id, None)
         self.registry.remove(ticket)
         ticket.end(outcome, now)
+        journal.ended(ticket, error)
         if load is not None and not load.served and not self._has_device(load):
             load.release()
         self.counts.ended[outcome] += 1

@@ -14,6 +14,7 @@ taken from any thread.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,9 +37,9 @@ class RequestMetrics:
 
     ``ttft_slo`` and ``deadline`` are inf without a promise. ``predicted_ttft`` is the time that the prompt
     was predicted to take on an idle device. ``preempted_by`` names the requests that got the device, one per
-    preemption. ``numerics``: ``bits`` when the result is that of the request alone to the bit, ``tolerance``
-    when it shared a launch or was sliced, so that kernels ran at other lengths. ``slo_met`` is None without a
-    promise, before the end, and for cancelled requests.
+    preemption, ``packed_with`` those with whom it shared a launch. ``numerics``: ``bits`` when the result is
+    that of the request alone to the bit, ``tolerance`` when it shared a launch or was sliced, so that kernels
+    ran at other lengths. ``slo_met`` is None without a promise, before the end, and for cancelled requests.
     """
 
     request_id: str
@@ -60,6 +61,7 @@ class RequestMetrics:
     executed: float
     preemptions: int
     preempted_by: tuple[str, ...]
+    packed_with: tuple[str, ...]
     slo_met: bool | None
     numerics: Literal["bits", "tolerance"]
 
@@ -68,9 +70,9 @@ class Ticket:
     """The engine's record of one request, from submission to its end."""
 
     __slots__ = (
-        "_launched", "_stopped", "budget", "ended", "executed", "handle", "load", "paused_bytes", "predicted",
-        "preempted_by", "preemptions", "program", "ready", "request", "run", "shared", "started", "state",
-        "suspended", "timed_out", "timeout",
+        "_launched", "_stopped", "budget", "ended", "executed", "handle", "load", "packed_with",
+        "paused_bytes", "predicted", "preempted_by", "preemptions", "program", "ready", "request", "run",
+        "shared", "started", "state", "suspended", "timed_out", "timeout",
     )  # fmt: skip
 
     def __init__(
@@ -110,6 +112,8 @@ class Ticket:
         self.executed = 0.0
         self.preemptions = 0
         self.preempted_by: tuple[str, ...] = ()
+        self.packed_with: dict[str, None] = {}
+        """Names of those with whom it shared a launch, in order."""
         self.paused_bytes = 0
         self._launched = 0.0
         self._stopped = 0.0
@@ -119,8 +123,10 @@ class Ticket:
         """The request id."""
         return self.request.id
 
-    def launched(self, now: float) -> None:
-        """The device goes on with it."""
+    def launched(self, now: float, together: Sequence[Ticket] = ()) -> None:
+        """The device goes on with it, and with whoever else is in ``together``."""
+        if len(together) > 1:
+            self.packed_with.update((other.id, None) for other in together if other is not self)
         if self.started is None:
             self.started = now
         else:
@@ -184,6 +190,7 @@ class Ticket:
             executed=self.executed,
             preemptions=self.preemptions,
             preempted_by=self.preempted_by,
+            packed_with=tuple(self.packed_with),
             slo_met=met,
             numerics="tolerance" if self.shared else "bits",
         )

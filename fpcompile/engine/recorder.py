@@ -14,6 +14,8 @@ from typing import Any, Final
 from fpcompile.engine.metrics import Ticket
 from fpcompile.engine.timeline import Mark, MarkKind, Span, SpanKind
 from fpcompile.executor.loop import Guarded, Hook, Named
+from fpcompile.executor.run import Run
+from fpcompile.executor.together import Together
 
 __all__ = ["KEPT", "Recorder", "Timeline", "joined"]
 
@@ -47,8 +49,13 @@ class Recorder:
 
     def segment(self, run: object, segment: Named, start: float, end: float) -> None:
         """A hook for the loop."""
+        kind: SpanKind = "tile" if tiled(run) else "segment"
         for lane in self.lanes:
-            self._spans.append((lane, segment.name, start, end, "segment"))
+            self._spans.append((lane, segment.name, start, end, kind))
+
+    def copied(self, ticket: Ticket, name: str, start: float, end: float) -> None:
+        """Its tensors moved between device and host; ``name`` says which way."""
+        self._spans.append((ticket.id, name, start, end, "copy"))
 
     def arrived(self, ticket: Ticket) -> None:
         """It was given to the scheduler."""
@@ -86,6 +93,13 @@ class Recorder:
             marks=tuple(Mark(*raw) for raw in self._marks.copy()),
             slos=tuple(self._slos.copy()),
         )
+
+
+def tiled(run: object) -> bool:
+    """Whether the launch that ``run`` has just made was one tile of a segment, not all of it."""
+    if isinstance(run, Together):
+        run = run.joined
+    return isinstance(run, Run) and run.at > 0 and run.schedule[run.at - 1].tiled
 
 
 def joined(recorder: Recorder | None, on_segment: Hook | None) -> Hook | None:

@@ -8,7 +8,7 @@ import inspect
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from torch import Tensor, nn
 
@@ -28,6 +28,9 @@ from fpcompile.models.capture import Bindings
 from fpcompile.passes.codegen import Function
 from fpcompile.passes.partition import Partitioned
 from fpcompile.passes.prepack import PACKED, pack
+
+if TYPE_CHECKING:
+    from fpcompile.executor.decode import Decoder
 
 _ARGUMENTS = "input_ids, attention_mask, position_ids, past_key_values, logits_to_keep, use_cache"
 
@@ -139,6 +142,9 @@ class PackedProgram(Program):
         self.attention = captured.attention
         self.last_reader = {c.layer: i for i, c in enumerate(captured.attention)}
         self._vocabulary = captured.vocabulary
+        own: Any = getattr(model, "generation_config", None)
+        captured.model.generation_config = own  # not the copy: as it is when somebody asks
+        self._decoder: Decoder | None = None
         self._forward = inspect.signature(type(captured.model).forward).parameters
         super().__init__(
             partitioned.plan,
@@ -258,6 +264,14 @@ class PackedProgram(Program):
         from fpcompile.executor.saving import save
 
         save(self, path)
+
+    def decoder(self) -> Decoder:
+        """How it continues sequences; raises :class:`InvalidInputError` when the model does not generate."""
+        from fpcompile.executor.decode import packed_decoder
+
+        if self._decoder is None:
+            self._decoder = packed_decoder(self)
+        return self._decoder
 
     def kv_heads(self) -> Sequence[int]:
         """Heads of each attention stage that can be tiled."""

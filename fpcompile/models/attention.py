@@ -71,6 +71,8 @@ class MaskSpec:
 
         ``queries`` new tokens start at position ``q_offset``; ``keys`` visible keys start at ``k_offset``.
         """
+        if queries == 1 and self.kind is MaskKind.CAUSAL and implementation == "sdpa":
+            return None  # as transformers finds out by more work
         function: Callable[..., Any] = mu.causal_mask_function
         if self.kind is MaskKind.SLIDING:
             function = mu.sliding_window_causal_mask_function(self.span)

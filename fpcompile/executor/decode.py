@@ -1,0 +1,253 @@
+"""Decoding: sequences whose prompt is done, continued by one token at a time, several in one run.
+
+Words
+    *sequence*  what stays of a request between two of its tokens: keys and values, or a state.
+    *step*      one run over the next token of each of some sequences; gives a row of logits for each.
+    *decoder*   what one program knows about continuing: it begins prompts, opens sequences, makes steps.
+
+Typical use
+    ``begun = decoder.begin(ids)``; ``begun.run`` is executed like any other
+    ``sequence, logits = decoder.open(begun, begun.run.result())``
+    ``step = decoder.step([sequence, ...], [token, ...])``; ``step.run`` is executed; ``step.logits()``
+
+Invariants
+    A step is built without checks: its tokens come out of the vocabulary, its sequences from ``open``.
+    Sequences join and leave between steps. A step that failed, or was dropped half-way, has spoilt its
+    sequences: some layers hold the new token and others do not.
+    Alone, a sequence is continued by the kernels, shapes and masks of the unmodified model: its bits. Beside
+    others, projections run at another number of rows: to rounding.
+    What a step launches depends on its shape, with contexts rounded up, and on the budget.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Final, Protocol, final, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from fpcompile.errors import InternalError, InvalidInputError
+from fpcompile.executor.cost_model import CostModel
+from fpcompile.executor.inputs import Group, Layout
+from fpcompile.executor.kv import KV, GrowingKV, kv_bytes
+from fpcompile.executor.packed import PackedCall, PackedProgram
+from fpcompile.executor.run import Run
+from fpcompile.executor.sampling import Sampler, Wishes
+from fpcompile.executor.schedule import Launch, Shape, launch_seconds
+
+__all__ = ["Begun", "Decoder", "Generates", "PackedDecoder", "PackedSequence", "Step", "packed_decoder"]
+
+_PLANS_KEPT: Final = 512
+
+Budgets = Collection[float | None]
+"""``max_blocking_ms`` of sequences; None for the program's own."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Begun:
+    """A prompt that is to be continued: its ``run``, of which nothing is executed, and ``ids [1, n]``.
+
+    ``context``: tokens that the cache will hold behind the prompt. ``inputs``: what the model was given.
+    """
+
+    run: Any
+    ids: Tensor
+    context: int
+    inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """A step: its ``run``, and ``logits()``, ``[sequences, vocabulary]``, once that is done.
+
+    ``cost()`` is what the next launch is predicted to take in seconds, ``seconds`` the whole step.
+    """
+
+    run: Any
+    logits: Callable[[], Tensor]
+    cost: Callable[[], float]
+    seconds: float
+
+
+class Decoder(abc.ABC):
+    """How one program continues sequences."""
+
+    together: bool
+    """Whether a step may hold several sequences."""
+
+    @abc.abstractmethod
+    def begin(self, input_ids: Any, **inputs: Any) -> Begun:
+        """Start the prompt of a generation, one sequence; raises :class:`InvalidInputError`."""
+
+    @abc.abstractmethod
+    def sampler(self, begun: Begun, wishes: Wishes) -> Sampler:
+        """How the tokens of a request are chosen; raises :class:`InvalidInputError` for what is not there."""
+
+    @abc.abstractmethod
+    def open(self, begun: Begun, output: Any) -> tuple[Any, Tensor]:
+        """The sequence behind a prompt that is done, and the logits ``[vocabulary]`` of its first token.
+
+        ``output`` is the run's result.
+        """
+
+    @abc.abstractmethod
+    def seconds(self, sequences: Sequence[Any], budgets: Budgets = ()) -> float:
+        """What a step is predicted to take; cheap."""
+
+    @abc.abstractmethod
+    def step(self, sequences: Sequence[Any], tokens: Sequence[int], budgets: Budgets = ()) -> Step:
+        """The next token of each sequence, as a run of which nothing is executed.
+
+        ``budgets`` are the sequences' own ones: the smallest counts.
+        """
+
+    @abc.abstractmethod
+    def nbytes(self, sequence: Any) -> int:
+        """Bytes that a sequence holds."""
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """A program that can generate."""
+
+    def decoder(self) -> Decoder:
+        """The program's decoder, one for all requests; raises :class:`InvalidInputError` without one."""
+
+
+@final
+class PackedSequence:
+    """``kv`` by cache layer, ``past`` tokens in it."""
+
+    __slots__ = ("kv", "past")
+
+    def __init__(self, kv: dict[int, KV], past: int) -> None:
+        self.kv, self.past = kv, past
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Plan:
+    """The launches of a step and their predicted seconds."""
+
+    launches: tuple[Launch, ...]
+    seconds: tuple[float, ...]
+    total: float
+
+
+@final
+class PackedDecoder(Decoder):
+    """Steps of a packed program: the new tokens of all sequences in one row, each over its own cache."""
+
+    together = True
+
+    def __init__(self, program: PackedProgram) -> None:
+        self.program = program
+        self._spans: dict[int, int] = {}
+        for call in program.attention:
+            spans = (self._spans.get(call.layer, call.mask.span), call.mask.span)
+            self._spans[call.layer] = max(spans) if all(spans) else 0
+        self._plans: dict[tuple[int, int, float], _Plan] = {}
+        self._costs: CostModel | None = None
+
+    def begin(self, input_ids: Any, **inputs: Any) -> Begun:
+        """Raises :class:`InvalidInputError` for anything but one sequence of visible tokens."""
+        for name in ("position_ids", "logits_to_keep", "use_cache"):
+            if inputs.get(name) is not None:
+                raise InvalidInputError(
+                    f"{name} cannot be chosen for a generation", expected="None", got=repr(inputs[name])
+                )
+        run = self.program.start(input_ids, **{**inputs, "logits_to_keep": 1, "use_cache": True})
+        call = run.call
+        assert isinstance(call, PackedCall)
+        if call.layout.batch != 1 or call.padding is not None:
+            raise InvalidInputError(
+                "a generation continues one sequence",
+                expected="input_ids [1, length] without padding",
+                got=f"{call.layout.batch} sequences" if call.padding is None else "hidden tokens",
+                remedy="submit each sequence by itself: they share their decode steps anyway",
+            )
+        return Begun(run, run.values["input_ids"].clone(), call.context)
+
+    def sampler(self, begun: Begun, wishes: Wishes) -> Sampler:
+        """As transformers would choose for this model."""
+        past, limit = begun.context - int(begun.ids.shape[1]), self.program.max_tokens
+        return Sampler(self.program.bindings.model, wishes, begun.ids, past=past, limit=limit)
+
+    def open(self, begun: Begun, output: Any) -> tuple[PackedSequence, Tensor]:
+        """Take over the cache of the run."""
+        (layers,) = begun.run.kv
+        kv: dict[int, KV] = {i: GrowingKV(layer, self._spans[i]) for i, layer in layers.items()}
+        return PackedSequence(kv, begun.context), output.logits[0, -1]
+
+    def seconds(self, sequences: Sequence[PackedSequence], budgets: Budgets = ()) -> float:
+        """The sum over the launches."""
+        return self._plan(sequences, budgets).total
+
+    def nbytes(self, sequence: PackedSequence) -> int:
+        """Of keys and values, with the room behind them."""
+        return kv_bytes([sequence.kv])
+
+    def step(self, sequences: Sequence[PackedSequence], tokens: Sequence[int], budgets: Budgets = ()) -> Step:
+        """A packed run of one token of each."""
+        program, count = self.program, len(sequences)
+        plan = self._plan(sequences, budgets)
+        groups = tuple(Group(i, 1, 1, sequence.past) for i, sequence in enumerate(sequences))
+        call = PackedCall(program, Layout(groups, count), rows=count, kept=count, use_cache=True)
+        given = {
+            "input_ids": torch.tensor([tokens], device=program.device),
+            "position_ids": torch.tensor([[s.past for s in sequences]], device=program.device),
+            "logits_to_keep": torch.arange(count, device=program.device),
+        }
+        values = {name: given[name] for name in program.live[0]}
+        run = Run(program, call, values, [sequence.kv for sequence in sequences], plan.launches)
+
+        def logits() -> Tensor:
+            for sequence in sequences:
+                sequence.past += 1
+            return run.values[program.plan.output][0]
+
+        return Step(run, logits, lambda: plan.seconds[run.at], plan.total)
+
+    def _plan(self, sequences: Sequence[PackedSequence], budgets: Budgets) -> _Plan:
+        """The launches of a step of this shape, with its mean context rounded up, so that few are made."""
+        program, count = self.program, len(sequences)
+        own = math.inf if program.max_blocking_ms is None else program.max_blocking_ms
+        budget = min((own if one is None else one for one in budgets), default=own)
+        if self._costs is not program.costs:
+            self._costs, self._plans = program.costs, {}
+        context = rounded_up(math.ceil(sum(s.past + 1 for s in sequences) / count))
+        key = (count, context, budget)
+        plan = self._plans.get(key)
+        if plan is None:
+            shape = Shape(count, count, ((1, 1, context),) * count)
+            launches = program.tile_plan(shape, budget, warn=False)
+            heads = program.kv_heads()
+            seconds = tuple(launch_seconds(n, program.stages, shape, program.costs, heads) for n in launches)
+            plan = _Plan(launches, seconds, sum(seconds))
+            if len(self._plans) >= _PLANS_KEPT:
+                self._plans.clear()
+            self._plans[key] = plan
+        return plan
+
+
+def rounded_up(length: int) -> int:
+    """The next of the numbers with four significant binary digits: at most an eighth more."""
+    grain = 1 << max(length.bit_length() - 4, 0)
+    return -(-length // grain) * grain
+
+
+def packed_decoder(program: PackedProgram) -> PackedDecoder:
+    """The decoder of a program; raises :class:`InvalidInputError` when its model does not generate."""
+    model = program.bindings.model
+    if not getattr(model, "can_generate", lambda: False)():
+        raise InvalidInputError(
+            f"{type(model).__name__} does not generate",
+            expected="a model with a language modelling head, for which model.can_generate() is True",
+            got="no generate method",
+        )
+    if not program.attention:
+        raise InternalError("a packed program without attention calls", got=type(model).__name__)
+    return PackedDecoder(program)

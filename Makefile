@@ -6,9 +6,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-# Test processes, each with one torch thread; 0 runs the tests in one process. Every process imports torch anew,
-# so more than one pays only when the tests take minutes.
-WORKERS ?= 0
+# Test processes, each with one torch thread; 0 runs the tests in one process with all of torch's threads.
+WORKERS ?= 2
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin

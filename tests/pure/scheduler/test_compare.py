@@ -8,7 +8,7 @@ import pytest
 
 from fpcompile.scheduler.simulator import Outcome
 from fpcompile.scheduler.sweep import CellKey
-from fpcompile.serving.bench_compare import compare, comparison_markdown, crossing
+from fpcompile.serving.bench_compare import Compared, compare, comparison_markdown, crossing
 from tests.pure.scheduler.driver import job
 
 
@@ -32,7 +32,7 @@ def report_of(real: list[float], simulated: list[float]) -> dict[str, Any]:
         points = [{"rate": float(rate), "worst": value} for rate, value in enumerate(values, 1)]
         return {"policies": {"p": {"max_goodput": 1.0, "points": points}}}
 
-    head = {"model": "M", "parameters": 1, "dtype": "d", "length_scale": 1, "num_prompts": 2}
+    head = {"model": "M", "parameters": 1, "dtype": "d", "length_scale": 1, "num_prompts": 2, "pace": [1.0]}
     more = {"capacity": 2.0, "target": 0.9, "slos": {"x": 1.0}, "slo_multiples": {"x": 5.0}}
     return {**head, **more, **policies(real), "simulated": policies(simulated)}
 
@@ -40,19 +40,21 @@ def report_of(real: list[float], simulated: list[float]) -> dict[str, Any]:
 def test_agreement_is_judged_at_low_loads_and_at_the_crossing() -> None:
     report = report_of([1.0, 0.8], [1.0, 0.79])
     good, bad = outcomes([0.5] * 50), outcomes([0.5] * 40 + [2.0] * 10)
-    alike = compare(report, [(CellKey("p", 1.0, 1), good, outcomes([0.55] * 50))])
+    alike = compare(report, [Compared(CellKey("p", 1.0, 1), good, outcomes([0.55] * 50), good)])
     assert set(alike["within"].values()) == {True}
     assert alike["goodput"]["p"]["ratio"] == pytest.approx((1 + 0.1 / 0.21) / 1.5)
     row = alike["rows"][0]
     assert (row["load"], row["overall_difference"], row["ttft_ratio"]) == (0.5, 0.0, pytest.approx(1.1))
-    worse = compare(report, [(CellKey("p", 1.0, 1), good, bad)])
+    assert row["mean_ttft_repeated"] == row["mean_ttft"]
+    worse = compare(report, [Compared(CellKey("p", 1.0, 1), good, bad)])
+    assert worse["rows"][0]["mean_ttft_repeated"] is None, "requests shared the device"
     assert worse["rows"][0]["class_difference"] == {"x": pytest.approx(-0.2)}
     assert [worse["within"][name] for name in ("attainment", "attainment_of_every_class", "mean_ttft")] == [
         False,
         False,
         False,
     ]
-    high = compare(report, [(CellKey("p", 1.8, 1), good, bad)])
+    high = compare(report, [Compared(CellKey("p", 1.8, 1), good, bad)])
     assert not high["within"]["attainment"], "nothing was measured where it counts"
     report["comparison"] = alike
     assert "mean ttft yes" in comparison_markdown(report)
@@ -60,6 +62,6 @@ def test_agreement_is_judged_at_low_loads_and_at_the_crossing() -> None:
 
 def test_goodputs_that_never_cross_are_not_called_equal() -> None:
     same = outcomes([0.5])
-    found = compare(report_of([1.0, 1.0], [1.0, 0.5]), [(CellKey("p", 1.0, 1), same, same)])
+    found = compare(report_of([1.0, 1.0], [1.0, 0.5]), [Compared(CellKey("p", 1.0, 1), same, same)])
     assert found["goodput"]["p"]["ratio"] is None
     assert not found["within"]["goodput"]

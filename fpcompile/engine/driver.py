@@ -7,6 +7,7 @@ come, the scheduler hears of it at once, and only if *it* asks for a pause does 
 Words
     *flight*  the run that has the device, from Launch to its Yielded, Completed or Failed.
     *known*   the tickets that the scheduler has heard of and that have not ended.
+    *lane*    the tickets whose prompt is done and that decode: unknown to the scheduler.
 
 Invariants (``validate``)
     The flight is the scheduler's; what is known is exactly what the scheduler holds. Every ticket ends once,
@@ -27,6 +28,7 @@ from typing import Any
 
 from fpcompile.engine import journal
 from fpcompile.engine.decisions import DecisionLog
+from fpcompile.engine.decoding import DecodeOptions, Lane
 from fpcompile.engine.errors import SchedulerFailedError, twin
 from fpcompile.engine.health import Launching, Watchdog
 from fpcompile.engine.inbox import Inbox
@@ -78,7 +80,8 @@ _SHORTEST = 1e-3  # seconds; nobody is told to come back sooner
 class _Flight:
     """``quota``: segments left of the launch. ``begun``: since when it runs, in this turn.
 
-    ``requested``: when its pause was asked for.
+    ``requested``: when its pause was asked for. ``made``: launches of this turn. ``lends``: whether it
+    stopped for a decode step.
     """
 
     load: Load
@@ -86,6 +89,8 @@ class _Flight:
     begun: float
     pause: bool = False
     requested: float | None = None
+    made: int = 0
+    lends: bool = False
 
 
 class Driver:
@@ -100,6 +105,7 @@ class Driver:
         registry: Registry,
         prices: Prices,
         clock: Callable[[], float],
+        decoding: DecodeOptions,
         max_blocking: float | None = None,
         recorder: Recorder | None = None,
         on_segment: Hook | None = None,
@@ -115,6 +121,9 @@ class Driver:
         self.counts = Counts()
         self.prices = prices
         self.recorder = recorder
+        self.lane = Lane(
+            self.pilot, decoding, programs.names, clock=clock, finish=self._finish, recorder=recorder
+        )
         self.abandoned = False
         """Whether the engine is closed without waiting for its requests."""
         self.core = make_core()
@@ -137,10 +146,14 @@ class Driver:
         self.watchdog.at_cut(self.clock())
         with self.pilot.ready():
             self._hear()
-            if self._flight is None:
+            flight = self._flight
+            if self.lane and (flight is None or not self.lane.lets(flight.load)):
+                self._decode(flight, max_segments)
+            elif flight is not None:
+                self._fly(flight, max_segments)
+            else:
                 self.watchdog.left()
                 return False
-            self._fly(self._flight, max_segments)
         self.watchdog.left()
         return True
 
@@ -167,6 +180,9 @@ class Driver:
             waiting=states.count("waiting"),
             paused=states.count("paused"),
             paused_bytes=sum(ticket.paused_bytes for ticket in live),
+            decoding=states.count("decoding"),
+            decoding_bytes=sum(t.generation.nbytes for t in live if t.generation is not None),
+            tokens=self.lane.tokens,
             error=self.prices.error,
         )
 
@@ -192,6 +208,7 @@ class Driver:
         self.watchdog.broke(error)
         self.registry.close(error)
         self._flight = None
+        self.lane.clear()
         for ticket in self.registry.live():
             broken: Exception
             if isinstance(error, DeviceFailedError):
@@ -220,6 +237,7 @@ class Driver:
                 expected=str(sorted(held)),
                 got=str(sorted(self._known)),
             )
+        self.lane.validate()
 
     # ---- the flight
 
@@ -228,7 +246,9 @@ class Driver:
         limit = min((n for n in (quota, max_segments) if n is not None), default=None)
         last = quota is not None and limit == quota
         stop = self._stop_behind if self.core.policy.grain.synchronises else self._stop
-        flight.begun = self.clock()
+        flight.begun, flight.made, flight.lends = self.clock(), 0, False
+        if self.recorder is not None:
+            self.recorder.lanes = tuple(ticket.id for ticket in load.tickets)
         landing = self.pilot.fly(load.run, stop, limit, cost=load.cost, gives_back=last)
         now = self.clock()
         self.watchdog.at_cut(now)
@@ -236,8 +256,9 @@ class Driver:
         flight.begun = now
         if self._flight is not flight:
             return  # the scheduler failed meanwhile, and these requests with it
-        if landing.ending is Ending.UNDERWAY:
-            flight.quota = None if quota is None or limit is None else quota - limit
+        if landing.ending is Ending.UNDERWAY or (landing.ending is Ending.STOPPED and flight.lends):
+            made = flight.made if flight.lends else limit or 0
+            flight.quota = None if quota is None else quota - made
             return
         self._land(flight)
         if landing.ending is Ending.STOPPED:
@@ -254,10 +275,40 @@ class Driver:
         if self.inbox.flag or now >= self._timer or now >= self._timeouts.next:
             self._hear()
         flight = self._flight
-        return flight is None or flight.pause
+        if flight is None or flight.pause:
+            return True
+        if not self.lane.lets(flight.load, flight.load.next_launch):
+            flight.lends = True
+            return True
+        flight.made += 1
+        return False
+
+    def _decode(self, beside: _Flight | None, max_segments: int | None) -> None:
+        """Go on with the lane's step, or make a new one, while the flight ``beside`` it waits."""
+        start = self.clock()
+
+        def stop() -> bool:
+            now = self.clock()
+            self.watchdog.at_cut(now)
+            if self.inbox.flag or now >= self._timer or now >= self._timeouts.next:
+                self._hear()
+            if not self.lane.stepping:
+                return True
+            flight = self._flight
+            gives_way = flight is not None and (flight is not beside or flight.pause)
+            return gives_way and flight is not None and self.lane.lets(flight.load)
+
+        self.lane.fly(stop, max_segments)
+        now = self.clock()
+        self.watchdog.at_cut(now)
+        if self._flight is not None:
+            for ticket in self._flight.load.served:
+                ticket.lent(start, now)
 
     def _launching(self, behind: int) -> Launching | None:
         """For the watchdog: what is under way, or (``behind`` 1) what was before the last cut."""
+        if (under := self.lane.launching()) is not None:
+            return under
         flight = self._flight
         if flight is None:
             return None
@@ -317,6 +368,9 @@ class Driver:
                 going_on.append(ticket)
             elif isinstance(result, Exception):
                 self._finish(ticket, "failed", error=result)
+            elif ticket.generation is not None:
+                del self._known[ticket.id]
+                self.lane.adopt(ticket, result)
             else:
                 self._finish(ticket, "completed", result)
         ended = Yielded if going_on else Completed
@@ -370,7 +424,7 @@ class Driver:
 
     def _timed_out(self) -> list[Event]:
         """Withdraw those whose time is over: for the scheduler that is a cancel."""
-        tickets = [self._known.get(name) for name in self._timeouts.due(self.clock())]
+        tickets = [self.registry.get(name) for name in self._timeouts.due(self.clock())]
         overdue = [ticket for ticket in tickets if ticket is not None]
         for ticket in overdue:
             ticket.timed_out = True
@@ -382,6 +436,8 @@ class Driver:
         kept: list[Event] = []
         for event in events:
             if isinstance(event, Cancelled) and event.request in gone:
+                if (member := self.lane.get(event.request)) is not None:
+                    self._cancelled(member)
                 continue
             if isinstance(event, Arrival):
                 ticket = self.registry.get(event.request.id)
@@ -430,8 +486,6 @@ class Driver:
                     self.pilot.take(ticket.run, ticket.ready)
             ticket.launched(now, tickets)
             journal.launched(ticket)
-        if self.recorder is not None:
-            self.recorder.lanes = tuple(ticket.id for ticket in tickets)
         self._flight = _Flight(self._load(command, tickets), command.max_segments, now)
 
     def _load(self, command: Launch, tickets: list[Ticket]) -> Load:
@@ -486,6 +540,7 @@ class Driver:
         if outcome != "completed" and (load is None or not load.shared):
             run.release()  # a pack goes on for the others, with the inputs of all
         self._known.pop(ticket.id, None)
+        self.lane.drop(ticket)
         self.registry.remove(ticket)
         ticket.end(outcome, now)
         journal.ended(ticket, error)

@@ -22,14 +22,18 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from transformers import GenerationConfig
+
 from fpcompile.engine.decisions import check_recordable
+from fpcompile.engine.decoding import DecodeOptions
 from fpcompile.engine.driver import Driver
 from fpcompile.engine.errors import Home
+from fpcompile.engine.generation import DEFAULT_TBT_SLO, Generation, GenerationTerms, begin
 from fpcompile.engine.handle import Handle
 from fpcompile.engine.health import Health
 from fpcompile.engine.metrics import Ticket
@@ -62,7 +66,10 @@ class Engine:
     ``record_timeline`` keeps the newest segments for ``timeline()``. ``on_segment(run, segment, start, end)``
     is called by the device thread after each launch. ``device``: in place of the programs' own, for tests.
     ``device_thread``: False when the host calls ``turn()``. ``record``: a file for the log of all decisions,
-    which ``fpcompile replay`` reads; see :mod:`fpcompile.engine.decisions`. Further keyword arguments are
+    which ``fpcompile replay`` reads; see :mod:`fpcompile.engine.decisions`. ``tbt_slo``: seconds between
+    tokens of requests that name none; ``max_decode_batch``: sequences of one decode step; ``decode_first``:
+    whether the time between tokens is kept where that makes a prefill miss its TTFT, or the other way round;
+    see :mod:`fpcompile.engine.decoding`. Further keyword arguments are
     those of :class:`fpcompile.scheduler.options.SchedulerOptions`.
 
     Raises :class:`UnknownNameError` for an unknown policy, :class:`InvalidInputError` for what is no program,
@@ -83,10 +90,14 @@ class Engine:
         device: Device | None = None,
         device_thread: bool = True,
         record: str | Path | None = None,
+        tbt_slo: float = DEFAULT_TBT_SLO,
+        max_decode_batch: int = 256,
+        decode_first: bool = True,
         **scheduler_options: Any,
     ) -> None:
         self._home = Home()
         self._programs = Programs(programs)
+        self._decoding = DecodeOptions(tbt_slo, max_decode_batch, decode_first)
         if record is not None:
             check_recordable(policy)
         prices = Prices(self._programs.names)
@@ -102,6 +113,7 @@ class Engine:
             registry=self._registry,
             prices=prices,
             clock=clock,
+            decoding=self._decoding,
             max_blocking=None if max_blocking_ms is None else max_blocking_ms / 1e3,
             recorder=self._recorder,
             on_segment=on_segment,
@@ -146,9 +158,15 @@ class Engine:
         request_id: str | None = None,
         slo_class: str | None = None,
         timeout: float | None = None,
+        max_new_tokens: int | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Sequence[Any] | None = None,
+        seed: int | None = None,
+        tbt_slo: float | None = None,
         **model_inputs: Any,
     ) -> Handle:
         """Ask for one forward pass over ``input_ids [batch, length]``; ``model_inputs`` are the model's own.
+        With ``max_new_tokens`` or ``generation_config``: continue the sequence ``input_ids [1, length]``.
 
         ``ttft_slo``: seconds from ``arrival`` (default: now) to the result. ``deadline`` gives the same as a
         time on the engine's clock; without either nothing is promised. ``program`` names one of several.
@@ -156,6 +174,11 @@ class Engine:
         each kind a policy may try to serve the same part in time (default: the program's name).
         ``timeout``: seconds after ``arrival``; a request that has not ended by then ends at the next cut with
         :class:`RequestTimeoutError`, state ``failed``. (``handle.result(timeout)`` only stops waiting.)
+
+        ``generation_config`` is transformers' (default: the model's own), ``max_new_tokens`` overrides its;
+        ``logits_processor`` are further ones, as ``generate`` takes them, ``seed`` is for sampling. Tokens
+        come through the handle; the result is a ``GenerateDecoderOnlyOutput``. ``tbt_slo``: seconds between
+        tokens.
 
         Never blocks. Raises :class:`EngineClosedError`, :class:`QueueFullError` (with ``retry_after``),
         :class:`UnknownNameError` for a program, :class:`InvalidInputError` for anything else that is wrong.
@@ -174,15 +197,26 @@ class Engine:
         )
         name, chosen = self._programs.resolve(program)
         self._registry.check(terms.request_id, self._driver.retry_after)
-        run = chosen.start(input_ids, **model_inputs)
-        ticket = self._ticket(name, chosen, run, terms, model_inputs.get("max_blocking_ms"))
+        wanted = GenerationTerms.check(
+            max_new_tokens=max_new_tokens, config=generation_config, processors=logits_processor,
+            seed=seed, tbt_slo=tbt_slo, default=self._decoding.tbt_slo,
+        )  # fmt: skip
+        generation = None if wanted is None else begin(name, chosen, wanted, input_ids, model_inputs)
+        run = chosen.start(input_ids, **model_inputs) if generation is None else generation.run
+        ticket = self._ticket(name, chosen, run, terms, model_inputs.get("max_blocking_ms"), generation)
         if (device := self._driver.pilot.device).asynchronous:
             ticket.ready = device.caller_event()
         self._registry.admit(ticket, self._driver.retry_after, lambda: self._enter(ticket))
         return ticket.handle
 
     def _ticket(
-        self, name: str, program: ProgramLike, run: RunLike, terms: Terms, budget: float | None
+        self,
+        name: str,
+        program: ProgramLike,
+        run: RunLike,
+        terms: Terms,
+        budget: float | None,
+        generation: Generation | None,
     ) -> Ticket:
         kept = self._shape(run, budget)
         predicted = seconds_left(program, kept if isinstance(kept, Chunks) else run)
@@ -197,10 +231,12 @@ class Engine:
             tenant=terms.tenant,
             klass=terms.slo_class or name,
         )
-        handle = Handle(request.id, ask_cancel=self._ask_cancel, home=self._home)
+        handle = Handle(
+            request.id, ask_cancel=self._ask_cancel, home=self._home, generates=generation is not None
+        )
         ticket = Ticket(
             request, program=name, run=kept, handle=handle, predicted=predicted, budget=budget,
-            timeout=terms.timeout,
+            timeout=terms.timeout, generation=generation,
         )  # fmt: skip
         handle.bind(ticket.snapshot)
         return ticket

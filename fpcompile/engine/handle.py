@@ -1,7 +1,8 @@
-"""The caller's end of a request: a result for threads and for event loops, and ``cancel``.
+"""The caller's end of a request: a result for threads and for event loops, tokens, and ``cancel``.
 
 Typical use
     ``handle.result(timeout=1.0)`` in a thread; ``await handle`` in any number of event loops at once.
+    ``for token in handle.tokens()`` and ``async for token in handle``, where the request generates.
 
 Invariants
     A handle ends exactly once, with a result or with the original typed exception.
@@ -9,6 +10,8 @@ Invariants
     even when the run completes at the same moment. It takes effect at the next cut; once ``done()``, the
     request holds no memory but the result.
     Nothing blocks an event loop: awaiting only registers a callback.
+    Tokens stay in a list, which readers go through by index: any number of them, at any pace, from the first
+    token; nobody who is slow holds anything up. Leaving a loop over tokens early ends nothing.
 
 How an end is decided, by the driver alone: ``seal`` closes the race with ``cancel`` and says whether it was
 asked for; then the books are closed; then ``resolve`` or ``fail`` wakes those who wait. So who has seen the
@@ -20,11 +23,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from fpcompile.engine.errors import Home
-from fpcompile.errors import InternalError
+from fpcompile.errors import InternalError, UsageError
 
 if TYPE_CHECKING:
     from fpcompile.engine.metrics import RequestMetrics
@@ -38,11 +41,18 @@ class Handle:
     """One submitted request. Made by ``Engine.submit``."""
 
     __slots__ = (
-        "_ask", "_callbacks", "_cancelled", "_done", "_error", "_home", "_lock", "_sealed", "_snapshot",
-        "_value", "request_id",
+        "_ask", "_callbacks", "_cancelled", "_done", "_error", "_home", "_lock", "_readers", "_sealed",
+        "_snapshot", "_tokens", "_value", "request_id",
     )  # fmt: skip
 
-    def __init__(self, request_id: str, *, ask_cancel: Callable[[str], object], home: Home) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        *,
+        ask_cancel: Callable[[str], object],
+        home: Home,
+        generates: bool = False,
+    ) -> None:
         self.request_id = request_id
         self._ask: Callable[[str], object] | None = ask_cancel
         self._home = home
@@ -51,6 +61,8 @@ class Handle:
         self._sealed = False
         self._cancelled = False
         self._callbacks: list[Callable[[], object]] = []
+        self._tokens: list[int] | None = [] if generates else None
+        self._readers: list[Callable[[], object]] = []
         self._value: Any = None
         self._error: BaseException | None = None
         self._snapshot: Callable[[], RequestMetrics] | None = None
@@ -108,6 +120,65 @@ class Handle:
         if not self._listen(lambda: callback(self)):
             _call(lambda: callback(self))
 
+    def tokens(self, timeout: float | None = None) -> Iterator[int]:
+        """Token ids as they are made, from the first one; ends when the request has completed.
+
+        Raises what ended the request otherwise, behind the tokens that were made, ``TimeoutError`` when one
+        does not come within ``timeout`` seconds, and :class:`UsageError` if the request does not generate.
+        """
+        self._home.check()
+        self._generated()
+        return self._read(timeout)
+
+    def next_token(self, index: int, timeout: float | None = None) -> int | None:
+        """Wait for token ``index``, from 0; None when the request completed before. Raises as ``tokens``."""
+        self._home.check()
+        self._generated()
+        there = threading.Event()
+        while self._listen_for_token(index, there.set):
+            if not there.wait(timeout):
+                self._forget(there.set)
+                raise TimeoutError(f"request {self.request_id!r} made no token within {timeout} s")
+            there.clear()
+        return self._token(index)
+
+    def _read(self, timeout: float | None) -> Iterator[int]:
+        index = 0
+        while (token := self.next_token(index, timeout)) is not None:
+            yield token
+            index += 1
+
+    async def __aiter__(self) -> AsyncIterator[int]:
+        """As ``tokens()``, without blocking the event loop; cancelling who waits cancels the request."""
+        self._home.check()
+        self._generated()
+        index = 0
+        while True:
+            await self._until(lambda wake, i=index: self._listen_for_token(i, wake))  # type: ignore[misc]
+            if (token := self._token(index)) is None:
+                return
+            yield token
+            index += 1
+
+    def _generated(self) -> list[int]:
+        if self._tokens is None:
+            raise UsageError(
+                f"request {self.request_id!r} makes no tokens",
+                expected="a request that generates",
+                got="one forward pass",
+                remedy="submit(..., max_new_tokens=...)",
+            )
+        return self._tokens
+
+    def _token(self, index: int) -> int | None:
+        """Token ``index`` if it is there; else the request has ended: None, or what ended it."""
+        tokens = self._generated()
+        if index < len(tokens):
+            return tokens[index]
+        if self._error is not None:
+            raise self._error
+        return None
+
     def __await__(self) -> Generator[Any, None, Any]:
         """As ``result()``, without blocking the event loop. Cancelling the awaiting task cancels the request.
 
@@ -117,6 +188,11 @@ class Handle:
 
     async def _wait(self) -> Any:
         self._home.check()
+        await self._until(self._listen)
+        return self.result(0)
+
+    async def _until(self, listen: Callable[[Callable[[], object]], bool]) -> None:
+        """Wait until what is listened for is there; cancelling that cancels the request."""
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[None] = loop.create_future()
 
@@ -130,14 +206,13 @@ class Handle:
             except RuntimeError:  # the loop is closed: nobody waits there any more
                 logger.debug("the loop that awaited %r is closed", self.request_id)
 
-        if self._listen(wake_from_afar):
+        if listen(wake_from_afar):
             try:
                 await waiter
             except asyncio.CancelledError:
                 self._forget(wake_from_afar)
                 self.cancel()
                 raise
-        return self.result(0)
 
     def _listen(self, callback: Callable[[], object]) -> bool:
         """Register for the end; False when it is there already."""
@@ -147,16 +222,33 @@ class Handle:
             self._callbacks.append(callback)
             return True
 
+    def _listen_for_token(self, index: int, callback: Callable[[], object]) -> bool:
+        """Register for the next token or the end; False when token ``index`` or the end is there already."""
+        with self._lock:
+            if index < len(self._generated()) or self._done.is_set():
+                return False
+            self._readers.append(callback)
+            return True
+
     def _forget(self, callback: Callable[[], object]) -> None:
         with self._lock:
-            if callback in self._callbacks:
-                self._callbacks.remove(callback)
+            for waiting in (self._callbacks, self._readers):
+                if callback in waiting:
+                    waiting.remove(callback)
 
     # ---- for the driver
 
     def bind(self, snapshot: Callable[[], RequestMetrics]) -> None:
         """Say where the metrics come from."""
         self._snapshot = snapshot
+
+    def put(self, token: int) -> None:
+        """One more token: wake those who wait for it."""
+        with self._lock:
+            self._generated().append(token)
+            readers, self._readers = self._readers, []
+        for reader in readers:
+            _call(reader)
 
     def seal(self) -> bool:
         """Decide: from now on ``cancel`` comes too late. Whether it came before."""
@@ -183,7 +275,8 @@ class Handle:
                 )
             self._value, self._error = value, error
             self._done.set()
-            callbacks, self._callbacks = self._callbacks, []
+            callbacks, self._callbacks = self._callbacks + self._readers, []
+            self._readers = []
         for callback in callbacks:
             _call(callback)
 

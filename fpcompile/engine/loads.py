@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, final
 
 from fpcompile.engine.metrics import Ticket
-from fpcompile.engine.prices import seconds_left, seconds_whole
+from fpcompile.engine.prices import next_cost, seconds_left, seconds_whole
 from fpcompile.engine.programs import ProgramLike, RunLike
 from fpcompile.executor.program import Program
 from fpcompile.executor.run import Run
@@ -75,6 +75,12 @@ class Load:
     def owner(self) -> str:
         """Name of the program."""
         return self.tickets[0].program
+
+    def next_launch(self) -> float:
+        """Predicted seconds of the launch that the run would make now."""
+        if self.cost is None:
+            self.cost = next_cost(self.program, self.run)
+        return self.cost()
 
     def left(self) -> float:
         """Predicted seconds that are left, without corrections."""

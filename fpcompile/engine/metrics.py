@@ -5,7 +5,8 @@ Words
     *suspended*  from being stopped to being launched again, summed over all preemptions.
     *executed*   on the device, between launches and stops, by the host's clock; of what it shared with
                  others, all of it.
-    *TTFT*       from arrival to the result (of a prefill: the first token).
+    *TTFT*       from arrival to the first token; of a request that does not generate, to the result.
+    *TBT*        time between two tokens.
 
 All times are seconds on the engine's clock. A ticket is written by the engine's driver only; snapshots may be
 taken from any thread.
@@ -22,13 +23,16 @@ from fpcompile.engine.handle import Handle
 from fpcompile.scheduler.events import Request
 
 if TYPE_CHECKING:
+    from fpcompile.engine.generation import FinishReason, Generation
     from fpcompile.engine.loads import Load
     from fpcompile.executor.device import Event
 
 __all__ = ["Ended", "RequestMetrics", "RequestState", "Ticket"]
 
 Ended = Literal["completed", "cancelled", "rejected", "failed"]
-RequestState = Literal["waiting", "running", "paused", "completed", "cancelled", "rejected", "failed"]
+RequestState = Literal[
+    "waiting", "running", "paused", "decoding", "completed", "cancelled", "rejected", "failed"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,9 @@ class RequestMetrics:
     preemption, ``packed_with`` those with whom it shared a launch. ``numerics``: ``bits`` when the result is
     that of the request alone to the bit, ``tolerance`` when it shared a launch or was sliced, so that kernels
     ran at other lengths. ``slo_met`` is None without a promise, before the end, and for cancelled requests.
+
+    Of a request that generates, ``slo_met`` is about its first token. ``tokens_out`` are the tokens so far;
+    ``finish_reason`` is ``stop`` behind an end-of-sequence token, ``length`` at ``max_new_tokens``.
     """
 
     request_id: str
@@ -64,15 +71,20 @@ class RequestMetrics:
     packed_with: tuple[str, ...]
     slo_met: bool | None
     numerics: Literal["bits", "tolerance"]
+    tokens_out: int
+    finish_reason: FinishReason | None
+    tbt_slo: float | None
+    tbt_max: float | None
+    tbt_mean: float | None
 
 
 class Ticket:
     """The engine's record of one request, from submission to its end."""
 
     __slots__ = (
-        "_launched", "_stopped", "budget", "ended", "executed", "handle", "load", "packed_with",
-        "paused_bytes", "predicted", "preempted_by", "preemptions", "program", "ready", "request", "run",
-        "shared", "started", "state", "suspended", "timed_out", "timeout",
+        "_launched", "_stopped", "budget", "ended", "executed", "generation", "handle", "load",
+        "packed_with", "paused_bytes", "predicted", "preempted_by", "preemptions", "program", "ready",
+        "request", "run", "shared", "started", "state", "suspended", "timed_out", "timeout",
     )  # fmt: skip
 
     def __init__(
@@ -85,11 +97,14 @@ class Ticket:
         predicted: float,
         budget: float | None = None,
         timeout: float = math.inf,
+        generation: Generation | None = None,
     ) -> None:
         self.request = request
         self.program = program
         self.run = run
-        """The run; dropped (None) when the request ends."""
+        """The run, and behind the prompt of a generation that; dropped (None) when the request ends."""
+        self.generation = generation
+        """Its tokens, if it generates."""
         self.handle = handle
         self.predicted = predicted
         """Device seconds that the program's cost model says, without what the engine has learnt."""
@@ -138,6 +153,14 @@ class Ticket:
         self.executed += now - self._launched
         self._stopped = now
 
+    def lent(self, start: float, now: float) -> None:
+        """Between ``start`` and ``now`` the device was not its own: decode steps had it."""
+        self._launched += now - max(start, self._launched)
+
+    def prefilled(self, generation: Generation) -> None:
+        """Its prompt is done; from now on it is continued by decode steps."""
+        self.state, self.run, self.load = "decoding", generation, None
+
     def paused(self, nbytes: int, by: str | None) -> None:
         """It gave way to ``by``, and keeps ``nbytes`` meanwhile."""
         self.state = "paused"
@@ -165,11 +188,13 @@ class Ticket:
     def snapshot(self) -> RequestMetrics:
         """The metrics so far."""
         request, state, ended, started = self.request, self.state, self.ended, self.started
+        generation = self.generation
+        first = generation.first if generation is not None else ended if state == "completed" else None
         promised = math.isfinite(request.deadline)
-        ttft = ended - request.arrival if ended is not None and state == "completed" else None
+        ttft = None if first is None else first - request.arrival
         met: bool | None = None
         if promised and state in ("completed", "rejected", "failed"):
-            met = state == "completed" and ended is not None and ended <= request.deadline
+            met = state == "completed" and first is not None and first <= request.deadline
         return RequestMetrics(
             request_id=request.id,
             program=self.program,
@@ -193,4 +218,9 @@ class Ticket:
             packed_with=tuple(self.packed_with),
             slo_met=met,
             numerics="tolerance" if self.shared else "bits",
+            tokens_out=0 if generation is None else len(generation.tokens),
+            finish_reason=None if generation is None else generation.finish_reason,
+            tbt_slo=None if generation is None else generation.tbt_slo,
+            tbt_max=None if generation is None else generation.tbt_max,
+            tbt_mean=None if generation is None else generation.tbt_mean,
         )

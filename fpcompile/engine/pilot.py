@@ -106,6 +106,12 @@ class Pilot:
             self.clear()
             return Landing(Ending.FAILED, error=error)
 
+    def deliver(self, output: Any) -> None:
+        """Before callers get what was made outside a flight: on their streams, and complete."""
+        if self._ahead is not None:
+            self.device.hand_over(tensors_in(output))
+            self._ahead.drain()
+
     def check(self, error: Exception) -> None:
         """Raise :class:`DeviceFailedError` if ``error`` says that nothing can be executed any more."""
         if (cause := breakdown(error)) is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -57,6 +58,15 @@ class Recorder:
         """Its tensors moved between device and host; ``name`` says which way."""
         self._spans.append((ticket.id, name, start, end, "copy"))
 
+    def decoded(self, tickets: Iterable[Ticket], start: float, end: float) -> None:
+        """A decode step, or a part of one, had the device."""
+        for ticket in tickets:
+            self._spans.append((ticket.id, "decode", start, end, "decode"))
+
+    def first_token(self, ticket: Ticket, now: float) -> None:
+        """The first token of a request that generates is there."""
+        self._marks.append((ticket.id, "first token", now, "first_token"))
+
     def arrived(self, ticket: Ticket) -> None:
         """It was given to the scheduler."""
         request = ticket.request
@@ -76,7 +86,7 @@ class Recorder:
         """It has ended; call before the ticket is told."""
         if ticket.state != "running":
             self._idle(ticket, now)
-        if outcome == "completed":
+        if outcome == "completed" and ticket.generation is None:
             self._marks.append((ticket.id, "first token", now, "first_token"))
         self._marks.append((ticket.id, outcome, now, "end"))
 

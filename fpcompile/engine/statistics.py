@@ -26,10 +26,12 @@ BLOCKING_KEPT: Final = 4096
 class EngineStatistics:
     """A snapshot. ``blocking`` holds the newest blocking times in seconds, oldest first.
 
-    ``running``, ``waiting`` and ``paused`` are of now, the other counts since the engine was made.
+    ``running``, ``waiting``, ``paused`` and ``decoding`` are of now, the other counts since the engine was
+    made.
     ``paused_bytes`` is what paused runs hold: live values and caches. ``prediction_error`` is of the device
     seconds that were predicted for runs that completed, relative to what they took; each is judged by what
-    had been learnt before it.
+    had been learnt before it. ``decoding_bytes`` is what the sequences of decoding requests hold;
+    ``tokens_generated`` counts those of requests that have ended as well.
     """
 
     running: int
@@ -43,6 +45,9 @@ class EngineStatistics:
     preemptions: int
     blocking: tuple[float, ...]
     prediction_error: PredictionError
+    decoding: int
+    decoding_bytes: int
+    tokens_generated: int
 
     @property
     def ended(self) -> int:
@@ -70,7 +75,16 @@ class Counts:
         self.blocking: deque[float] = deque(maxlen=BLOCKING_KEPT)
 
     def snapshot(
-        self, *, running: int, waiting: int, paused: int, paused_bytes: int, error: PredictionError
+        self,
+        *,
+        running: int,
+        waiting: int,
+        paused: int,
+        paused_bytes: int,
+        decoding: int,
+        decoding_bytes: int,
+        tokens: int,
+        error: PredictionError,
     ) -> EngineStatistics:
         """The counts so far."""
         return EngineStatistics(
@@ -85,4 +99,7 @@ class Counts:
             preemptions=self.preemptions,
             blocking=tuple(self.blocking.copy()),
             prediction_error=error,
+            decoding=decoding,
+            decoding_bytes=decoding_bytes,
+            tokens_generated=tokens,
         )

@@ -34,11 +34,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SpanKind = Literal["segment", "tile", "wait", "preempted", "copy"]
+SpanKind = Literal["segment", "tile", "decode", "wait", "preempted", "copy"]
 MarkKind = Literal["arrival", "first_token", "preempt", "end"]
 
 _RUNNING = frozenset[SpanKind]({"segment", "tile"})
 _MET, _MISSED, _FREE = "#2b6cb0", "#d9622b", "#64748b"
+_DECODE = "#0f766e"
 _COPY, _LATE = "#8b5cf6", "#b91c1c"
 _INK, _MUTED, _HATCH, _RULE, _PALE = "#1f2937", "#6b7280", "#a3adba", "#e5e7eb", "#eef1f5"
 _FIGURES = 0.13
@@ -52,6 +53,7 @@ _LEGEND = (
     "arrives",
     "waits",
     *(label for label, _ in _RUNS.values()),
+    "decodes",
     "is preempted",
     "paused",
     "copied",
@@ -289,6 +291,7 @@ def _draw_lane(ax: Axes, row: int, lane: Lane, end: float) -> None:
     _bars(ax, row, 0.44, paused, label="paused", facecolor=_PALE, edgecolor=_HATCH, hatch="/////")
     _bars(ax, row, 0.24, lane.intervals("copy"), label="copied", facecolor=_COPY)
     _bars(ax, row, 0.64, running, label=label, facecolor=color)
+    _bars(ax, row, 0.34, lane.intervals("decode"), label="decodes", facecolor=_DECODE)
     _dots(ax, row, [lane.arrival], label="arrives", marker="o", markersize=4, markeredgewidth=0)
     preempted = [start for start, _ in paused]
     _dots(ax, row - 0.4, preempted, label="is preempted", marker="v", markersize=5, markeredgewidth=0)

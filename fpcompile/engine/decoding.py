@@ -1,0 +1,290 @@
+"""The decode lane: requests whose prompt is done, continued by shared steps between the cuts of prefills.
+
+The scheduler knows prefills only. What it launches is the *flight*; the lane borrows the device from it for a
+step, and nobody tells the scheduler: the prefill waits a little, and is not charged.
+
+When a step begins
+    * No prefill has the device: at once; steps follow one another.
+    * One has: at the latest cut from which the earliest token deadline is still met, that is as soon as
+      ``now + step + one launch of the prefill >= due``, all predicted. So prefills run as far as the slack of
+      the streams allows, and decode runs when it must.
+    * Behind each step the prefill makes at least one launch, so that late streams do not starve it.
+    * ``decode_first=False``: a step waits if it would make a prefill late that is not late yet.
+
+A step that began is a run like others: it stops at its cuts, for a prefill that came meanwhile, if the
+deadlines of its tokens allow that.
+
+Words
+    *member*  a request of the lane.
+    *due*     when its next token must be there; see :mod:`fpcompile.engine.generation`.
+
+Invariants
+    A member is live, and unknown to the scheduler. At most one step is under way; its tickets are members, or
+    have ended. A step holds requests of one program, those that are due first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import inf
+from typing import Any, Protocol, final
+
+from fpcompile.engine.errors import twin
+from fpcompile.engine.generation import DEFAULT_TBT_SLO, Generation, check_tbt_slo
+from fpcompile.engine.health import Launching
+from fpcompile.engine.loads import Load
+from fpcompile.engine.metrics import Ended, Ticket
+from fpcompile.engine.pilot import Ending, Pilot
+from fpcompile.engine.prices import Prices
+from fpcompile.engine.recorder import Recorder
+from fpcompile.engine.steps import TokenStep
+from fpcompile.errors import InternalError, InvalidInputError
+
+__all__ = ["DecodeOptions", "Lane"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeOptions:
+    """``max_batch``: sequences of one step. ``tbt_slo``: seconds, for requests that name none.
+
+    ``first``: decode goes first where TTFT and time between tokens cannot both be kept.
+    """
+
+    tbt_slo: float = DEFAULT_TBT_SLO
+    max_batch: int = 256
+    first: bool = True
+
+    def __post_init__(self) -> None:
+        check_tbt_slo(self.tbt_slo)
+        batch: Any = self.max_batch
+        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+            raise InvalidInputError("max_decode_batch is wrong", expected="an int >= 1", got=repr(batch))
+        first: Any = self.first
+        if not isinstance(first, bool):
+            raise InvalidInputError("decode_first is wrong", expected="a bool", got=repr(first))
+
+
+class Finish(Protocol):
+    """How the driver ends a request."""
+
+    def __call__(
+        self, ticket: Ticket, outcome: Ended, value: Any = None, *, error: BaseException | None = None
+    ) -> None: ...
+
+
+@final
+class Lane:
+    """The members and their step. Used by the driver's thread; ``len`` and ``tokens`` by anybody."""
+
+    def __init__(
+        self,
+        pilot: Pilot,
+        options: DecodeOptions,
+        programs: Iterable[str],
+        *,
+        clock: Callable[[], float],
+        finish: Finish,
+        recorder: Recorder | None,
+    ) -> None:
+        self.options = options
+        self.tokens = 0
+        """Tokens that were made, of all requests, ended ones included."""
+        self._pilot, self._clock, self._finish, self._recorder = pilot, clock, finish, recorder
+        self._prices = Prices(programs)
+        self._members: dict[str, Ticket] = {}
+        self._step: TokenStep | None = None
+        self._next: tuple[list[Ticket], float, float] | None = None
+        self._owes = False
+        self._flies = False
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def get(self, request_id: str) -> Ticket | None:
+        """The member of this id."""
+        return self._members.get(request_id)
+
+    def launching(self) -> Launching | None:
+        """For the watchdog, from any thread: the launch of a step under way, if one has the device."""
+        step = self._step
+        if step is None or not self._flies or step.done:
+            return None
+        return Launching(step.tickets[0].id, f"decode: {step.next_segment.name}", step.cost())
+
+    @property
+    def stepping(self) -> bool:
+        """Whether a step is under way."""
+        return self._step is not None
+
+    # ---- joining and leaving
+
+    def adopt(self, ticket: Ticket, output: Any) -> None:
+        """The prompt of a request is done: its first token, and it is a member, unless that ended it."""
+        generation = _generation(ticket)
+        try:
+            token = generation.open(output)
+        except Exception as error:
+            self._finish(ticket, "failed", error=error)
+            return
+        ticket.prefilled(generation)
+        self._members[ticket.id] = ticket
+        self._next = None
+        self._took(ticket, token)
+
+    def drop(self, ticket: Ticket) -> None:
+        """A request has ended."""
+        if self._members.pop(ticket.id, None) is None:
+            return
+        self._next = None
+        step = self._step
+        if step is not None and not any(other.id in self._members for other in step.tickets):
+            self._step = None
+            step.release()
+
+    def clear(self) -> None:
+        """Everybody has ended."""
+        self._members.clear()
+        self._step = self._next = None
+
+    def validate(self) -> None:
+        """Check that members are generating and live, and that a step serves somebody."""
+        for ticket in self._members.values():
+            if ticket.ended is not None or ticket.state != "decoding" or ticket.generation is None:
+                raise InternalError("a member that does not decode", got=f"{ticket.id}: {ticket.state}")
+        if self._step is not None and not any(t.id in self._members for t in self._step.tickets):
+            raise InternalError("a step without members", got=str([t.id for t in self._step.tickets]))
+
+    # ---- when
+
+    def lets(self, load: Load, launch: Callable[[], float] | None = None) -> bool:
+        """Whether the prefill ``load`` may make another launch, predicted by ``launch()``, before a step."""
+        if not self._members:
+            return True
+        if self._owes:
+            if launch is not None:
+                self._owes = False
+            return True
+        _, due, seconds = self._plan()
+        now = self._clock()
+        if now + seconds + (0.0 if launch is None else launch()) < due:
+            return True
+        return not self.options.first and _made_late(load, now, seconds)
+
+    def _plan(self) -> tuple[list[Ticket], float, float]:
+        """(members, when the first of them is due, predicted seconds) of the step under way, or the next."""
+        if self._step is not None:
+            return list(self._step.tickets), self._step.due, self._step.left
+        if self._next is None:
+            tickets = sorted(self._members.values(), key=lambda ticket: _generation(ticket).due)
+            first, due = tickets[0], _generation(tickets[0]).due
+            decoder = _generation(first).decoder
+            size = self.options.max_batch if decoder.together else 1
+            tickets = [ticket for ticket in tickets if ticket.program == first.program][:size]
+            predicted = decoder.seconds([_generation(t).sequence for t in tickets], _budgets(tickets))
+            self._next = tickets, due, self._prices.corrected(first.program, len(tickets), predicted)
+        return self._next
+
+    # ---- the step
+
+    def fly(self, stop: Callable[[], bool], max_segments: int | None) -> None:
+        """Go on with the step, or with a new one, until it is done, ``stop()``, or so many launches."""
+        step = self._step or self._begin()
+        if step is None:
+            return
+        if self._recorder is not None:
+            self._recorder.lanes = ()
+        begun, self._flies = self._clock(), True
+        try:
+            landing = self._pilot.fly(step, stop, max_segments, cost=step.cost, gives_back=False)
+        finally:
+            self._flies = False
+        now = self._clock()
+        step.executed += now - begun
+        live = [ticket for ticket in step.tickets if ticket.ended is None]
+        if self._recorder is not None:
+            self._recorder.decoded(live, begun, now)
+        if self._step is not step or landing.ending in (Ending.UNDERWAY, Ending.STOPPED):
+            return
+        self._step, self._next, self._owes = None, None, True
+        if landing.error is not None:
+            self._fail(live, landing.error)
+            return
+        self._learn(step)
+        for ticket, token in zip(step.tickets, landing.value, strict=True):
+            if ticket.ended is not None:
+                continue
+            if isinstance(token, Exception):
+                self._finish(ticket, "failed", error=token)
+            else:
+                ticket.executed += step.executed
+                self._took(ticket, token)
+
+    def _begin(self) -> TokenStep | None:
+        tickets, due, seconds = self._plan()
+        generations = [_generation(ticket) for ticket in tickets]
+        decoder = generations[0].decoder
+        try:
+            made = decoder.step(
+                [generation.sequence for generation in generations],
+                [generation.tokens[-1] for generation in generations],
+                _budgets(tickets),
+            )
+        except Exception as error:
+            self._next = None
+            self._fail(tickets, error)
+            return None
+        if len(tickets) > 1:
+            for ticket in tickets:
+                ticket.shared = True
+        self._owes = False
+        self._step = TokenStep(tickets, made, due=due, seconds=seconds)
+        return self._step
+
+    def _learn(self, step: TokenStep) -> None:
+        name = step.tickets[0].program
+        self._prices.learn(name, len(step.tickets), step.predicted, step.executed)
+
+    def _fail(self, tickets: Iterable[Ticket], error: Exception) -> None:
+        """A step raised: that ends everybody in it, each with an error of its own."""
+        for number, ticket in enumerate(tickets):
+            self._finish(ticket, "failed", error=twin(error) if number else error)
+
+    def _took(self, ticket: Ticket, token: int) -> None:
+        """A token is there: told at once, and perhaps the last one."""
+        generation = _generation(ticket)
+        first = generation.first is None
+        generation.took(token, self._clock(), ticket.request.deadline)
+        self.tokens += 1
+        if first and self._recorder is not None:
+            self._recorder.first_token(ticket, generation.last)
+        if generation.finish_reason is None:
+            ticket.handle.put(token)
+            return
+        try:
+            output = generation.output()
+            self._pilot.deliver(output)
+        except Exception as error:
+            self._finish(ticket, "failed", error=error)
+            return
+        ticket.handle.put(token)
+        self._finish(ticket, "completed", output)
+
+
+def _generation(ticket: Ticket) -> Generation:
+    assert ticket.generation is not None
+    return ticket.generation
+
+
+def _budgets(tickets: Iterable[Ticket]) -> set[float | None]:
+    return {ticket.budget for ticket in tickets}
+
+
+def _made_late(load: Load, now: float, seconds: float) -> bool:
+    """Whether waiting for ``seconds`` would make a prefill late that is in time now."""
+    left = load.left()
+    slacks = [ticket.request.deadline - now - left for ticket in load.served]
+    return any(0 <= slack < min(seconds, inf) for slack in slacks)

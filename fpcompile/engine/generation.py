@@ -1,0 +1,174 @@
+"""What a request that generates has besides its prompt: how tokens are chosen, when the next one is due.
+
+Deadlines
+    The first token is due with the prompt's TTFT. Token j (from 0) is then due at the earlier of
+    ``base + j * tbt_slo`` and ``last + 3 * tbt_slo``, where ``base`` is the first token's deadline, and
+    ``last`` the time of the token before: a stream that is ahead may wait, but not so long that a reader sees
+    it stop. ``base`` is the first token's own time instead if that was later, or nothing was promised: a
+    first token that was late must not make all that follow late too.
+
+A generation is written by the engine's driver only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final, Literal, final
+
+import torch
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from fpcompile.engine.programs import ProgramLike
+from fpcompile.errors import InvalidInputError
+from fpcompile.executor.decode import Begun, Decoder, Generates
+from fpcompile.executor.sampling import Sampler, Wishes
+
+__all__ = ["DEFAULT_TBT_SLO", "FinishReason", "Generation", "GenerationTerms", "begin"]
+
+DEFAULT_TBT_SLO: Final = 0.2
+"""Seconds between tokens for requests that name none: faster than people read."""
+
+_LONGEST_GAP: Final = 3
+"""Of a stream that is ahead of its deadlines, in ``tbt_slo``."""
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationTerms:
+    """What a submission says about generating, checked. ``tbt_slo`` in seconds."""
+
+    wishes: Wishes
+    tbt_slo: float
+
+    @classmethod
+    def check(
+        cls, *, max_new_tokens: Any, config: Any, processors: Any, seed: Any, tbt_slo: Any, default: float
+    ) -> GenerationTerms | None:
+        """The terms, None for one forward pass; raises :class:`InvalidInputError`."""
+        if max_new_tokens is None and config is None:
+            extra = {"logits_processor": processors, "seed": seed, "tbt_slo": tbt_slo}
+            for name, value in extra.items():
+                if value is not None:
+                    raise InvalidInputError(
+                        f"{name} is for requests that generate",
+                        expected="max_new_tokens or generation_config besides",
+                        got="neither",
+                    )
+            return None
+        return cls(
+            Wishes(max_new_tokens, config, processors, seed),
+            default if tbt_slo is None else check_tbt_slo(tbt_slo),
+        )
+
+
+def check_tbt_slo(value: Any) -> float:
+    """``tbt_slo`` in seconds; raises :class:`InvalidInputError` unless it is a positive number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise InvalidInputError("tbt_slo is wrong", expected="seconds > 0", got=repr(value))
+    return float(value)
+
+
+def begin(
+    name: str, program: ProgramLike, terms: GenerationTerms, input_ids: Any, inputs: dict[str, Any]
+) -> Generation:
+    """A generation whose prompt is started; raises :class:`InvalidInputError`."""
+    if not isinstance(program, Generates):
+        raise InvalidInputError(
+            f"program {name!r} does not generate",
+            expected="a program of a model with a language modelling head",
+            got=type(program).__name__,
+            remedy="leave out max_new_tokens and generation_config: that is one forward pass",
+        )
+    decoder = program.decoder()
+    begun = decoder.begin(input_ids, **inputs)
+    return Generation(decoder, begun, decoder.sampler(begun, terms.wishes), terms.tbt_slo)
+
+
+@final
+class Generation:
+    """One request's tokens so far. Times are seconds on the engine's clock."""
+
+    __slots__ = (
+        "_base", "_begun", "_longest", "decoder", "finish_reason", "first", "last", "prompt", "sampler",
+        "sequence", "tbt_slo", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, decoder: Decoder, begun: Begun, sampler: Sampler, tbt_slo: float) -> None:
+        self.decoder, self.sampler, self.tbt_slo = decoder, sampler, tbt_slo
+        self.prompt = begun.ids
+        """``[1, n]``."""
+        self._begun: Begun | None = begun
+        self.sequence: Any = None
+        """What the decoder continues; None before the prompt is done, and behind the end."""
+        self.tokens: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.first: float | None = None
+        """When the first token was there."""
+        self.last = -math.inf
+        """When the newest token was there."""
+        self._base = math.inf
+        self._longest = 0.0
+
+    @property
+    def run(self) -> Any:
+        """The run of the prompt, which nobody has stepped."""
+        assert self._begun is not None
+        return self._begun.run
+
+    def open(self, output: Any) -> int:
+        """The prompt is done, with ``output``: keep what is continued, and return the first token."""
+        begun, self._begun = self._begun, None
+        assert begun is not None
+        self.sequence, logits = self.decoder.open(begun, output)
+        return int(self.sampler.choose(logits))
+
+    @property
+    def due(self) -> float:
+        """When the next token is due, once there is a first one."""
+        ahead = self._base + len(self.tokens) * self.tbt_slo
+        return min(ahead, self.last + _LONGEST_GAP * self.tbt_slo)
+
+    @property
+    def tbt_max(self) -> float | None:
+        """Longest time between two tokens."""
+        return self._longest if len(self.tokens) > 1 else None
+
+    @property
+    def tbt_mean(self) -> float | None:
+        """Mean time between two tokens."""
+        if self.first is None or len(self.tokens) < 2:
+            return None
+        return (self.last - self.first) / (len(self.tokens) - 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its sequence holds."""
+        return 0 if self.sequence is None else self.decoder.nbytes(self.sequence)
+
+    def took(self, token: int, now: float, deadline: float) -> None:
+        """The next token is there; ``deadline`` is that of the first one."""
+        if self.first is None:
+            self.first = now
+            self._base = deadline if now <= deadline < math.inf else now
+        else:
+            self._longest = max(self._longest, now - self.last)
+        self.last = now
+        self.tokens.append(token)
+        self.sampler.took(token)
+        if token in self.sampler.stops:
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self.sampler.max_new_tokens:
+            self.finish_reason = "length"
+
+    def output(self) -> GenerateDecoderOnlyOutput:
+        """``sequences [1, n + new]``, as ``generate(return_dict_in_generate=True)`` gives them."""
+        ids = self.prompt
+        new = torch.tensor([self.tokens], device=ids.device, dtype=ids.dtype)
+        sequences: Any = torch.cat([ids, new], dim=-1)
+        return GenerateDecoderOnlyOutput(sequences=sequences)
+
+    def release(self) -> None:
+        """Drop what the sequence holds."""
+        self.sequence = self._begun = None

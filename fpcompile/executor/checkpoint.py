@@ -1,27 +1,25 @@
 """Checkpoints: portable snapshots of a run, on disk as one safetensors file with a JSON description inside.
 
 Live values may be views of shared storages, and their strides matter for bits: each storage is kept once,
-and every value as (storage, offset, sizes, strides). A file carries a SHA-256 over its description and its
-bytes, is written beside its place and renamed, and never holds a pickle. On load the fingerprints of the
-program and of its weights, the shapes, dtypes and strides are checked.
+and every value as (storage, offset, sizes, strides). A file carries a digest of its description and its
+bytes, is written beside its place and renamed, and never holds a pickle: see
+:mod:`fpcompile.executor.tensor_file`. On resuming, the fingerprints of the program and of its weights, the
+shapes, dtypes and strides are checked.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fpcompile.errors import CheckpointError, UsageError
+from fpcompile.executor import tensor_file
 from fpcompile.executor.kv import LayerKV
 from fpcompile.executor.schedule import Launch
 
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
     from fpcompile.executor.program import Program
     from fpcompile.executor.run import Run
 
-FORMAT = "fpcompile-checkpoint-1"
+FORMAT = "fpcompile-checkpoint-2"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,54 +64,13 @@ class Checkpoint:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the snapshot to one file, replacing an older one atomically."""
-        target = Path(path)
-        tensors = {f"s{i}": s.cpu().contiguous() for i, s in enumerate(self.storages)}
         description = json.dumps(_describe(self), sort_keys=True)
-        metadata = {"format": FORMAT, "description": description, "sha256": _digest(description, tensors)}
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp made it private
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        tensor_file.write(Path(path), FORMAT, description, self.storages)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Checkpoint:
         """Read a snapshot. Raises :class:`CheckpointError` for a truncated, changed or foreign file."""
-        try:
-            with safetensors.safe_open(os.fspath(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            raise CheckpointError(
-                "the checkpoint cannot be read",
-                expected="a file written by Checkpoint.save",
-                got=f"{type(error).__name__}: {error}",
-                where=os.fspath(path),
-                remedy="the file is truncated or of another kind: take the checkpoint again",
-            ) from error
-        if metadata.get("format") != FORMAT:
-            raise CheckpointError(
-                "the file is no checkpoint of this version",
-                expected=FORMAT,
-                got=str(metadata.get("format")),
-                where=os.fspath(path),
-            )
-        description, digest = metadata.get("description", ""), metadata.get("sha256")
-        if _digest(description, tensors) != digest:
-            raise CheckpointError(
-                "the checkpoint was changed after it was written",
-                expected=f"sha256 {digest}",
-                got="another digest",
-                where=os.fspath(path),
-            )
+        description, tensors = tensor_file.read(Path(path), FORMAT)
         try:
             return _rebuild(json.loads(description), tensors)
         except (KeyError, TypeError, ValueError) as error:
@@ -123,21 +80,6 @@ class Checkpoint:
                 got=f"{type(error).__name__}: {error}",
                 where=os.fspath(path),
             ) from error
-
-
-def _umask() -> int:
-    """The process's file mode mask; reading it means setting it for a moment."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-
-def _digest(description: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(description.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].numpy().data)
-    return digest.hexdigest()
 
 
 class Packer:
@@ -262,7 +204,7 @@ def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
     return plain
 
 
-def _rebuild(plain: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
+def _rebuild(plain: dict[str, Any], tensors: tuple[Tensor, ...]) -> Checkpoint:
     def placement(fields: list[Any]) -> Placement:
         storage, offset, sizes, strides, dtype = fields
         return Placement(storage, offset, tuple(sizes), tuple(strides), dtype)
@@ -274,4 +216,4 @@ def _rebuild(plain: dict[str, Any], tensors: dict[str, Tensor]) -> Checkpoint:
         {int(i): (placement(k), placement(v), start) for i, (k, v, start) in group.items()}
         for group in plain["kv"]
     )
-    return Checkpoint(**plain, storages=tuple(tensors[f"s{i}"] for i in range(len(tensors))))
+    return Checkpoint(**plain, storages=tensors)

@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import fpcompile
 from fpcompile.errors import CheckpointError
 from fpcompile.models.zoo import sample_ids, tiny_model
 from tests.cpu.support import (
+    Outcome,
     cuts,
     differences,
     finish,
@@ -297,7 +299,7 @@ def test_a_file_of_this_format_without_its_description_is_refused(file: Path, tm
     checkpoint = fpcompile.Checkpoint.load(file)
     tensors = {f"s{i}": s for i, s in enumerate(checkpoint.storages)}
     for missing in ("description", "sha256"):
-        metadata = {"format": "fpcompile-checkpoint-1", "description": "{}", "sha256": "0" * 64}
+        metadata = {"format": "fpcompile-checkpoint-2", "description": "{}", "sha256": "0" * 64}
         del metadata[missing]
         save_file(tensors, other, metadata=metadata)
         with pytest.raises(CheckpointError):
@@ -331,26 +333,12 @@ save_file({name: t.contiguous() for name, t in tensors.items()}, result)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("arch", "dtype"), [("llama", "float32"), ("gpt_oss", "bfloat16")])
-def test_another_process_goes_on_to_the_same_bits(arch: str, dtype: str, tmp_path: Path) -> None:
+def _go_on_elsewhere(arch: str, dtype: str, checkpoint: Path, result: Path) -> dict[str, torch.Tensor]:
+    """What another process makes of the checkpoint, with one thread."""
     from safetensors.torch import load_file
 
-    program = program_of(arch, getattr(torch, dtype))
-    ids = sample_ids(33, seed=8)
-    run = program.start(ids)
-    for _ in range(len(program.segments) // 2):
-        run.step()
-    run.checkpoint().save(tmp_path / "run.ckpt")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as there: the number of threads may decide in which order a kernel sums
-    try:
-        expected = reference(model_of(arch, getattr(torch, dtype)), ids)
-    finally:
-        torch.set_num_threads(threads)
-    arguments = [arch, dtype, str(tmp_path / "run.ckpt"), str(tmp_path / "result")]
     done = subprocess.run(
-        [sys.executable, "-c", RESUME, *arguments],
+        [sys.executable, "-c", RESUME, arch, dtype, str(checkpoint), str(result)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -358,12 +346,59 @@ def test_another_process_goes_on_to_the_same_bits(arch: str, dtype: str, tmp_pat
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    got = load_file(tmp_path / "result")
+    return load_file(result)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in the other process: the number of threads may decide in which order a kernel sums."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _assert_same(got: dict[str, torch.Tensor], expected: Outcome) -> None:
     assert same_bits(got["logits"], expected.logits)
     for i, layer in enumerate(expected.layers):
         assert same_bits(got[f"{i}.keys"], layer[0])
         assert same_bits(got[f"{i}.values"], layer[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "dtype"), [("llama", "float32"), ("gpt_oss", "bfloat16")])
+def test_another_process_goes_on_to_the_same_bits(
+    arch: str, dtype: str, tmp_path: Path, one_thread: None
+) -> None:
+    program = program_of(arch, getattr(torch, dtype))
+    ids = sample_ids(33, seed=8)
+    run = program.start(ids)
+    for _ in range(len(program.segments) // 2):
+        run.step()
+    run.checkpoint().save(tmp_path / "run.ckpt")
+    expected = reference(model_of(arch, getattr(torch, dtype)), ids)
+    _assert_same(_go_on_elsewhere(arch, dtype, tmp_path / "run.ckpt", tmp_path / "result"), expected)
     assert differences(finish(run), expected) == []
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::fpcompile.errors.BudgetWarning")
+@pytest.mark.parametrize("over", ["tokens", "attention"])
+def test_another_process_goes_on_in_the_middle_of_a_segment(
+    over: str, tmp_path: Path, one_thread: None
+) -> None:
+    """Between two tiles: the tile plan and the partial outputs travel with the run."""
+    program = program_of("llama")
+    ids = sample_ids(300, seed=8)
+    run = program.start(ids, max_blocking_ms=1e-3)
+    expected = finish(program.start(ids, max_blocking_ms=1e-3))
+    tiles = [at for at, launch in enumerate(run.schedule) if launch.tiled and not launch.final]
+    at = [at for at in tiles if program.stages[run.schedule[at].first].over == over][1]
+    while run.at <= at:
+        run.step()
+    assert run.partial
+    run.checkpoint().save(tmp_path / "run.ckpt")
+    _assert_same(_go_on_elsewhere("llama", "float32", tmp_path / "run.ckpt", tmp_path / "result"), expected)
 
 
 def _changed(arch: str, **changes: object) -> fpcompile.Program:

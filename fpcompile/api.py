@@ -54,8 +54,8 @@ def segment(
     same plan on every machine, or ``"measured"`` on this one (:mod:`fpcompile.passes.auto`). Without a budget
     its cuts are those of ``"operator"``. ``max_blocking_ms`` bounds the predicted time of every launch at any
     prompt length: small segments are launched together, long ones tile by tile (:class:`BudgetWarning` where
-    even the smallest tile takes longer, :class:`BudgetError` with ``strict_budget``); the device is measured for
-    it, a few seconds at the first time (:mod:`fpcompile.executor.cost_cache`). None means one launch for each
+    even the smallest tile takes longer, :class:`BudgetError` with ``strict_budget``); the device is measured
+    for it, a few seconds at the first time (:mod:`fpcompile.executor.cost_cache`). None means one launch for each
     segment. ``weights="packed"`` keeps a second copy of linear weights in the layout of the CPU's bf16
     kernel: the same bits, faster, above all for short prompts and tiles; it has no effect elsewhere.
     ``backend="inductor"`` compiles each distinct function between attention calls once, now, whatever the

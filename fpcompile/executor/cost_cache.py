@@ -26,7 +26,7 @@ from fpcompile.executor.cost_model import Samples
 if TYPE_CHECKING:
     from fpcompile.executor.program import Program
 
-FORMAT = "fpcompile-costs-1"
+FORMAT = "fpcompile-costs-2"
 VARIABLE = "FPCOMPILE_CACHE"
 _log = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from fpcompile.errors import InvalidInputError, UsageError
 from fpcompile.executor import inputs as checks
 from fpcompile.executor.attend import attend, attend_tile, write
 from fpcompile.executor.call import Call
+from fpcompile.executor.experts import divisions
 from fpcompile.executor.inputs import Group, Layout
 from fpcompile.executor.kv import pad_layers, read_cache, write_cache
 from fpcompile.executor.program import Program
@@ -148,7 +149,11 @@ class PackedProgram(Program):
         self._forward = inspect.signature(type(captured.model).forward).parameters
         super().__init__(
             partitioned.plan,
-            build_stages(partitioned.plan, functools.partial(_bind, partitioned, captured, weights)),
+            build_stages(
+                partitioned.plan,
+                functools.partial(_bind, partitioned, captured, weights),
+                divisions(captured),
+            ),
             weights,
             WeightWatch(model),
             config=captured.model.config,

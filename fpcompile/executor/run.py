@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fpcompile.errors import InternalError, UsageError
+from fpcompile.executor.experts import with_range
 from fpcompile.executor.faults import segment_error
 from fpcompile.executor.kv import KV, kv_bytes
 from fpcompile.executor.schedule import Launch
@@ -169,9 +170,14 @@ class Run:
             for name, axis in stage.inputs
         }
         for step in stage.steps:
+            if launch.head_stop:
+                step = with_range(step, launch, self.partial)
             outputs = self._call(stage, step, [local[n] for n in step.part.inputs], lengths)
-            local.update(zip(step.part.outputs, outputs, strict=True))
+            names = step.part.outputs if outputs else ()  # none before the last range of experts
+            local.update(zip(names, outputs, strict=True))
         for name, axis in stage.outputs:
+            if name not in local:
+                continue
             whole = self.partial.get(name)
             if whole is None:
                 whole = _room(local[name], axis, self.call.lengths[stage.over])

@@ -7,6 +7,11 @@ rows and groups of key/value heads.
 
 Row blocks of attention are multiples of 512 where the budget allows: there the tiles give the bits of the
 whole on CPU; smaller blocks agree to rounding (measured, see docs/design.md).
+
+Experts are tiled over ranges of tokens, or over ranges of tokens and of experts where that is predicted to
+cost less: every range of tokens reads the weights of all experts that it chooses, a range of experts its own
+only. Which rows an expert is given is not known before; a plan allows for twice its share. Ranges of experts
+give the bits of one call (:mod:`fpcompile.models.division`).
 """
 
 from __future__ import annotations
@@ -20,6 +25,8 @@ from typing import Protocol
 from fpcompile.executor.stages import Stage
 
 MIN_ROWS = 64
+SKEW = 2.0  # times its share of the rows that an expert may be given for its range to keep the budget
+_WORTH = 1.1  # ranges of tokens that cost no more than this times ranges of experts are preferred
 EXACT_ROWS = 512
 
 
@@ -28,7 +35,7 @@ class Launch:
     """Whole stages ``first`` to ``last`` (exclusive), or one tile of stage ``first``.
 
     A tile covers ``start`` to ``stop`` (tokens, rows, or positions within sequence group ``group``) and the
-    key/value heads ``head_start`` to ``head_stop``; ``final`` marks the last tile of its stage.
+    key/value heads (or experts) ``head_start`` to ``head_stop``; ``final`` marks the last tile of its stage.
     """
 
     first: int
@@ -105,6 +112,8 @@ def by_budget(
         if cost > seconds and stage.over and begun == i and not stage.bound:
             if stage.over == "attention":
                 tiles = _attention_tiles(i, shape, costs, seconds, kv_heads[i])
+            elif stage.over == "tokens" and stage.experts:
+                tiles = _expert_tiles(i, stage.experts, shape, costs, seconds)
             else:
                 tiles = _row_tiles(i, stage.over, shape, costs, seconds)
             if len(tiles) > 1:
@@ -125,7 +134,9 @@ def launch_seconds(
         return sum(_stage_seconds(i, shape, costs) for i in range(launch.first, launch.last))
     size = launch.stop - launch.start
     if stages[index].over != "attention":
-        return costs.stage(index, tokens=size, rows=size, context=size)
+        experts = launch.head_stop - launch.head_start
+        share = min(1.0, SKEW * experts / stages[index].experts) if experts else 1.0
+        return share * costs.stage(index, tokens=size, rows=size, context=size)
     batch, length, context = shape.groups[launch.group]
     share = (launch.head_stop - launch.head_start) / kv_heads[index] if kv_heads[index] else 1.0
     visible = context - length + launch.stop
@@ -148,6 +159,36 @@ def _row_tiles(index: int, over: str, shape: Shape, costs: StageCosts, seconds: 
     while units > 1 and cost(max(b - a for a, b in _ranges(total, MIN_ROWS * units))) > seconds:
         units -= 1  # the remainder made the last tile too long
     return _final([Launch(index, index + 1, a, b, final=False) for a, b in _ranges(total, MIN_ROWS * units)])
+
+
+def _expert_tiles(index: int, experts: int, shape: Shape, costs: StageCosts, seconds: float) -> list[Launch]:
+    """Ranges of tokens, or ranges of experts over ranges of tokens that are as long as one expert allows."""
+
+    def cost(n: int) -> float:
+        return costs.stage(index, tokens=n, rows=n, context=n)
+
+    by_rows = _row_tiles(index, "tokens", shape, costs, seconds)
+    most = math.ceil(shape.tokens / MIN_ROWS)
+    units = max(1, _largest(lambda k: SKEW * cost(min(MIN_ROWS * k, shape.tokens)) / experts, seconds, most))
+    ranges = _ranges(shape.tokens, MIN_ROWS * units)
+    longest = max(cost(b - a) for a, b in ranges)
+    if units > 1 and SKEW * longest > seconds * experts:  # the remainder made the last range too long
+        ranges = _ranges(shape.tokens, MIN_ROWS * (units - 1))
+        longest = max(cost(b - a) for a, b in ranges)
+    group = max(1, min(experts, int(seconds * experts / (SKEW * longest))))
+    sizes = [t.stop - t.start for t in by_rows]
+    if group == experts or (
+        max(map(cost, sizes)) <= seconds
+        and sum(map(cost, sizes)) <= _WORTH * sum(cost(b - a) for a, b in ranges)
+    ):
+        return by_rows
+    return _final(
+        [
+            Launch(index, index + 1, a, b, 0, first, min(first + group, experts), final=False)
+            for a, b in ranges
+            for first in range(0, experts, group)
+        ]
+    )
 
 
 def _attention_tiles(index: int, shape: Shape, costs: StageCosts, seconds: float, heads: int) -> list[Launch]:

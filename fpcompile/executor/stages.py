@@ -2,7 +2,8 @@
 
 A *stage* is a run of consecutive parts of one segment that are executed on the same ranges of tokens (or of
 kept rows), or a single part that is executed whole, or an attention call. A launch executes whole stages,
-or one tile of one stage (:mod:`fpcompile.executor.schedule`).
+or one tile of one stage (:mod:`fpcompile.executor.schedule`). Experts that can be executed in ranges are a
+stage of their own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from fpcompile.ir import Part, PartKind, Plan, Segment
+from fpcompile.models.division import Division
 
 if TYPE_CHECKING:
     from fpcompile.executor.run import Run
@@ -27,13 +29,14 @@ class Step:
 
     ``function`` takes the run, the part's input values (a list that it may empty, to give memory back
     early) and the lengths to execute it at, and returns the values of its outputs; ``names`` are the local
-    names of its nodes, which locate an error.
+    names of its nodes, which locate an error. ``division`` says how experts are executed in ranges.
     """
 
     part: Part
     function: Executable
     names: tuple[str, ...]
     frees: tuple[str, ...]
+    division: Division | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -54,20 +57,33 @@ class Stage:
     bound: bool = False
 
     @property
+    def experts(self) -> int:
+        """How many experts can be executed in ranges; 0 for none."""
+        division = self.steps[0].division if self.steps else None
+        return 0 if division is None else division.experts
+
+    @property
     def key(self) -> tuple[str, ...]:
         """What decides the stage's time at given lengths: its callables."""
         return tuple(s.part.function for s in self.steps)
 
 
-def build_stages(plan: Plan, bind: Callable[[Part], tuple[Executable, tuple[str, ...]]]) -> tuple[Stage, ...]:
-    """All stages of a plan, in order; ``bind`` gives a part's executable and local names."""
+def build_stages(
+    plan: Plan,
+    bind: Callable[[Part], tuple[Executable, tuple[str, ...]]],
+    division: Callable[[Part], Division | None] = lambda part: None,
+) -> tuple[Stage, ...]:
+    """All stages of a plan, in order; ``bind`` gives a part's executable and local names, ``division`` how
+    its experts are executed in ranges, if it has any.
+    """
     stages: list[Stage] = []
     for segment in plan.segments:
-        steps = [Step(p, *bind(p), f) for p, f in zip(segment.parts, _frees(segment), strict=True)]
+        frees = zip(segment.parts, _frees(segment), strict=True)
+        steps = [Step(p, *bind(p), free, division(p)) for p, free in frees]
         while steps:
             over = _over(steps[0].part)
             count = 1
-            while over in ("tokens", "rows") and count < len(steps) and _over(steps[count].part) == over:
+            while over in ("tokens", "rows") and count < len(steps) and _joins(steps[0], steps[count]):
                 count += 1
             stages.append(_stage(segment, tuple(steps[:count]), over, steps[count:]))
             del steps[:count]
@@ -83,6 +99,11 @@ def live_before(plan: Plan, stages: Sequence[Stage]) -> tuple[tuple[str, ...], .
         found.append(needed)
     order = [*plan.inputs, *(name for stage in stages for name, _ in stage.outputs)]
     return tuple(tuple(n for n in order if n in names) for names in reversed(found))
+
+
+def _joins(step: Step, later: Step) -> bool:
+    """Whether two steps are executed on the same ranges."""
+    return _over(step.part) == _over(later.part) and step.division is None is later.division
 
 
 def _over(part: Part) -> str:

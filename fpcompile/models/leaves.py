@@ -21,6 +21,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from fpcompile.models.division import Division, divide
+
 LeafFunction = Callable[[Sequence[Tensor], tuple[int, ...]], tuple[Tensor, ...]]
 
 
@@ -37,7 +39,8 @@ class Leaf:
     """One opaque leaf. ``run(tensors, lengths)`` takes the lengths of the packed sequences, in tokens.
 
     ``flops_per_token`` and ``weight_bytes`` feed the cost model. ``tokenwise`` says that any range of tokens
-    may be computed by itself. Without a ``recipe`` a leaf cannot be saved.
+    may be computed by itself. ``division`` says how its experts may be executed in ranges. Without a
+    ``recipe`` a leaf cannot be saved.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Leaf:
     weight_bytes: int
     tokenwise: bool
     recipe: Recipe | None = None
+    division: Division | None = None
 
 
 @torch.library.custom_op("fpcompile::leaf", mutates_args=())
@@ -101,6 +105,7 @@ def experts_leaf(module: nn.Module, implementation: str, top_k: int) -> Leaf:
         weight_bytes=sum(p.numel() * p.element_size() for p in weights),
         tokenwise=True,
         recipe=Recipe(module, {"implementation": implementation, "top_k": top_k}),
+        division=divide(module, forward, implementation, top_k),
     )
 
 

@@ -128,8 +128,21 @@ def _mount_coverage() -> None:
     app.command("coverage")(command)
 
 
+def _mount_server() -> None:
+    """``fpcompile serve``, which the serving layer brings."""
+    from fpcompile.serving.server.command import serve
+
+    @functools.wraps(serve)
+    def command(*args: Any, **kwargs: Any) -> None:
+        with quiet(), remedied():
+            serve(*args, **kwargs)
+
+    app.command("serve")(command)
+
+
 _mount_benchmarks()
 _mount_coverage()
+_mount_server()
 
 
 def main() -> None:

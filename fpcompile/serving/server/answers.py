@@ -1,0 +1,107 @@
+"""The bodies of answers, as OpenAI's API has them."""
+
+from __future__ import annotations
+
+import base64
+import struct
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["Kind", "Shape", "Usage", "embedding_answer", "model_list"]
+
+Kind = Literal["completion", "chat"]
+
+
+@dataclass(slots=True)
+class Usage:
+    """Tokens counted while they come."""
+
+    prompt: int = 0
+    completion: int = 0
+
+    @property
+    def body(self) -> dict[str, int]:
+        """OpenAI's usage object."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What completions and chat completions differ in. ``id``: of the whole answer."""
+
+    kind: Kind
+    id: str
+    model: str
+    created: int
+
+    @classmethod
+    def new(cls, kind: Kind, request_id: str, model: str) -> Shape:
+        """For an answer that begins now."""
+        prefix = "cmpl" if kind == "completion" else "chatcmpl"
+        return cls(kind, f"{prefix}-{request_id}", model, int(time.time()))
+
+    def whole(self, texts: Sequence[tuple[str, str]], usage: Usage) -> dict[str, Any]:
+        """An answer that is not streamed; ``texts``: (text, finish reason) of each choice."""
+        choices: list[dict[str, Any]] = []
+        for index, (text, reason) in enumerate(texts):
+            choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
+            if self.kind == "chat":
+                choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+            else:
+                choice["text"] = text
+            choices.append(choice)
+        name = "chat.completion" if self.kind == "chat" else "text_completion"
+        return {**self._head(name), "choices": choices, "usage": usage.body}
+
+    def first(self, index: int) -> dict[str, Any] | None:
+        """The chunk that says who speaks, if there is one."""
+        return self._chunk(index, {"role": "assistant", "content": ""}, None) if self.kind == "chat" else None
+
+    def piece(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
+        """A chunk with text; the last of a choice has the finish reason."""
+        if self.kind == "chat":
+            return self._chunk(index, {"content": text} if text else {}, reason)
+        choice = {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
+        return {**self._head("text_completion"), "choices": [choice]}
+
+    def counts(self, usage: Usage) -> dict[str, Any]:
+        """The last chunk, where it was asked for."""
+        name = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
+        return {**self._head(name), "choices": [], "usage": usage.body}
+
+    def _chunk(self, index: int, delta: dict[str, Any], reason: str | None) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": None}
+        return {**self._head("chat.completion.chunk"), "choices": [choice]}
+
+    def _head(self, name: str) -> dict[str, Any]:
+        return {"id": self.id, "object": name, "created": self.created, "model": self.model}
+
+
+def embedding_answer(
+    model: str, vectors: Sequence[bytes], tokens: int, form: Literal["float", "base64"]
+) -> dict[str, Any]:
+    """``vectors``: little-endian float32."""
+
+    def written(vector: bytes) -> str | list[float]:
+        if form == "base64":
+            return base64.b64encode(vector).decode("ascii")
+        return list(struct.unpack(f"<{len(vector) // 4}f", vector))
+
+    data = [
+        {"object": "embedding", "index": index, "embedding": written(vector)}
+        for index, vector in enumerate(vectors)
+    ]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": data, "model": model, "usage": usage}
+
+
+def model_list(names: Sequence[str], created: int) -> dict[str, Any]:
+    """``GET /v1/models``."""
+    data = [{"id": name, "object": "model", "created": created, "owned_by": "fpcompile"} for name in names]
+    return {"object": "list", "data": data}

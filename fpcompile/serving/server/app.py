@@ -1,0 +1,50 @@
+"""The application: a :class:`Front` behind FastAPI, with the gate outside of everything."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
+
+from fpcompile.serving.server.failures import api_error, error_response, install_handlers
+from fpcompile.serving.server.front import Front
+from fpcompile.serving.server.gate import Gate
+from fpcompile.serving.server.models import load_tokenizer
+from fpcompile.serving.server.routes import add_routes
+from fpcompile.serving.server.settings import ServerSettings
+
+__all__ = ["make_app"]
+
+
+def make_app(settings: ServerSettings, tokenizers: Mapping[str, Any] | None = None) -> FastAPI:
+    """The application, which starts the worker when it starts and ends it when it ends.
+
+    ``tokenizers`` by model name: given, or loaded here. ``app.state.front`` is the state of the server.
+    """
+    if tokenizers is None:
+        tokenizers = {spec.name: load_tokenizer(spec) for spec in settings.engine.models}
+    front = Front(settings, tokenizers)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        front.link.start()
+        try:
+            yield
+        finally:
+            await front.close()
+
+    app = FastAPI(title="fpcompile", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.front = front
+    install_handlers(app)
+
+    async def defect(request: Request, error: Exception) -> Response:
+        return error_response(api_error(error))
+
+    app.add_exception_handler(Exception, defect)
+    app.add_middleware(Gate, body_bytes=settings.limits.body_bytes)
+    add_routes(app, front)
+    return app

@@ -1,0 +1,246 @@
+"""What the worker serves from: models, programs and one engine, made from the settings.
+
+One engine holds every model, so that language models and embedders share one bound on blocking time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from transformers import GenerationConfig
+
+from fpcompile.api import segment
+from fpcompile.engine.engine import Engine
+from fpcompile.engine.handle import Handle
+from fpcompile.errors import InvalidInputError
+from fpcompile.serving.server.messages import Embed, Facts, Generate, Sampling, Terms
+from fpcompile.serving.server.models import build_model, kind_of, load_config
+from fpcompile.serving.server.sampling import config_for, processors_for
+from fpcompile.serving.server.settings import EngineSettings, ModelSpec
+
+__all__ = ["EngineBackend", "Gate", "build", "pooled"]
+
+_WARM = 16  # tokens of the prompts that warm a program up
+
+
+@final
+class Gate:
+    """The engine's hook behind each launch: adds up device time, and holds the device while it is closed."""
+
+    def __init__(self) -> None:
+        self.busy = 0.0
+        self._open = threading.Event()
+        self._open.set()
+
+    def __call__(self, run: object, segment: object, start: float, end: float) -> None:
+        """Called by the device thread; times in seconds."""
+        self.busy += end - start
+        if not self._open.is_set():
+            self._open.wait()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the device is held."""
+        return not self._open.is_set()
+
+    def close(self) -> None:
+        """Hold the device at the next cut; what runs is kept as it is."""
+        self._open.clear()
+
+    def open(self) -> None:
+        """Let it go on."""
+        self._open.set()
+
+
+@final
+class EngineBackend:
+    """The engine, the facts of its models, and how requests become submissions."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        gate: Gate,
+        facts: Mapping[str, Facts],
+        generation: Mapping[str, GenerationConfig],
+        pooling: Mapping[str, str],
+    ) -> None:
+        self.engine, self.gate, self.facts = engine, gate, facts
+        self._generation, self._pooling = generation, pooling
+
+    def generate(self, ask: Generate) -> Handle:
+        """Submit; tokens come from the handle."""
+        config = config_for(
+            self._generation[ask.program],
+            ask.sampling,
+            ask.max_new_tokens,
+            self.facts[ask.program].vocabulary,
+        )
+        processors = processors_for(ask.sampling, len(ask.ids))
+        return self.engine.submit(
+            torch.tensor([ask.ids]),
+            program=ask.program,
+            request_id=ask.id,
+            generation_config=config,
+            max_new_tokens=ask.max_new_tokens,
+            seed=ask.sampling.seed,
+            logits_processor=processors or None,
+            tbt_slo=ask.terms.tbt_slo,
+            **_terms(ask.terms),
+        )
+
+    def embed(self, ask: Embed) -> Handle:
+        """Submit; the vector is :meth:`vector` of the result."""
+        return self.engine.submit(
+            torch.tensor([ask.ids]), program=ask.program, request_id=ask.id, **_terms(ask.terms)
+        )
+
+    def vector(self, program: str, output: Any) -> bytes:
+        """The vector of a result: little-endian float32, of length 1."""
+        vector = pooled(output.last_hidden_state, self._pooling[program])
+        values: bytes = vector.cpu().numpy().astype("<f4").tobytes()
+        return values
+
+    def statistics(self) -> dict[str, Any]:
+        """Counts of the engine, and seconds of device time so far."""
+        s = self.engine.statistics()
+        return {
+            "running": s.running,
+            "waiting": s.waiting,
+            "paused": s.paused,
+            "paused_bytes": s.paused_bytes,
+            "preemptions": s.preemptions,
+            "blocking": s.blocking,
+            "prediction_count": s.prediction_error.count,
+            "prediction_error": s.prediction_error.mean_absolute,
+            "busy": self.gate.busy,
+        }
+
+    def health(self) -> tuple[bool, str]:
+        """What the engine's watchdog says; a device that is held on purpose is well."""
+        if self.gate.closed:
+            return True, "paused"
+        health = self.engine.health()
+        return health.healthy, health.reason
+
+    def pause(self) -> None:
+        """Hold the device; what is live is kept."""
+        self.gate.close()
+
+    def resume(self) -> None:
+        """Go on."""
+        self.gate.open()
+
+    def close(self) -> None:
+        """End the engine; what is live is cancelled."""
+        self.gate.open()
+        self.engine.close(drain=False, timeout=10.0)
+
+
+def _terms(terms: Terms) -> dict[str, Any]:
+    return {
+        "ttft_slo": terms.ttft_slo,
+        "arrival": terms.arrival,
+        "tenant": terms.tenant,
+        "slo_class": terms.slo_class,
+        "timeout": terms.timeout,
+    }
+
+
+def pooled(hidden: torch.Tensor, how: str) -> torch.Tensor:
+    """One vector of length 1, ``[width]`` in fp32, out of ``hidden [1, tokens, width]``."""
+    states = hidden[0].float()
+    vector = states.mean(0) if how == "mean" else states[0 if how == "cls" else -1]
+    return torch.nn.functional.normalize(vector, dim=0)
+
+
+def build(settings: EngineSettings) -> EngineBackend:
+    """Load, compile and warm everything. Raises typed errors."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    device = _device(settings.device)
+    programs, facts, generation, pooling = {}, {}, {}, {}
+    for spec in settings.models:
+        config = load_config(spec)
+        kind = kind_of(spec, config)
+        dtype = None if settings.dtype in (None, "auto") else getattr(torch, settings.dtype or "")
+        model = build_model(spec, kind, config, device, dtype)
+        programs[spec.name] = segment(
+            model,
+            granularity=settings.granularity,
+            max_blocking_ms=settings.max_blocking_ms,
+            weights=settings.weights,
+            backend=settings.backend,
+        )
+        longest = getattr(model.config, "max_position_embeddings", None)
+        embeddings: Any = model.get_input_embeddings()
+        vocabulary = int(embeddings.weight.shape[0])
+        if kind == "generate":
+            generation[spec.name] = model.generation_config
+            facts[spec.name] = Facts(kind, vocabulary, longest)
+        else:
+            pooling[spec.name] = settings.pooling or _pooling_of(spec)
+            facts[spec.name] = Facts(kind, vocabulary, longest, int(model.config.hidden_size))
+    gate = Gate()
+    engine = Engine(
+        programs,
+        policy=settings.policy,
+        max_blocking_ms=settings.max_blocking_ms,
+        on_segment=gate,
+        record_timeline=False,
+        **settings.options,
+    )
+    backend = EngineBackend(engine, gate, facts, generation, pooling)
+    try:
+        _warm(backend)
+    except BaseException:
+        engine.close(drain=False)
+        raise
+    return backend
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise InvalidInputError("unknown device", expected="auto, cpu, cuda or cuda:N", got=name) from error
+
+
+def _pooling_of(spec: ModelSpec) -> str:
+    """What a folder of sentence-transformers says; mean without one."""
+    path = Path(spec.source).expanduser() / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return "mean"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    if fields.get("pooling_mode_cls_token"):
+        return "cls"
+    return "last" if fields.get("pooling_mode_lasttoken") else "mean"
+
+
+def _warm(backend: EngineBackend) -> None:
+    """One short request to every model, two new tokens: what compiles or allocates lazily does it now."""
+    arrival = backend.engine.now()
+    for name, facts in backend.facts.items():
+        ids = (1,) * min(_WARM, facts.max_tokens or _WARM)
+        terms = Terms(arrival)
+        if facts.kind == "generate":
+            sampling = Sampling(temperature=0, ignore_eos=True)
+            backend.generate(Generate(f"warm-{name}", name, ids[:-2] or ids, 2, sampling, terms)).result()
+            continue
+        output = backend.embed(Embed(f"warm-{name}", name, ids, terms)).result()
+        if not hasattr(output, "last_hidden_state"):
+            raise InvalidInputError(
+                f"model {name!r} has no vectors",
+                expected="a model that gives last_hidden_state",
+                got=type(output).__name__,
+            )
+        vector = backend.vector(name, output)
+        if not math.isfinite(sum(memoryview(vector).cast("f"))):
+            raise InvalidInputError(f"model {name!r} gives no finite vectors", got="NaN or inf")

@@ -1,0 +1,125 @@
+"""What every request passes first: its id and trace, its size, its line in the log.
+
+An ASGI middleware, outside of everything else. The body is read here, up to the limit, and passed on whole;
+the time of arrival, which deadlines count from, is when it is complete: a client that sends slowly gains
+nothing. The log has no prompts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from typing import Any, Final, final
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fpcompile.serving.server.failures import ApiError, error_response
+
+__all__ = ["Gate", "trace_of"]
+
+access = logging.getLogger("fpcompile.server.access")
+
+_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_TRACE: Final = re.compile(
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
+)
+_BODY_S: Final = 60.0  # seconds in which a body must have come
+
+
+def trace_of(header: str | None) -> str | None:
+    """The trace id of a W3C ``traceparent`` header; None when there is none or it is not valid."""
+    found = _TRACE.fullmatch(header or "")
+    return found.group(1) if found else None
+
+
+@final
+class Gate:
+    """The middleware. ``request.state`` gets ``request_id`` (the client's, if it names one), ``unique``
+    (ours), ``arrival`` and ``facts`` (for the log)."""
+
+    def __init__(self, app: ASGIApp, *, body_bytes: int) -> None:
+        self._app, self._limit = app, body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun = time.monotonic()
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id") or ""
+        name = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        facts: dict[str, Any] = {"trace": trace_of(headers.get("traceparent"))}
+        status = 0
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = name
+            await send(message)
+
+        scope.setdefault("state", {}).update(request_id=name, unique=uuid.uuid4().hex, facts=facts)
+        try:
+            body = await self._body(headers, receive)
+            scope["state"]["arrival"] = time.monotonic()
+            await self._app(scope, _Replay(body, receive), answer)
+        except ApiError as error:
+            await error_response(error)(scope, receive, answer)
+        except asyncio.CancelledError:
+            facts["gone"] = True
+            raise
+        finally:
+            _log(scope, name, status, time.monotonic() - begun, facts)
+
+    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+        length = headers.get("content-length", "")
+        if length.isascii() and length.isdigit() and int(length[:20]) > self._limit:
+            raise self._too_large()
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(_BODY_S):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ApiError(400, "the client went away before the body was complete")
+                    part = message.get("body", b"")
+                    size += len(part)
+                    if size > self._limit:
+                        raise self._too_large()
+                    parts.append(part)
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
+        except TimeoutError:
+            raise ApiError(408, f"the body did not come within {_BODY_S:g} s", code="timeout") from None
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"the body is larger than {self._limit} bytes", code="body_too_large")
+
+
+@final
+class _Replay:
+    """Gives the body once, then what the server gives: the news that the client is gone."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._body: bytes | None = body
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        return await self._receive()
+
+
+def _log(scope: Scope, name: str, status: int, seconds: float, facts: dict[str, Any]) -> None:
+    if not access.isEnabledFor(logging.INFO):
+        return
+    path = scope["path"].encode("ascii", "backslashreplace").decode("ascii").replace("\n", "\\n")[:200]
+    known = " ".join(f"{key}={value}" for key, value in facts.items() if value is not None)
+    client = (scope.get("client") or ("-",))[0]
+    access.info("%s %s %s %d %.3f s id=%s %s", client, scope["method"], path, status, seconds, name, known)

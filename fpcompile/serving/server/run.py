@@ -1,0 +1,108 @@
+"""Run the server: uvicorn around the application, and a graceful end.
+
+On SIGTERM or SIGINT no connection is taken any more, and what is live may finish within ``drain_timeout``
+seconds; what is live then is told that the server ends. A second SIGINT ends at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from types import FrameType
+from typing import Any, final
+
+import uvicorn
+
+from fpcompile.errors import UsageError
+from fpcompile.serving.server.app import make_app
+from fpcompile.serving.server.front import Front
+from fpcompile.serving.server.settings import ServerSettings
+
+__all__ = ["Server", "serve"]
+
+logger = logging.getLogger("fpcompile.server")
+
+
+@final
+class Server(uvicorn.Server):
+    """uvicorn's server that drains the front before it ends."""
+
+    def __init__(self, settings: ServerSettings, app: Any) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                lifespan="on",
+                timeout_graceful_shutdown=round(settings.drain_timeout) + 5,
+            )
+        )
+        self.front: Front = app.state.front
+        self._drain_s = settings.drain_timeout
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Bind, then say where."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        for server in self.servers if self.started else []:
+            for sock in server.sockets:
+                host, port = sock.getsockname()[:2]
+                logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal: begin to drain; another SIGINT: end at once.
+
+        Unlike uvicorn's, the process does not then kill itself with the signal: a drained server ends well.
+        """
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self.should_exit = True
+        if not self.front.draining:
+            self.front.draining = True
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        logger.info("draining: %d requests are live, at most %g s", self.front.link.live, self._drain_s)
+        assert self._loop is not None
+        self._loop.call_later(self._drain_s, self.front.drain_is_over)
+
+
+async def _run(settings: ServerSettings) -> str | None:
+    """Serve until a signal; why the engine could not start, if it could not."""
+    app = make_app(settings)
+    server = Server(settings, app)
+    front: Front = app.state.front
+
+    async def watch() -> None:
+        await asyncio.sleep(0)
+        while not server.started:
+            await asyncio.sleep(0.02)
+        await front.link.settled()
+        if front.link.state == "ready":
+            logger.info("ready: %s", ", ".join(f"{n} ({f.kind})" for n, f in front.link.facts.items()))
+        elif not front.draining:
+            server.handle_exit(signal.SIGTERM, None)
+
+    watching = asyncio.create_task(watch())
+    try:
+        await server.serve()
+    finally:
+        watching.cancel()
+    return front.link.unready
+
+
+def serve(settings: ServerSettings) -> None:
+    """Serve until a signal says otherwise. Raises :class:`UsageError` when the engine cannot be made."""
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    reason = asyncio.run(_run(settings))
+    if reason is not None:
+        raise UsageError("the engine cannot be made", got=reason)

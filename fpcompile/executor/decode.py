@@ -30,7 +30,7 @@ from typing import Any, Final, Protocol, final, runtime_checkable
 import torch
 from torch import Tensor
 
-from fpcompile.errors import InternalError, InvalidInputError
+from fpcompile.errors import InvalidInputError
 from fpcompile.executor.cost_model import CostModel
 from fpcompile.executor.inputs import Group, Layout
 from fpcompile.executor.kv import KV, GrowingKV, kv_bytes
@@ -241,13 +241,16 @@ def rounded_up(length: int) -> int:
 
 def packed_decoder(program: PackedProgram) -> PackedDecoder:
     """The decoder of a program; raises :class:`InvalidInputError` when its model does not generate."""
-    model = program.bindings.model
+    check_generates(program.bindings.model)
+    return PackedDecoder(program)
+
+
+def check_generates(model: Any) -> None:
+    """Raise :class:`InvalidInputError` unless transformers' ``generate`` takes ``model``."""
     if not getattr(model, "can_generate", lambda: False)():
         raise InvalidInputError(
             f"{type(model).__name__} does not generate",
             expected="a model with a language modelling head, for which model.can_generate() is True",
-            got="no generate method",
+            got="another one",
+            remedy="leave out max_new_tokens and generation_config: that is one forward pass",
         )
-    if not program.attention:
-        raise InternalError("a packed program without attention calls", got=type(model).__name__)
-    return PackedDecoder(program)

@@ -40,6 +40,7 @@ from fpcompile.passes.lower import lower
 
 if TYPE_CHECKING:
     from fpcompile.executor.checkpoint import Checkpoint
+    from fpcompile.executor.decode import Decoder
 
 
 @final
@@ -212,6 +213,7 @@ class GenericProgram(Program):
         self.notes = notes
         self.variants: list[Variant] = []
         self._lock = threading.Lock()
+        self._decoder: Decoder | None = None
         self.config = getattr(model, "config", None)
         parameter = next(model.parameters(), None)
         self.device = torch.device("cpu") if parameter is None else parameter.device
@@ -241,11 +243,19 @@ class GenericProgram(Program):
     def max_tokens(self) -> int | None:
         """``max_position_embeddings`` of the configuration, None when it has none."""
         limit = getattr(self.config, "max_position_embeddings", None)
-        return int(limit) if limit else None
+        return int(limit) if limit and limit > 0 else None
 
     def kv_heads(self) -> Sequence[int]:
         """No stage is an attention call of the executor."""
         return [0] * len(self.stages)
+
+    def decoder(self) -> Decoder:
+        """How it continues sequences; raises :class:`InvalidInputError` when the model does not generate."""
+        from fpcompile.executor.decode_generic import generic_decoder
+
+        if self._decoder is None:
+            self._decoder = generic_decoder(self)
+        return self._decoder
 
     def _variant(
         self, tree: tuple[tuple[Any, ...], dict[str, Any]]

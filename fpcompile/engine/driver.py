@@ -33,8 +33,9 @@ from fpcompile.engine.errors import SchedulerFailedError, twin
 from fpcompile.engine.health import Launching, Watchdog
 from fpcompile.engine.inbox import Inbox
 from fpcompile.engine.loads import UNFINISHED, Load, alone, pack, step
+from fpcompile.engine.memory import Memory
 from fpcompile.engine.metrics import Ended, Ticket
-from fpcompile.engine.pilot import Ending, Pilot
+from fpcompile.engine.pilot import Ending, Landing, Pilot
 from fpcompile.engine.prices import Prices, launch_of
 from fpcompile.engine.programs import Programs
 from fpcompile.engine.recorder import Recorder, joined
@@ -58,10 +59,12 @@ from fpcompile.scheduler.events import (
     Command,
     Completed,
     Event,
+    Evict,
     Failed,
     Launch,
     Pause,
     Reject,
+    Restore,
     SetTimer,
     Timer,
     Yielded,
@@ -91,6 +94,8 @@ class _Flight:
     requested: float | None = None
     made: int = 0
     lends: bool = False
+    error: Exception | None = None
+    """Why it cannot be brought back to the device."""
 
 
 class Driver:
@@ -106,6 +111,7 @@ class Driver:
         prices: Prices,
         clock: Callable[[], float],
         decoding: DecodeOptions,
+        memory: Memory,
         max_blocking: float | None = None,
         recorder: Recorder | None = None,
         on_segment: Hook | None = None,
@@ -120,6 +126,7 @@ class Driver:
         self.watchdog = Watchdog(clock, self._launching)
         self.counts = Counts()
         self.prices = prices
+        self.memory = memory
         self.recorder = recorder
         self.lane = Lane(
             self.pilot, decoding, programs.names, clock=clock, finish=self._finish, recorder=recorder
@@ -184,6 +191,7 @@ class Driver:
             decoding_bytes=sum(t.generation.nbytes for t in live if t.generation is not None),
             tokens=self.lane.tokens,
             error=self.prices.error,
+            memory=self.memory.statistics(),
         )
 
     def cancel_all(self) -> None:
@@ -238,6 +246,7 @@ class Driver:
                 got=str(sorted(self._known)),
             )
         self.lane.validate()
+        self.memory.validate(self.core.memory.free)
 
     # ---- the flight
 
@@ -249,7 +258,11 @@ class Driver:
         flight.begun, flight.made, flight.lends = self.clock(), 0, False
         if self.recorder is not None:
             self.recorder.lanes = tuple(ticket.id for ticket in load.tickets)
-        landing = self.pilot.fly(load.run, stop, limit, cost=load.cost, gives_back=last)
+        landing = (
+            Landing(Ending.FAILED, error=flight.error)
+            if flight.error is not None
+            else self.pilot.fly(load.run, stop, limit, cost=load.cost, gives_back=last)
+        )
         now = self.clock()
         self.watchdog.at_cut(now)
         load.executed += now - flight.begun  # without what a host does between two turns
@@ -336,10 +349,11 @@ class Driver:
         served = load.served
         if not served:
             load.release()
+            self.memory.release(load.tickets)
         if not served or self._has_device(load):
             return
         load.run.suspend()
-        nbytes = load.run.live_bytes + load.run.kv_bytes
+        nbytes = self.memory.paused(load)
         next_one = self._flight.load.name if self._flight is not None else None
         self.counts.preemptions += 1
         for ticket in served:
@@ -348,12 +362,15 @@ class Driver:
             journal.preempted(ticket, next_one)
             if self.recorder is not None:
                 self.recorder.preempted(ticket, now)
+        if self.memory.over:
+            self.memory.relieve(self.core.last_first(self._now()))
 
     def _failed(self, load: Load, error: Exception) -> None:
         """The run raised: that ends everybody in it, each with an error of its own."""
         for number, ticket in enumerate(load.served):
             self._finish(ticket, "failed", error=twin(error) if number else error)
         load.release()
+        self.memory.release(load.tickets)
         reason = f"{type(error).__name__}: {error}"
         self._hear(Failed(self._now(), load.name, reason), landed=load.tickets)
 
@@ -370,9 +387,11 @@ class Driver:
                 self._finish(ticket, "failed", error=result)
             elif ticket.generation is not None:
                 del self._known[ticket.id]
+                self.memory.completed(ticket)
                 self.lane.adopt(ticket, result)
             else:
                 self._finish(ticket, "completed", result)
+        self.memory.release([ticket for ticket in load.tickets if ticket not in going_on])
         ended = Yielded if going_on else Completed
         self._hear(ended(self._now(), load.name), landed=load.tickets)
         for ticket in going_on:
@@ -471,6 +490,10 @@ class Driver:
             self._finish(self._known[command.request], "rejected", error=error)
         elif isinstance(command, SetTimer):
             self._timer = command.time
+        elif isinstance(command, Evict):
+            self.memory.evict(command.run)
+        elif isinstance(command, Restore):
+            pass  # its Launch follows: that brings back whatever is not there
         else:
             raise InternalError("a command that this engine does not know", got=repr(command))
 
@@ -484,9 +507,21 @@ class Driver:
                 self.registry.started()
                 if ticket.ready is not None:
                     self.pilot.take(ticket.run, ticket.ready)
+                self.memory.seat(ticket)
             ticket.launched(now, tickets)
             journal.launched(ticket)
-        self._flight = _Flight(self._load(command, tickets), command.max_segments, now)
+        load = self._load(command, tickets)
+        self._flight = _Flight(load, command.max_segments, now, error=self._board(load))
+
+    def _board(self, load: Load) -> Exception | None:
+        """What the run needs is on the device again, or an error that is its own."""
+        try:
+            if self.memory.board(load):
+                load.cost = self.pilot.cost(load.program, load.run)
+        except Exception as error:
+            self.pilot.check(error)
+            return error
+        return None
 
     def _load(self, command: Launch, tickets: list[Ticket]) -> Load:
         """What was launched before under this name, or a new load."""
@@ -537,15 +572,20 @@ class Driver:
         if self.recorder is not None:
             self.recorder.ended(ticket, outcome, now)
         load = ticket.load
-        if outcome != "completed" and (load is None or not load.shared):
+        if outcome == "completed":
+            self.memory.completed(ticket)
+        elif load is None or not load.shared:
             run.release()  # a pack goes on for the others, with the inputs of all
         self._known.pop(ticket.id, None)
         self.lane.drop(ticket)
         self.registry.remove(ticket)
         ticket.end(outcome, now)
         journal.ended(ticket, error)
-        if load is not None and not load.served and not self._has_device(load):
+        if load is None:
+            self.memory.release([ticket])
+        elif not load.served and not self._has_device(load):
             load.release()
+            self.memory.release(load.tickets)
         self.counts.ended[outcome] += 1
         if error is None:
             handle.resolve(value)

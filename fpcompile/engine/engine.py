@@ -36,6 +36,8 @@ from fpcompile.engine.errors import Home
 from fpcompile.engine.generation import DEFAULT_TBT_SLO, Generation, GenerationTerms, begin
 from fpcompile.engine.handle import Handle
 from fpcompile.engine.health import Health
+from fpcompile.engine.memory import Memory
+from fpcompile.engine.memory_options import MemoryOptions
 from fpcompile.engine.metrics import Ticket
 from fpcompile.engine.modes import shape_of
 from fpcompile.engine.prices import PackPredictor, Prices, seconds_left
@@ -45,7 +47,7 @@ from fpcompile.engine.registry import Registry
 from fpcompile.engine.statistics import EngineStatistics
 from fpcompile.engine.terms import Terms
 from fpcompile.engine.thread import let_go, start_device_thread
-from fpcompile.errors import InvalidInputError, UsageError
+from fpcompile.errors import UsageError
 from fpcompile.executor.device import Device, make_device
 from fpcompile.executor.loop import Hook
 from fpcompile.executor.slices import Chunks
@@ -69,8 +71,11 @@ class Engine:
     which ``fpcompile replay`` reads; see :mod:`fpcompile.engine.decisions`. ``tbt_slo``: seconds between
     tokens of requests that name none; ``max_decode_batch``: sequences of one decode step; ``decode_first``:
     whether the time between tokens is kept where that makes a prefill miss its TTFT, or the other way round;
-    see :mod:`fpcompile.engine.decoding`. Further keyword arguments are
-    those of :class:`fpcompile.scheduler.options.SchedulerOptions`.
+    see :mod:`fpcompile.engine.decoding`. ``kv_blocks`` to ``host_memory`` are those of
+    :class:`fpcompile.engine.memory_options.MemoryOptions`: a pool of cache blocks, and bounds on what paused
+    runs hold. ``deterministic`` turns off what changes a request's bits beside others: prefix reuse and
+    shared decode steps; policies that share launches are refused. Further keyword arguments are those of
+    :class:`fpcompile.scheduler.options.SchedulerOptions`.
 
     Raises :class:`UnknownNameError` for an unknown policy, :class:`InvalidInputError` for what is no program,
     for wrong options, and for policies that pack or slice requests where a program is not of the packed
@@ -93,15 +98,30 @@ class Engine:
         tbt_slo: float = DEFAULT_TBT_SLO,
         max_decode_batch: int = 256,
         decode_first: bool = True,
+        kv_blocks: int | Mapping[str, int] | None = None,
+        kv_memory: int | None = None,
+        block_tokens: int = 16,
+        prefix_cache: bool = False,
+        memory_budget: int | None = None,
+        host_memory: int | None = None,
+        deterministic: bool = False,
         **scheduler_options: Any,
     ) -> None:
         self._home = Home()
         self._programs = Programs(programs)
-        self._decoding = DecodeOptions(tbt_slo, max_decode_batch, decode_first)
+        self._decoding = DecodeOptions(tbt_slo, 1 if deterministic else max_decode_batch, decode_first)
+        options = MemoryOptions(
+            kv_blocks=kv_blocks, kv_memory=kv_memory, block_tokens=block_tokens, prefix_cache=prefix_cache,
+            memory_budget=memory_budget, host_memory=host_memory, deterministic=deterministic,
+        )  # fmt: skip
+        device = device or make_device(self._programs.device)
+        self._memory = Memory(device, self._programs, options, clock)
+        if (pool := self._memory.pool) is not None:
+            scheduler_options["kv_blocks"] = pool.blocks.total
         if record is not None:
             check_recordable(policy)
         prices = Prices(self._programs.names)
-        plan = _Plan(policy, scheduler_options, self._programs, prices, recorded=record is not None)
+        plan = _Plan(policy, scheduler_options, self._programs, prices, options, recorded=record is not None)
         self._shape = plan.shape
         self._registry = Registry(max_queue)
         self._recorder = Recorder() if record_timeline else None
@@ -109,11 +129,12 @@ class Engine:
         self._driver = Driver(
             self._programs,
             plan.make_core,
-            device or make_device(self._programs.device),
+            device,
             registry=self._registry,
             prices=prices,
             clock=clock,
             decoding=self._decoding,
+            memory=self._memory,
             max_blocking=None if max_blocking_ms is None else max_blocking_ms / 1e3,
             recorder=self._recorder,
             on_segment=on_segment,
@@ -219,6 +240,7 @@ class Engine:
         generation: Generation | None,
     ) -> Ticket:
         kept = self._shape(run, budget)
+        prompt = self._memory.prompt(name, kept, terms.tenant)
         predicted = seconds_left(program, kept if isinstance(kept, Chunks) else run)
         request = Request(
             id=terms.request_id or self._registry.new_id(),
@@ -230,13 +252,14 @@ class Engine:
             priority=terms.priority,
             tenant=terms.tenant,
             klass=terms.slo_class or name,
+            kv_blocks=prompt.blocks,
         )
         handle = Handle(
             request.id, ask_cancel=self._ask_cancel, home=self._home, generates=generation is not None
         )
         ticket = Ticket(
             request, program=name, run=kept, handle=handle, predicted=predicted, budget=budget,
-            timeout=terms.timeout, generation=generation,
+            timeout=terms.timeout, generation=generation, prompt=prompt,
         )  # fmt: skip
         handle.bind(ticket.snapshot)
         return ticket
@@ -330,6 +353,7 @@ class _Plan:
         options: dict[str, Any],
         programs: Programs,
         prices: Prices,
+        memory: MemoryOptions,
         *,
         recorded: bool,
     ) -> None:
@@ -337,12 +361,7 @@ class _Plan:
         first = programs.names[0]
         self._predictor = PackPredictor(programs[first], prices.correction(first))
         core = self.make_core()
-        if core.options.kv_blocks is not None:
-            raise InvalidInputError(
-                "scheduler option kv_blocks is not supported by this engine",
-                expected="None: each run owns its cache",
-                got=repr(core.options.kv_blocks),
-            )
+        memory.check_policy(core.policy, core.packs)
         self.shape = shape_of(core.policy, core.packs, programs)
 
     def make_core(self) -> Scheduler:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from fpcompile.engine.handle import Handle
+from fpcompile.engine.memory_facts import NOTHING, Prompt
 from fpcompile.scheduler.events import Request
 
 if TYPE_CHECKING:
@@ -42,8 +43,11 @@ class RequestMetrics:
     ``ttft_slo`` and ``deadline`` are inf without a promise. ``predicted_ttft`` is the time that the prompt
     was predicted to take on an idle device. ``preempted_by`` names the requests that got the device, one per
     preemption, ``packed_with`` those with whom it shared a launch. ``numerics``: ``bits`` when the result is
-    that of the request alone to the bit, ``tolerance`` when it shared a launch or was sliced, so that kernels
-    ran at other lengths. ``slo_met`` is None without a promise, before the end, and for cancelled requests.
+    that of the request alone to the bit, ``tolerance`` when it shared a launch, was sliced or began behind a
+    cached prefix, so that kernels ran at other lengths. ``reused_tokens``: tokens of that prefix.
+    ``offloads``: how often it was moved to host memory while it was paused, ``recomputations``: how often it
+    was dropped there and began again, with the same bits. ``slo_met`` is None without a promise, before the
+    end, and for cancelled requests.
 
     Of a request that generates, ``slo_met`` is about its first token. ``tokens_out`` are the tokens so far;
     ``finish_reason`` is ``stop`` behind an end-of-sequence token, ``length`` at ``max_new_tokens``.
@@ -76,6 +80,9 @@ class RequestMetrics:
     tbt_slo: float | None
     tbt_max: float | None
     tbt_mean: float | None
+    reused_tokens: int
+    offloads: int
+    recomputations: int
 
 
 class Ticket:
@@ -83,8 +90,9 @@ class Ticket:
 
     __slots__ = (
         "_launched", "_stopped", "budget", "ended", "executed", "generation", "handle", "load",
-        "packed_with", "paused_bytes", "predicted", "preempted_by", "preemptions", "program", "ready",
-        "request", "run", "shared", "started", "state", "suspended", "timed_out", "timeout",
+        "offloads", "packed_with", "paused_bytes", "predicted", "preempted_by", "preemptions", "program",
+        "prompt", "ready", "recomputations", "request", "reused_tokens", "run", "shared", "started", "state",
+        "suspended", "timed_out", "timeout",
     )  # fmt: skip
 
     def __init__(
@@ -98,6 +106,7 @@ class Ticket:
         budget: float | None = None,
         timeout: float = math.inf,
         generation: Generation | None = None,
+        prompt: Prompt = NOTHING,
     ) -> None:
         self.request = request
         self.program = program
@@ -130,6 +139,9 @@ class Ticket:
         self.packed_with: dict[str, None] = {}
         """Names of those with whom it shared a launch, in order."""
         self.paused_bytes = 0
+        self.prompt = prompt
+        """What it asks of the pool of cache blocks."""
+        self.reused_tokens = self.offloads = self.recomputations = 0
         self._launched = 0.0
         self._stopped = 0.0
 
@@ -217,10 +229,13 @@ class Ticket:
             preempted_by=self.preempted_by,
             packed_with=tuple(self.packed_with),
             slo_met=met,
-            numerics="tolerance" if self.shared else "bits",
+            numerics="tolerance" if self.shared or self.reused_tokens else "bits",
             tokens_out=0 if generation is None else len(generation.tokens),
             finish_reason=None if generation is None else generation.finish_reason,
             tbt_slo=None if generation is None else generation.tbt_slo,
             tbt_max=None if generation is None else generation.tbt_max,
             tbt_mean=None if generation is None else generation.tbt_mean,
+            reused_tokens=self.reused_tokens,
+            offloads=self.offloads,
+            recomputations=self.recomputations,
         )

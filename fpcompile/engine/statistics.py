@@ -12,6 +12,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Final
 
+from fpcompile.engine.memory_facts import MemoryStatistics
 from fpcompile.engine.metrics import Ended
 from fpcompile.errors import InvalidInputError
 from fpcompile.scheduler.predictor import PredictionError
@@ -31,7 +32,8 @@ class EngineStatistics:
     ``paused_bytes`` is what paused runs hold: live values and caches. ``prediction_error`` is of the device
     seconds that were predicted for runs that completed, relative to what they took; each is judged by what
     had been learnt before it. ``decoding_bytes`` is what the sequences of decoding requests hold;
-    ``tokens_generated`` counts those of requests that have ended as well.
+    ``tokens_generated`` counts those of requests that have ended as well. ``memory`` has the rest: what
+    paused runs hold where, and the blocks of the pool.
     """
 
     running: int
@@ -48,6 +50,7 @@ class EngineStatistics:
     decoding: int
     decoding_bytes: int
     tokens_generated: int
+    memory: MemoryStatistics
 
     @property
     def ended(self) -> int:
@@ -85,6 +88,7 @@ class Counts:
         decoding_bytes: int,
         tokens: int,
         error: PredictionError,
+        memory: MemoryStatistics,
     ) -> EngineStatistics:
         """The counts so far."""
         return EngineStatistics(
@@ -102,4 +106,5 @@ class Counts:
             decoding=decoding,
             decoding_bytes=decoding_bytes,
             tokens_generated=tokens,
+            memory=memory,
         )

@@ -3,17 +3,18 @@
 Words
     *block*   a fixed number of tokens in every layer's cache; named by its index.
     *extent*  blocks that lie one behind the other; kernels read an extent without a copy.
-    *key*     names what a full block holds: a digest of all tokens up to its end, of the tenant and the program
-              (:func:`prefix_keys`). Equal keys, equal contents.
-    *used*    held by at least one run; *cached*: held by nobody, but its contents have a key; *free*: the rest.
+    *key*     names what a full block holds: a digest of all tokens up to its end, of the tenant and the
+              program (:func:`prefix_keys`). Equal keys, equal contents.
+    *used*    held by at least one run; *cached*: held by nobody, but with contents that have a key;
+              *free*: the rest.
 
 Typical use
     ``shared = blocks.share(keys)`` then ``mine = blocks.take(n)``; when the run ends
     ``blocks.file(block, key)`` for each full block, and ``blocks.give(shared + mine)``.
 
 Invariants (``validate``)
-    free + used + cached = total. What is cached can always be taken: the least recently used first, the end of
-    a prefix before its beginning. A key names one block. Free extents are sorted, apart and not empty.
+    free + used + cached = total. What is cached can always be taken: the least recently used first, the end
+    of a prefix before its beginning. A key names one block. Free extents are sorted, apart and not empty.
 """
 
 from __future__ import annotations

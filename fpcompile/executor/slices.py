@@ -39,7 +39,7 @@ __all__ = ["Chunks", "Sliced"]
 class Sliced:
     """A run of a packed program that nobody has stepped, to be executed by :meth:`take` and :meth:`put`."""
 
-    __slots__ = ("_keep", "_kv", "_max_blocking_ms", "_order", "_pieces", "_sequences", "at", "call", "run")
+    __slots__ = ("_keep", "_max_blocking_ms", "_order", "_sequences", "at", "caches", "call", "pieces", "run")
 
     def __init__(self, run: Run, max_blocking_ms: float | None = None) -> None:
         call = run.call
@@ -54,15 +54,29 @@ class Sliced:
         """Which of the kept rows, by position."""
         self._keep: list[int] = [kept[i] for i in self._order]
         """Positions whose logits are asked for, in order."""
-        self._pieces: list[Tensor] = []
+        self.pieces: dict[int, Tensor] = {}
+        """Logits of the slices so far, by the token that the slice begins with."""
         self._sequences = [
             (g.start + i * g.length, g.length, g.past) for g in call.layout.groups for i in range(g.batch)
         ]
-        self._kv = [
+        self.caches = self._begun()
+        """The cache of each sequence."""
+
+    def _begun(self) -> list[dict[int, KV]]:
+        return [
             {layer: _part(kv, i) for layer, kv in layers.items()}
-            for group, layers in zip(call.layout.groups, run.kv, strict=True)
+            for group, layers in zip(self.call.layout.groups, self.run.kv, strict=True)
             for i in range(group.batch)
         ]
+
+    @property
+    def contexts(self) -> list[int]:
+        """For each sequence the tokens that its cache will hold."""
+        return [past + length for _, length, past in self._sequences]
+
+    def again(self) -> None:
+        """Back to the beginning; what was computed is dropped."""
+        self.at, self.pieces, self.caches = 0, {}, self._begun()
 
     @property
     def tokens(self) -> int:
@@ -82,12 +96,12 @@ class Sliced:
     @property
     def live_bytes(self) -> int:
         """Bytes of the logits so far."""
-        return sum(piece.nbytes for piece in self._pieces)
+        return sum(piece.nbytes for piece in self.pieces.values())
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of the cache so far."""
-        return kv_bytes(self._kv)
+        return kv_bytes(self.caches)
 
     def shape(self, start: int, stop: int) -> Shape:
         """What a slice from ``start`` to ``stop`` computes."""
@@ -118,7 +132,7 @@ class Sliced:
             use_cache=stop < self.tokens or self.call.use_cache,
         )
         program = self.run.program
-        kv = [dict(self._kv[i]) for _, i in parts]
+        kv = [dict(self.caches[i]) for _, i in parts]
         return Run(
             program, call, values, kv, program.tile_plan(call.shape, self._max_blocking_ms, warn=False)
         )
@@ -127,9 +141,9 @@ class Sliced:
         """The slice that was taken is done."""
         start, stop = self.at, self.at + done.tokens
         if self._rows(start, stop):
-            self._pieces.append(done.values[done.program.plan.output])
+            self.pieces[start] = done.values[done.program.plan.output]
         for (_, i), layers in zip(self._groups(start, stop), done.kv, strict=True):
-            self._kv[i] = layers
+            self.caches[i] = layers
         self.at = stop
 
     def result(self) -> Any:
@@ -139,15 +153,16 @@ class Sliced:
                 "the run is not done", got=f"{self.at} of {self.tokens} tokens", remedy="execute the rest"
             )
         run = self.run
-        packed = self._pieces[0] if len(self._pieces) == 1 else torch.cat(self._pieces, dim=1)
-        self._pieces = []
+        pieces = [piece for _, piece in sorted(self.pieces.items())]
+        packed = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+        self.pieces = {}
         if self._order != sorted(self._order):
             order = torch.tensor(self._order, device=packed.device)
             packed = torch.empty_like(packed).index_copy_(1, order, packed)
         run.values = {run.program.plan.output: packed}
         run.kv, begun = [], 0
         for group in self.call.layout.groups:
-            run.kv.append(_joined(self._kv[begun : begun + group.batch]) if self.call.use_cache else {})
+            run.kv.append(_joined(self.caches[begun : begun + group.batch]) if self.call.use_cache else {})
             begun += group.batch
         run.at = len(run.schedule)
         return run.result()
@@ -158,8 +173,8 @@ class Sliced:
     def release(self) -> None:
         """Drop every tensor."""
         self.run.release()
-        self._pieces = []
-        self._kv = [{} for _ in self._kv]
+        self.pieces = {}
+        self.caches = [{} for _ in self.caches]
 
     def _groups(self, start: int, stop: int) -> list[tuple[Group, int]]:
         """The parts of sequences that lie between ``start`` and ``stop``, and of which sequence each is."""

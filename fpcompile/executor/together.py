@@ -165,6 +165,12 @@ class Together:
         """Drop what can be computed again."""
         self.joined.suspend()
 
+    def again(self) -> None:
+        """Back to the beginning: what was computed is dropped, the members are joined anew when asked for."""
+        if self._joined is not None and all(self._joined is not run for run in self._members):
+            self._joined.release()
+        self._joined = None
+
     def release(self) -> None:
         """Drop every tensor."""
         if self._joined is not None:

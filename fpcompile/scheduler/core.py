@@ -151,6 +151,10 @@ class Scheduler:
         """Runs that are not on the device: waiting, paused or evicted."""
         return len(self.queue)
 
+    def last_first(self, now: float) -> list[str]:
+        """The runs that are not on the device, last in line first: for moving memory. Decides nothing."""
+        return [job.id for job in self.queue.last_first(now)]
+
     @property
     def packs(self) -> bool:
         """Whether several new requests may become one run."""

@@ -119,6 +119,10 @@ class RankingPolicy(Policy, ABC):
         ``views`` holds every waiting and paused run, and the one on the device if there is one.
         """
 
+    def last_first(self, views: Sequence[RequestView], now: float) -> list[str]:
+        """Request ids of these runs, last in line first: for moving memory. Must change nothing."""
+        return [view.request.id for view in sorted(views, key=lambda view: (-view.deadline, -view.sequence))]
+
     def rejects(self) -> list[tuple[str, str]]:
         """(request id, reason) of waiting requests that should not be served; asked after each ranking."""
         return []

@@ -51,6 +51,10 @@ class Queue(ABC):
     def challenger(self, running: Job, now: float) -> Job | None:
         """The run that should have the device instead of ``running``, or None."""
 
+    def last_first(self, now: float) -> list[Job]:
+        """All runs, last in line first, without a decision of the policy."""
+        return list(self.ordered(now))[::-1]
+
     def rejects(self) -> list[tuple[str, str]]:
         """(request id, reason) of requests that the policy gives up."""
         return []
@@ -168,6 +172,10 @@ class RankedQueue(Queue):
     def challenger(self, running: Job, now: float) -> Job | None:
         job = next(self._ranked(now, running), None)
         return None if job is running else job
+
+    def last_first(self, now: float) -> list[Job]:
+        jobs = [self.jobs.get(name) for name in self._policy.last_first(list(self.jobs.values()), now)]
+        return [job for job in jobs if job is not None]
 
     def rejects(self) -> list[tuple[str, str]]:
         return self._policy.rejects()

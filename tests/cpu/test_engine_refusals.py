@@ -87,7 +87,7 @@ def test_wrong_engines_are_refused() -> None:
     assert caught.value.known == tuple(sorted(caught.value.known))
     with pytest.raises(InvalidInputError, match="unknown scheduler option 'max_que_s'"):
         Engine(program, max_que_s=1.0)
-    with pytest.raises(InvalidInputError, match="kv_blocks is not supported"):
+    with pytest.raises(InvalidInputError, match="no program of this engine can have cache blocks"):
         Engine(program, kv_blocks=10)
     with pytest.raises(InvalidInputError, match="max_queue is wrong"):
         Engine(program, max_queue=0)

@@ -55,9 +55,9 @@ def segment(
     its cuts are those of ``"operator"``. ``max_blocking_ms`` bounds the predicted time of every launch at any
     prompt length: small segments are launched together, long ones tile by tile (:class:`BudgetWarning` where
     even the smallest tile takes longer, :class:`BudgetError` with ``strict_budget``); the device is measured
-    for it, a few seconds at the first time (:mod:`fpcompile.executor.cost_cache`). None means one launch for each
-    segment. ``weights="packed"`` keeps a second copy of linear weights in the layout of the CPU's bf16
-    kernel: the same bits, faster, above all for short prompts and tiles; it has no effect elsewhere.
+    for it, a few seconds at the first time (:mod:`fpcompile.executor.cost_cache`). None means one launch
+    for each segment. ``weights="packed"`` keeps a second copy of linear weights in the layout of the CPU's
+    bf16 kernel: the same bits, faster, above all for short prompts and tiles; it has no effect elsewhere.
     ``backend="inductor"`` compiles each distinct function between attention calls once, now, whatever the
     depth (seconds; TorchInductor needs a C++ compiler, on CUDA Triton); what it cannot compile stays eager
     and is named in ``explain()``. Fused code rounds differently: the model's numbers, not its bits.
@@ -67,11 +67,11 @@ def segment(
     inputs are not token ids need them, and with them the generic route is taken. ``dynamic_shapes``, in
     torch.export's conventions, says which of their sizes vary; without it the route keeps batch and lengths
     symbolic where the model allows, and other sizes get a graph of their own when first met. An
-    ``ExportedProgram`` may be passed for the model, a LoRA model of PEFT as well.
-    ``verify`` runs a self-check on the model's own weights: two short sequences, alone and packed, against
-    the unmodified model. The model is left as found and shares its weights with the program: changes in
-    place are seen by later runs (not with ``weights="packed"``), a replaced weight is an error. Forward hooks
-    of the model are part of what is traced: they are called now, with fake tensors, and not in runs.
+    ``ExportedProgram`` may be passed for the model, a LoRA model of PEFT as well. ``verify`` runs a
+    self-check on the model's own weights: two short sequences, alone and packed, against the unmodified
+    model. The model is left as found and shares its weights with the program: changes in place are seen by
+    later runs (not with ``weights="packed"``), a replaced weight is an error. Forward hooks of the model
+    are part of what is traced: they are called now, with fake tensors, and not in runs.
 
     Raises :class:`InvalidInputError` for something that is no evaluating model, :class:`UnknownNameError` for
     an unknown granularity, route, rates or backend, :class:`UsageError` where the backend's compiler is
@@ -125,13 +125,17 @@ def segment(
         )
 
 
-def load(path: str | os.PathLike[str], model: nn.Module, *, verify: bool = True) -> Program:
+def load(
+    path: str | os.PathLike[str], model: nn.Module, *, verify: bool = True, trust_code: bool = False
+) -> Program:
     """The program that :meth:`Program.save` wrote to the folder ``path``, for ``model``. Nothing is traced.
 
     The program has the fingerprint of the one that was saved and gives the same bits; checkpoints move
     between both. ``model`` must be as the one that it was compiled from: class, configuration, dtypes, shapes
     and device, and the versions of torch, transformers and fpcompile; weights may have other values.
-    ``verify`` runs the self-check of :func:`segment`.
+    ``verify`` runs the self-check of :func:`segment`. ``trust_code`` loads the code that a program
+    with ``backend="inductor"`` was saved with, which may do anything: only for a folder that nobody else
+    can write. Without it those functions are compiled again.
 
     Raises :class:`ProgramFileError` where one of these differs, and for a damaged folder.
     """
@@ -140,9 +144,9 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, verify: bool = True)
         inner = _without_adapters(model)
         if not isinstance(inner, PreTrainedModel):
             raise ProgramFileError("the program was saved for another model", got=type(model).__name__)
-        program = load_program(path, inner)
+        program, generated = load_program(path, inner, trust_code=trust_code)
         if verify:
-            self_check(program, model)
+            self_check(generated, model)
     return program
 
 

@@ -64,6 +64,7 @@ class Program(abc.ABC):
         self.watch = watch
         self.config = config
         self.device = device
+        self.device_type = str(device.type)
         self.dtype = dtype
         self.max_blocking_ms = check_budget(max_blocking_ms)
         self.strict_budget = strict_budget
@@ -174,9 +175,10 @@ class Program(abc.ABC):
         """Write the program to the folder ``path``, for :func:`fpcompile.load`; weights are not in it.
 
         The folder appears whole or not at all; an older program there is replaced. It holds data, no code and
-        no pickle: operators are named, and only known ones are read back.
-        Raises :class:`ProgramFileError` for a program of the generic route, one with compiled code
-        (``backend="inductor"``), and a place that is taken by something else.
+        no pickle: operators are named, and only known ones are read back. With ``backend="inductor"`` it
+        holds the compiled code too, which is loaded only for a caller who trusts it.
+        Raises :class:`ProgramFileError` for a program of the generic route, and a place that is taken by
+        something else.
         """
         raise ProgramFileError(
             f"programs of the {self.route} route cannot be saved",

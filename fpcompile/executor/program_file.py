@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -55,9 +56,10 @@ def write_folder(path: Path, head: Mapping[str, Any], files: Mapping[str, bytes]
 
 
 def read_folder(
-    path: Path, names: tuple[str, ...], optional: tuple[str, ...]
+    path: Path, names: tuple[str, ...], optional: tuple[str, ...], numbered: str = ""
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """(manifest, files) of a saved program; files that it was saved without are left out if ``optional``.
+    """(manifest, files) of a saved program; files that it was saved without are left out if ``optional``, and
+    those that begin with ``numbered`` are all read.
 
     Raises :class:`ProgramFileError`, and FileNotFoundError where there is no folder.
     """
@@ -87,8 +89,13 @@ def read_folder(
         raise _changed(path / MANIFEST)
     return manifest, {
         name: _read(path / name, digests.get(name))
-        for name in (*names, *(n for n in optional if n in digests))
+        for name in (*names, *(n for n in digests if n in optional or _is_numbered(n, numbered)))
     }
+
+
+def _is_numbered(name: str, prefix: str) -> bool:
+    """Whether a file is ``<prefix><number>.bin``: never a path into another folder."""
+    return bool(prefix) and re.fullmatch(re.escape(prefix) + r"\d+\.bin", name) is not None
 
 
 def _read(path: Path, digest: str | None) -> bytes:

@@ -2,8 +2,12 @@
 
 Stored are the plan in its text form, the generated functions as records (:mod:`fpcompile.passes.graph_text`),
 what attention calls and leaves are made of, tensors that the trace made, and what was measured, which is used
-on an equal device. Weights are not: the model brings them. Nothing is traced and nothing is compiled when a
-program is read.
+on an equal device. Weights are not: the model brings them. Nothing is traced when a program is read.
+
+Compiled functions are stored twice: as what they were compiled from, and as torch's artefact, which is code
+in a pickle (on a GPU the kernels, on a CPU their C++, built again where the compiler's cache lacks it).
+Whoever can write the folder could run code through it. It is therefore loaded only for a caller who says that
+he trusts the folder; otherwise the functions are compiled again.
 
 A program may be read for a model only that it would have been compiled to from scratch: versions, device,
 configuration, structure, dtypes and shapes must be those that it was saved with.
@@ -13,6 +17,7 @@ Invariant: the program read has the fingerprint of the one saved, and gives the 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -38,11 +43,14 @@ from fpcompile.models.capture import Bindings, attention_implementation, marked
 from fpcompile.models.leaves import remake
 from fpcompile.passes import plan_text
 from fpcompile.passes.codegen import Function, key_of
+from fpcompile.passes.compiled import load_artifact, read_compiled, write_compiled
 from fpcompile.passes.graph_text import read_function, read_value, write_function, write_value
+from fpcompile.passes.lower import compiled_key, renamed_functions, target_of
+from fpcompile.passes.lower_function import RefusedError, compile_again, with_compiled
 from fpcompile.passes.partition import Partitioned
 
 PLAN, FUNCTIONS, CALLS, CONSTANTS = "plan.jsonl", "functions.json", "calls.json", "constants.safetensors"
-COSTS = "costs.json"
+COSTS, COMPILED, CODE = "costs.json", "compiled.json", "code-"
 
 
 def save(program: PackedProgram, path: str | os.PathLike[str]) -> None:
@@ -53,6 +61,7 @@ def save(program: PackedProgram, path: str | os.PathLike[str]) -> None:
     files = {
         PLAN: plan_text.render(program.plan).encode(),
         FUNCTIONS: json.dumps(_functions(program.plan, program.functions)).encode(),
+        **_compiled(program.functions),
         CALLS: json.dumps(_calls(program.bindings)).encode(),
         CONSTANTS: safetensors.torch.save({n: t.cpu().contiguous().clone() for n, t in constants.items()}),
     }
@@ -67,9 +76,14 @@ def save(program: PackedProgram, path: str | os.PathLike[str]) -> None:
     write_folder(Path(path), head, files)
 
 
-def load(path: str | os.PathLike[str], model: PreTrainedModel) -> PackedProgram:
-    """The program in a folder, for ``model``. Raises :class:`ProgramFileError`."""
-    manifest, files = read_folder(Path(path), (PLAN, FUNCTIONS, CALLS, CONSTANTS), (COSTS,))
+def load(
+    path: str | os.PathLike[str], model: PreTrainedModel, *, trust_code: bool = False
+) -> tuple[PackedProgram, PackedProgram]:
+    """The program in a folder, for ``model``, and the same with generated code only.
+
+    Raises :class:`ProgramFileError`.
+    """
+    manifest, files = read_folder(Path(path), (PLAN, FUNCTIONS, CALLS, CONSTANTS), (COSTS, COMPILED), CODE)
     own = marked(model)
     for name, value in _identity(own, attention_implementation(model)).items():
         _compare(name, manifest.get(name), value, str(path))
@@ -77,15 +91,18 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel) -> PackedProgram:
         plan = plan_text.parse(files[PLAN].decode())
         records = json.loads(files[FUNCTIONS])
         functions = {key: read_function(key, record) for key, record in records.items()}
+        device = next(model.parameters()).device
+        compiled = _read_compiled(files, functions, device, trust_code) if COMPILED in files else {}
         constants = safetensors.torch.load(files[CONSTANTS])
         bindings = _bindings(json.loads(files[CALLS]), constants, own)
-        program = PackedProgram(
-            Partitioned(plan, functions),
-            bindings,
-            model,
-            max_blocking_ms=manifest["max_blocking_ms"],
-            strict_budget=manifest["strict_budget"],
-        )
+        budget = {name: manifest[name] for name in ("max_blocking_ms", "strict_budget")}
+        program = PackedProgram(Partitioned(plan, {**functions, **compiled}), bindings, model, **budget)
+        plain = program
+        if compiled:
+            generated = {key: key.split()[-1] for key in compiled}
+            plain = PackedProgram(
+                Partitioned(renamed_functions(plan, generated), functions), bindings, model, **budget
+            )
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, ProgramFileError):
             raise
@@ -100,7 +117,7 @@ def load(path: str | os.PathLike[str], model: PreTrainedModel) -> PackedProgram:
         samples = cost_cache.read_text(program, files[COSTS].decode(errors="replace"), str(path))
         if samples is not None:
             program.use_costs(samples)
-    return program
+    return program, plain
 
 
 def _identity(model: nn.Module, implementation: str) -> dict[str, Any]:
@@ -164,21 +181,57 @@ def _compare(name: str, saved: Any, own: Any, where: str) -> None:
 
 
 def _functions(plan: Plan, functions: Mapping[str, Function]) -> dict[str, Any]:
-    """Records of the functions that a plan calls."""
-    records: dict[str, Any] = {}
-    for part in (p for s in plan.segments for p in s.parts if p.kind is PartKind.GRAPH):
-        function = functions[part.function]
-        if part.function not in records:
-            if key_of(function.graph, function.shapes) != part.function:
-                raise ProgramFileError(
-                    "compiled code cannot be saved",
-                    expected="a program with backend='eager'",
-                    got=part.function,
-                    where=part.name,
-                    remedy="save a program with backend='eager', or compile the model in each process",
-                )
-            records[part.function] = write_function(function)
-    return records
+    """Records of the functions that a plan calls, compiled ones as what they were compiled from."""
+    used = {p.function for s in plan.segments for p in s.parts if p.kind is PartKind.GRAPH}
+    return {
+        key_of(functions[key].graph, functions[key].shapes): write_function(functions[key])
+        for key in functions
+        if key in used
+    }
+
+
+def _compiled(functions: Mapping[str, Function]) -> dict[str, bytes]:
+    """The files of compiled functions: one of data for all, one of code for each."""
+    files: dict[str, bytes] = {}
+    table: dict[str, Any] = {}
+    for key, function in functions.items():
+        if function.compiled is not None:
+            data, code = write_compiled(function.compiled)
+            name = f"{CODE}{len(table)}.bin"
+            table[key] = {"file": name, "data": data}
+            files[name] = code
+    if table:
+        files[COMPILED] = json.dumps(table).encode()
+    return files
+
+
+def _read_compiled(
+    files: Mapping[str, bytes], functions: Mapping[str, Function], device: torch.device, trust_code: bool
+) -> dict[str, Function]:
+    """Read back :func:`_compiled`: the code if it is trusted, else compiled again."""
+    found: dict[str, Function] = {}
+    target = target_of((device,))
+    for key, row in json.loads(files[COMPILED]).items():
+        own = key.split()[-1]
+        if key != compiled_key(target, own):
+            raise ProgramFileError(
+                "the program was compiled for another processor",
+                expected=compiled_key(target, own),
+                got=key,
+                remedy="compile the model on this machine with fpcompile.segment(model, backend='inductor')",
+            )
+        compiled = read_compiled(row["data"])
+        if trust_code:
+            compiled = dataclasses.replace(compiled, artifact=load_artifact(files[row["file"]]))
+            found[key] = with_compiled(functions[own], compiled)
+            continue
+        try:
+            found[key] = compile_again(functions[own], compiled.arguments)
+        except RefusedError as error:
+            raise ProgramFileError(
+                "a function of the program cannot be compiled again", got=str(error), where=key
+            ) from error
+    return found
 
 
 def _calls(bindings: Bindings) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from fpcompile.passes.compiled import Compiled
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Function:
@@ -25,12 +27,14 @@ class Function:
     ``names`` are its local names for the part's nodes, in their order: they locate an error. ``graph`` is
     what it was generated from, with fake tensors and symbolic lengths: what other backends compile.
     ``shapes`` are dtypes and shapes of its values and weights: with the code they make its key.
+    ``compiled`` is what ``call`` runs instead of the generated code, where a backend compiled it.
     """
 
     call: Callable[[list[Any]], Sequence[Tensor]]
     names: tuple[str, ...]
     graph: fx.Graph
     shapes: str = ""
+    compiled: Compiled | None = None
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:

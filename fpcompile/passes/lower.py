@@ -43,7 +43,7 @@ def lower(
     if torch.device("meta") in devices:
         note = "backend inductor: a model on the meta device is not compiled"
         return dataclasses.replace(plan, notes=(*plan.notes, note)), dict(functions)
-    target = "+".join(sorted({_target(device) for device in devices}))
+    target = target_of(devices)
     lowered: dict[str, Function] = {}
     renamed: dict[str, str] = {}
     refused: dict[str, str] = {}
@@ -53,16 +53,26 @@ def lower(
         except RefusedError as error:
             lowered[key], refused[key] = function, str(error)
         else:
-            renamed[key] = f"inductor {target} {key}"
+            renamed[key] = compiled_key(target, key)
             lowered[renamed[key]] = compiled
     summary = f"backend inductor ({target}): {len(renamed)} of {len(functions)} functions are compiled"
     notes = (*plan.notes, summary, *_reasons(plan, refused))
-    return dataclasses.replace(plan, segments=_renamed(plan, renamed), notes=notes), lowered
+    return dataclasses.replace(renamed_functions(plan, renamed), notes=notes), lowered
 
 
-def _renamed(plan: Plan, renamed: Mapping[str, str]) -> tuple[Segment, ...]:
-    """The segments, their parts naming the compiled functions."""
-    return tuple(
+def compiled_key(target: str, key: str) -> str:
+    """The key of the compiled form of a generated function."""
+    return f"inductor {target} {key}"
+
+
+def target_of(devices: Iterable[torch.device]) -> str:
+    """What code for ``devices`` is compiled for. Raises :class:`UsageError` when the compiler is missing."""
+    return "+".join(sorted({_target(device) for device in devices}))
+
+
+def renamed_functions(plan: Plan, renamed: Mapping[str, str]) -> Plan:
+    """``plan`` with other names for some of its functions."""
+    segments: tuple[Segment, ...] = tuple(
         dataclasses.replace(
             segment,
             parts=tuple(
@@ -72,6 +82,7 @@ def _renamed(plan: Plan, renamed: Mapping[str, str]) -> tuple[Segment, ...]:
         )
         for segment in plan.segments
     )
+    return dataclasses.replace(plan, segments=segments)
 
 
 def _target(device: torch.device) -> str:

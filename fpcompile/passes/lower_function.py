@@ -12,9 +12,8 @@ Linear layers on packed weights are calls of an operator that the compiler does 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -26,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from fpcompile.passes.aliases import mutated_arguments, storage_owners
 from fpcompile.passes.codegen import Function
+from fpcompile.passes.compiled import Argument, Compiled
 from fpcompile.passes.prepack import LINEAR, pack
 
 aten = torch.ops.aten
@@ -69,6 +69,17 @@ def compile_function(function: Function, *, verify: bool = True) -> Function:
     _check(function.graph)
     lengths = _Lengths()
     examples = [lengths.fake(n.meta["val"]) for n in function.inputs]
+    return _compile(function, lengths, examples, verify=verify)
+
+
+def compile_again(function: Function, arguments: Sequence[Argument], *, verify: bool = True) -> Function:
+    """A function that was compiled for ``arguments`` before. Raises :class:`RefusedError`."""
+    lengths = _Lengths()
+    examples = [lengths.again(argument) for argument in arguments]
+    return _compile(function, lengths, examples, verify=verify)
+
+
+def _compile(function: Function, lengths: _Lengths, examples: list[Any], *, verify: bool) -> Function:
     module = _module(function.graph, lengths.mode)
     packed = any(n.target is LINEAR for n in function.graph.nodes)  # such a weight has no strides to assert
     try:
@@ -78,52 +89,38 @@ def compile_function(function: Function, *, verify: bool = True) -> Function:
     except Exception as error:
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise RefusedError(f"it does not compile ({type(error).__name__}: {text[:200]})") from error
-    holds = lengths.guard()
-    where = lengths.bound(examples)
-    layouts = tuple(
-        (i, lengths.strides(example))
+    values = [
+        (i, example)
         for i, (node, example) in enumerate(zip(function.inputs, examples, strict=True))
         if isinstance(example, Tensor) and node.name.startswith("x")
+    ]
+    compiled = with_compiled(
+        function,
+        Compiled(
+            artifact,
+            tuple(lengths.fresh.values()),
+            lengths.bound(examples),
+            lengths.guards(),
+            tuple((i, tuple(map(_expression, example.stride()))) for i, example in values),
+            tuple(map(_argument, examples)),
+        ),
     )
-    compiled = dataclasses.replace(function, call=_caller(function.call, artifact, where, holds, layouts))
     if verify:
         for length in _VERIFIED:
             _compare(function, compiled, lengths, examples, length)
     return compiled
 
 
-def _caller(
-    eager: Callable[[list[Any]], Sequence[Tensor]],
-    compiled: Callable[..., Sequence[Tensor]],
-    where: tuple[tuple[int, int], ...],
-    holds: Callable[[tuple[int, ...]], bool] | None,
-    layouts: tuple[tuple[int, Callable[..., tuple[int, ...]]], ...],
-) -> Callable[[list[Any]], Sequence[Tensor]]:
-    """Compiled code as a function of the list of arguments, which it empties."""
-
-    def call(box: list[Any]) -> Sequence[Tensor]:
-        lengths = tuple(int(box[i]) if d < 0 else box[i].shape[d] for i, d in where)
-        if holds is not None and not holds(lengths):
-            return eager(box)
-        for i, strides in layouts:
-            wanted = strides(*lengths)
-            if box[i].stride() != wanted:
-                box[i] = _laid_out(box[i], wanted)
-        arguments = tuple(box)
-        box.clear()
-        return compiled(*arguments)
-
-    return call
+def with_compiled(function: Function, compiled: Compiled) -> Function:
+    """``function`` with compiled code behind its call."""
+    return dataclasses.replace(function, call=compiled.call(function.call), compiled=compiled)
 
 
-def _laid_out(value: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """``value`` with ``strides``, which say nothing where there is one element or none."""
-    if value.numel() == 0 or all(
-        size == 1 or is_ == wanted
-        for size, is_, wanted in zip(value.shape, value.stride(), strides, strict=True)
-    ):
-        return value
-    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
+def _argument(example: Any) -> Argument:
+    if isinstance(example, Tensor):
+        sizes, strides = (tuple(map(_expression, n)) for n in (example.shape, example.stride()))
+        return Argument(example.dtype, str(example.device), sizes, strides)
+    return Argument(None, "", (_expression(example),), ())
 
 
 def _compare(
@@ -180,13 +177,19 @@ class _Lengths:
         """An int, or a SymInt of this environment."""
         if not isinstance(size, torch.SymInt):
             return int(size)
-        for symbol in sorted(size.node.expr.free_symbols, key=str):
+        return self._sized(size.node.expr)
+
+    def _sized(self, expr: sympy.Expr) -> Any:
+        """An int or a SymInt from an expression in symbols of another environment."""
+        if expr.is_Integer:
+            return int(expr)
+        for symbol in sorted(expr.free_symbols, key=str):
             if symbol not in self.fresh:
                 number = len(self.fresh)
                 self.fresh[symbol] = self.env.create_symbol(
                     2039 - 30 * number, ConstantSource(f"length_{number}"), dynamic_dim=DimDynamic.DYNAMIC
                 )
-        expr = size.node.expr.subs(self.fresh)
+        expr = expr.subs(self.fresh)
         hint = expr.subs({s: self.env.backed_var_to_val[s] for s in self.fresh.values()})
         if not hint.is_Integer:
             raise RefusedError("a size depends on values")
@@ -199,6 +202,15 @@ class _Lengths:
         sizes, strides = [self.size(s) for s in value.shape], [self.size(s) for s in value.stride()]
         with self.mode:
             return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+
+    def again(self, argument: Argument) -> Any:
+        """A fake tensor, or a length, as one was compiled before."""
+        sizes = [self._sized(s) for s in argument.sizes]
+        if argument.dtype is None:
+            return sizes[0]
+        strides = [self._sized(s) for s in argument.strides]
+        with self.mode:
+            return torch.empty_strided(sizes, strides, dtype=argument.dtype, device=argument.device)
 
     def bound(self, examples: Sequence[Any]) -> tuple[tuple[int, int], ...]:
         """For each symbol the argument, and its dimension (-1: itself), whose size is the symbol."""
@@ -214,33 +226,19 @@ class _Lengths:
             raise RefusedError("a length is the size of none of its inputs")
         return tuple(found[symbol] for symbol in self.fresh.values())
 
-    def strides(self, example: Tensor) -> Callable[..., tuple[int, ...]]:
-        """The strides of an input, as a function of the lengths."""
-        exprs = tuple(_expression(s) for s in example.stride())
-        made: Callable[..., tuple[int, ...]] = sympy.lambdify(list(self.fresh.values()), exprs, "math")
-        return made
+    def guards(self) -> tuple[sympy.Basic, ...]:
+        """The compiler's conditions on the lengths.
 
-    def guard(self) -> Callable[[tuple[int, ...]], bool] | None:
-        """Whether compiled code holds at given lengths; None when it always does.
-
-        Raises :class:`RefusedError` when it fails at one of the usual lengths.
+        Raises :class:`RefusedError` when one fails at one of the usual lengths.
         """
         if any(symbol in self.env.replacements for symbol in self.fresh.values()):
             raise RefusedError("the compiler made a length a constant")
-        guards = [g.expr for g in self.env.guards if g.expr is not sympy.true]
-        if not guards:
-            return None
-        symbols = tuple(self.fresh.values())
-
-        @functools.lru_cache(maxsize=4096)
-        def holds(lengths: tuple[int, ...]) -> bool:
-            values = dict(zip(symbols, lengths, strict=True))
-            return all(g.subs(values) == sympy.true for g in guards)
-
+        guards = tuple(g.expr for g in self.env.guards if g.expr is not sympy.true)
         for n in _PROBES:
-            if not holds((n,) * len(symbols)):
+            values = dict.fromkeys(self.fresh.values(), n)
+            if any(g.subs(values) != sympy.true for g in guards):
                 raise RefusedError(f"compiled code does not hold at length {n} ({guards[0]})")
-        return holds
+        return guards
 
 
 def _check(graph: fx.Graph) -> None:

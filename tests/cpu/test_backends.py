@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 import fpcompile
 from fpcompile.errors import CheckpointError, UnknownNameError, UsageError
 from fpcompile.passes.codegen import Function, Functions
+from fpcompile.passes.compiled import Compiled
 from fpcompile.passes.lower_function import RefusedError, _Lengths, compile_function
 from fpcompile.passes.prepack import can_prepack
 from tests.cpu.support import differences, finish, model_of, program_of, reference, relative_error, relay
@@ -238,14 +239,21 @@ def test_matrix_products_alone_are_refused() -> None:
 
 def test_guards_of_the_compiler_are_kept() -> None:
     lengths = _Lengths()
-    graph = function_of(lambda x: x + 1, torch.zeros(1, 37, 8)).graph
-    x = lengths.fake(next(n for n in graph.nodes if n.op == "placeholder").meta["val"])
-    assert lengths.guard() is None
+    function = function_of(lambda x: x + 1, torch.zeros(1, 37, 8))
+    x = lengths.fake(next(n for n in function.graph.nodes if n.op == "placeholder").meta["val"])
+    assert lengths.guards() == ()
     assert x.shape[1] < 1_000_000
-    holds = lengths.guard()
-    assert holds is not None
-    assert holds((5,))
-    assert not holds((2_000_000,))
+    guards = lengths.guards()
+
+    def doubled(*arguments: Any) -> list[Tensor]:
+        return [2 * argument for argument in arguments]
+
+    compiled = Compiled(doubled, tuple(lengths.fresh.values()), ((0, 1),), guards, (), ())
+    call = compiled.call(lambda box: (box.pop() + 1,))
+    assert torch.equal(call([torch.ones(1, 5, 8)])[0], torch.full((1, 5, 8), 2.0))
+    assert torch.equal(call([torch.full((1, 2_000_000, 1), 3.0)])[0][0, :3, 0], torch.full((3,), 4.0)), (
+        "eager"
+    )
     assert x.shape[1] % 2 == 1
     with pytest.raises(RefusedError, match="does not hold at length 2"):
-        lengths.guard()
+        lengths.guards()

@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from safetensors.torch import load_file, save_file
 from torch import fx, nn
+from torch.utils._sympy.functions import FloorDiv, Mod
 
 import fpcompile
 from fpcompile.errors import ProgramFileError, UnsupportedModelError
 from fpcompile.executor import program_file
 from fpcompile.models.zoo import MAIN_ARCHS, sample_ids, tiny_model
 from fpcompile.passes.codegen import function_of, key_of
+from fpcompile.passes.expr_text import read_expr, write_expr
 from fpcompile.passes.graph_text import read_function, write_function, write_value
 from tests.cpu.support import differences, finish, model_of, outcome, program_of, reference
 
@@ -263,6 +266,123 @@ def test_the_generic_route_says_that_it_cannot_be_saved(tmp_path: Path) -> None:
         fpcompile.segment(tiny_model("bloom")).save(tmp_path / "program")
     assert caught.value.remedy
     assert list(tmp_path.iterdir()) == []
+
+
+COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[fpcompile.Program, Path]:
+    """A compiled tiny qwen3, one layer deep, and the folder that it is saved in."""
+    program = fpcompile.segment(_shallow(), route="packed", backend="inductor", verify=False)
+    folder = tmp_path_factory.mktemp("compiled")
+    program.save(folder / "program")
+    save_file(dict(_shallow().state_dict()), folder / "model.safetensors")
+    return program, folder
+
+
+def _shallow() -> Any:
+    return tiny_model("qwen3", overrides={"num_hidden_layers": 1, "layer_types": ["full_attention"]})
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_compiled_code_is_loaded_in_a_fresh_process(
+    compiled: tuple[fpcompile.Program, Path], tmp_path: Path
+) -> None:
+    """Nothing is traced, nothing compiled by Inductor; the bits are those of the saved program."""
+    program, folder = compiled
+    assert any(p.function.startswith("inductor") for s in program.segments for p in s.parts)
+    run = program.start(sample_ids(40))
+    for _ in range(4):
+        run.step()
+    run.checkpoint().save(tmp_path / "run.ckpt")
+    script = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file, save_file
+import fpcompile
+from fpcompile.models.zoo import sample_ids, tiny_model
+
+def refuse(*args, **kwargs):
+    raise AssertionError("loading traced or compiled")
+
+torch.export.export = torch._inductor.standalone_compile = refuse
+folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+model = tiny_model("qwen3", overrides={"num_hidden_layers": 1, "layer_types": ["full_attention"]})
+model.load_state_dict(load_file(folder / "model.safetensors"))
+program = fpcompile.load(folder / "program", model, trust_code=True)
+run = program.resume(fpcompile.Checkpoint.load(out / "run.ckpt"))
+while not run.done:
+    run.step()
+found = {str(n): program(sample_ids(n)).logits.contiguous() for n in (1, 2, 17, 200)}
+save_file({"resumed": run.result().logits.contiguous(), **found}, out / "logits.safetensors")
+"""
+    subprocess.run([sys.executable, "-c", script, str(folder), str(tmp_path)], check=True, timeout=240)
+    found = load_file(tmp_path / "logits.safetensors")
+    assert torch.equal(found["resumed"], finish(run).logits)
+    for n in (1, 2, 17, 200):
+        assert torch.equal(found[str(n)], program(sample_ids(n)).logits)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_code_that_is_not_trusted_is_compiled_again(
+    compiled: tuple[fpcompile.Program, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, folder = compiled
+    shutil.copytree(folder / "program", tmp_path / "program")
+    for code in (tmp_path / "program").glob("code-*.bin"):
+        code.write_bytes(b"cposix\nsystem\n(S'touch /nonexistent'\ntR.")  # must never be looked at
+    _edit(tmp_path / "program", lambda manifest: None)
+    monkeypatch.setattr(
+        "fpcompile.executor.saving.load_artifact", lambda content: pytest.fail("untrusted code was loaded")
+    )
+    model = _shallow()
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    loaded = load_untraced(tmp_path / "program", model)
+    assert loaded.plan == program.plan
+    assert loaded.fingerprint == program.fingerprint
+    for n in (1, 2, 37):
+        ids = sample_ids(n)
+        assert differences(outcome(loaded(ids)), outcome(program(ids))) == []
+    monkeypatch.undo()
+    with pytest.raises(ProgramFileError, match="cannot be loaded"):
+        load_untraced(tmp_path / "program", model, trust_code=True)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_code_for_another_processor_is_refused(
+    compiled: tuple[fpcompile.Program, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = compiled
+    monkeypatch.setattr("fpcompile.executor.saving.target_of", lambda devices: "neon")
+    with pytest.raises(ProgramFileError, match="another processor"):
+        fpcompile.load(folder / "program", _shallow(), trust_code=True)
+
+
+def test_formulas_read_back_and_nothing_else_does() -> None:
+    n, m = (sympy.Symbol(s, integer=True, positive=True) for s in "nm")
+    kept = (
+        2 * n + m**2 - 3,
+        n // m,
+        Mod(n, 4),
+        FloorDiv(n + 1, m),
+        sympy.Max(n, m),
+        sympy.And(n < 5, m >= 2),
+    )
+    named = {"n": n, "m": m}
+    for expr in (*kept, sympy.Eq(Mod(n, 8), 0), sympy.Ne(n, m), sympy.true, sympy.Rational(1, 3), sympy.oo):
+        data = json.loads(json.dumps(write_expr(expr)))
+        assert read_expr(data, named.__getitem__) == expr
+    with pytest.raises(ProgramFileError, match="cannot be saved"):
+        write_expr(sympy.sin(n))
+    for bad in ("q", ["sin", "n"], ["__import__", 1], {"n": 1}, True, [["Add"], 1]):
+        with pytest.raises((KeyError, TypeError, ValueError)):
+            read_expr(bad, named.__getitem__)
 
 
 def test_values_of_arguments_read_back() -> None:

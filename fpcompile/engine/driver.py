@@ -154,7 +154,7 @@ class Driver:
         with self.pilot.ready():
             self._hear()
             flight = self._flight
-            if self.lane and (flight is None or not self.lane.lets(flight.load)):
+            if self.lane and (flight is None or flight.lends or not self.lane.lets(flight.load)):
                 self._decode(flight, max_segments)
             elif flight is not None:
                 self._fly(flight, max_segments)
@@ -311,6 +311,8 @@ class Driver:
             gives_way = flight is not None and (flight is not beside or flight.pause)
             return gives_way and flight is not None and self.lane.lets(flight.load)
 
+        if beside is not None:
+            beside.lends = False
         self.lane.fly(stop, max_segments)
         now = self.clock()
         self.watchdog.at_cut(now)

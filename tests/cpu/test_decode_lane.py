@@ -1,0 +1,509 @@
+"""The decode lane on virtual time: when steps begin, who gives way, who fails, and that no token is lost.
+
+Fake models: a prompt takes a second for each segment, a step as long for each of its two segments. Tokens
+count upwards from the prompt's first id, so that a lost, repeated or mixed one shows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fpcompile.engine.engine import Engine
+from fpcompile.engine.handle import Handle
+from fpcompile.errors import (
+    InvalidInputError,
+    RequestCancelledError,
+    RequestTimeoutError,
+    SegmentError,
+    UsageError,
+)
+from fpcompile.executor.decode import Begun, Decoder, Generates, Step
+from fpcompile.scheduler.policy import Policy, make_policy
+from tests.cpu.test_engine_fakes import Clock, FakeProgram, FakeRun, drive, inline, raises
+
+VOCABULARY = 1000
+
+
+class FakeSampler:
+    """The argmax; ``fails_at``: the number of the token that raises."""
+
+    def __init__(
+        self, count: int, *, plain: bool = True, fails_at: int | None = None, stop: int = -1
+    ) -> None:
+        self.max_new_tokens, self.stops, self.plain = count, frozenset({stop}), plain
+        self._fails_at, self.taken = fails_at, 0
+
+    def choose(self, logits: Tensor) -> Tensor:
+        if self.taken == self._fails_at:
+            raise ValueError("inf or nan")
+        return logits.argmax()[None]
+
+    def took(self, token: int) -> None:
+        self.taken += 1
+
+
+class FakeDecoder(Decoder):
+    """Steps of two segments of ``seconds`` each, however many sequences there are."""
+
+    together = True
+
+    def __init__(self, program: Generating) -> None:
+        self.program = program
+        self.seconds_each = 1.0
+        self.at: dict[int, Callable[[FakeRun], object]] = {}
+        """Called while a segment of the next step is executed."""
+        self.steps: list[tuple[float, tuple[int, ...]]] = []
+        """When each step was made, and of whom (by first id)."""
+
+    def begin(self, input_ids: Any, **inputs: Any) -> Begun:
+        options = inputs.pop("options", {})
+        run = self.program.start(input_ids, **inputs)
+        return Begun(run, torch.tensor([input_ids]), len(input_ids), options)
+
+    def sampler(self, begun: Begun, wishes: Any) -> Any:
+        return FakeSampler(wishes.max_new_tokens, **begun.inputs)
+
+    def open(self, begun: Begun, output: Any) -> tuple[dict[str, Any], Tensor]:
+        first = int(begun.ids[0, 0])
+        return {"name": first, "token": first}, self._after(first)
+
+    def _after(self, token: int) -> Tensor:
+        return torch.nn.functional.one_hot(torch.tensor(token + 1), VOCABULARY).float()
+
+    def seconds(self, sequences: Sequence[Any], budgets: Any = ()) -> float:
+        return 2 * self.seconds_each
+
+    def nbytes(self, sequence: Any) -> int:
+        return 100
+
+    def step(self, sequences: Sequence[Any], tokens: Sequence[int], budgets: Any = ()) -> Step:
+        clock = self.program.clock
+        assert clock is not None
+        self.steps.append((clock.now, tuple(sequence["name"] for sequence in sequences)))
+        for sequence, token in zip(sequences, tokens, strict=True):
+            assert sequence["token"] + 1 == token, "a token was lost, repeated or given to another"
+            sequence["token"] = token
+        at, self.at = self.at, {}
+        model = FakeProgram(2, seconds=self.seconds_each, clock=clock)
+        run = FakeRun(model, [0], at)
+        rows = torch.stack([self._after(token) for token in tokens])
+        return Step(run, lambda: rows, lambda: self.seconds_each, self.seconds(sequences))
+
+
+class Generating(FakeProgram):
+    """A fake program that generates."""
+
+    def __init__(self, segments: int = 4, **options: Any) -> None:
+        super().__init__(segments, **options)
+        self.decodes = FakeDecoder(self)
+
+    def decoder(self) -> FakeDecoder:
+        return self.decodes
+
+
+def engine_of(segments: int = 4, **options: Any) -> tuple[Engine, Generating, Clock]:
+    clock = Clock()
+    program = Generating(segments, clock=clock)
+    options = {"policy": "fcfs", "tbt_slo": 1000.0, **options}
+    return inline(program, **options), program, clock
+
+
+def until(engine: Engine, done: Callable[[], bool]) -> None:
+    """Turn until something holds; check the invariants on the way."""
+    for _ in range(10_000):
+        if done():
+            return
+        engine.turn()
+        engine._driver.validate()
+    raise AssertionError("it never came about")
+
+
+def decoding(engine: Engine, ids: list[int], count: int = 50, **options: Any) -> Handle:
+    """A request that has its first token."""
+    handle = engine.submit(ids, max_new_tokens=count, **options)
+    until(engine, lambda: handle.metrics.state == "decoding")
+    return handle
+
+
+def made(handle: Handle) -> list[int]:
+    """The tokens so far."""
+    return list(handle._tokens or ())
+
+
+def counting(first: int, count: int) -> list[int]:
+    return list(range(first + 1, first + 1 + count))
+
+
+def test_the_fake_generates() -> None:
+    assert isinstance(Generating(), Generates)
+    assert not isinstance(FakeProgram(), Generates)
+
+
+def test_on_an_idle_device_steps_follow_one_another() -> None:
+    engine, program, clock = engine_of()
+    handle = engine.submit([5], max_new_tokens=4)
+    drive(engine)
+    assert list(handle.tokens()) == counting(5, 4)
+    assert handle.result(0).sequences.tolist() == [[5, *counting(5, 4)]]
+    assert clock.now == 4 + 3 * 2, "the first token comes with the prompt"
+    metrics = handle.metrics
+    assert (metrics.ttft, metrics.tbt_max, metrics.tbt_mean) == (4, 2, 2)
+    assert (metrics.tokens_out, metrics.finish_reason, metrics.numerics) == (4, "length", "bits")
+    assert metrics.executed == 10
+    assert not program.runs[0].released, "its result was made"
+    assert engine.statistics().tokens_generated == 4
+
+
+def test_one_step_serves_all_that_decode() -> None:
+    engine, program, _ = engine_of()
+    handles = [engine.submit([first], max_new_tokens=3) for first in (100, 200, 300)]
+    drive(engine)
+    assert [list(h.tokens()) for h in handles] == [counting(n, 3) for n in (100, 200, 300)]
+    assert (100, 200, 300) in [members for _, members in program.decodes.steps]
+    assert [h.metrics.numerics for h in handles] == ["tolerance"] * 3
+
+
+def test_under_a_prefill_a_step_begins_at_the_latest_cut() -> None:
+    """Due 3 * 10 s behind the token before; the step takes 2 s and a launch of the prefill 1 s."""
+    engine, program, _clock = engine_of(100)
+    stream = decoding(engine, [5], tbt_slo=10)  # at 100 s: no promise, so 10 s for each token from there
+    long = engine.submit([900])
+    until(engine, long.done)
+    begins = [begin for begin, _ in program.decodes.steps]
+    assert len(begins) >= 10
+    for number, begin in enumerate(begins, start=1):
+        due = 100 + 10 * number
+        assert begin + 2 <= due <= begin + 2 + 1, "kept, and no sooner than it had to be"
+    assert stream.metrics.tbt_max is not None
+    assert stream.metrics.tbt_max <= 3 * 10
+    assert long.metrics.executed == 100, "the prefill waited, and was not charged"
+    drive(engine)
+    assert list(stream.tokens()) == counting(5, 50)
+
+
+def test_a_stream_that_is_ahead_waits_three_times_its_slo_at_most() -> None:
+    engine, program, clock = engine_of(100)
+    stream = decoding(engine, [5], tbt_slo=10, ttft_slo=1000)  # token j at 1000 + 10 j: far ahead
+    clock.now = max(clock.now, 100)
+    long = engine.submit([900])
+    until(engine, long.done)
+    begins = [begin for begin, _ in program.decodes.steps]
+    gaps = [b - a for a, b in itertools.pairwise(begins)]
+    assert gaps
+    assert set(gaps) <= {28.0, 29.0, 30.0}
+    assert stream.metrics.tbt_max is not None
+    assert 28 <= stream.metrics.tbt_max <= 30
+
+
+def test_late_streams_leave_the_prefill_a_launch_behind_each_step() -> None:
+    """A step of 2 s cannot keep 1 s between tokens: the prefill still comes to its end."""
+    engine, program, _ = engine_of(10)
+    stream = decoding(engine, [5], tbt_slo=1)
+    long = engine.submit([900])
+    until(engine, long.done)
+    assert long.metrics.executed == 10
+    assert len(program.decodes.steps) >= 9, "a step between any two launches"
+    drive(engine)
+    assert list(stream.tokens()) == counting(5, 50)
+
+
+@pytest.mark.parametrize(("decode_first", "in_time"), [(True, False), (False, True)])
+def test_who_yields_is_a_setting(decode_first: bool, in_time: bool) -> None:
+    """A prefill of 20 s that has 21, and a stream that is due in between."""
+    engine, _program, _clock = engine_of(20, decode_first=decode_first)
+    stream = decoding(engine, [5], tbt_slo=3)
+    urgent = engine.submit([900], ttft_slo=21 + 2)  # a step of 2 s may be under way
+    until(engine, urgent.done)
+    assert urgent.metrics.slo_met is in_time
+    drive(engine)
+    assert stream.metrics.tbt_max is not None
+    assert (stream.metrics.tbt_max > 10) is in_time, "one of both had to wait"
+    assert list(stream.tokens()) == counting(5, 50)
+
+
+def test_a_step_gives_way_to_a_prefill_that_comes_meanwhile() -> None:
+    engine, program, _clock = engine_of(4)
+    stream = decoding(engine, [5], tbt_slo=100)
+    late: list[Handle] = []
+    program.decodes.at = {0: lambda run: late.append(engine.submit([900]))}
+    until(engine, lambda: bool(late))
+    assert engine._driver.lane.stepping, "a step is under way"
+    until(engine, late[0].done)
+    assert late[0].metrics.ttft is not None
+    assert late[0].metrics.ttft <= 1 + 4, "the device was its own at the next cut"
+    assert engine._driver.lane.stepping
+    drive(engine)
+    assert list(stream.tokens()) == counting(5, 50)
+    assert late[0].metrics.executed == 4
+
+
+def test_a_step_that_is_due_does_not_give_way() -> None:
+    engine, program, _clock = engine_of(4)
+    stream = decoding(engine, [5], tbt_slo=0.7)  # due 2.1 s behind the last one; a step takes 2
+    late: list[Handle] = []
+    program.decodes.at = {0: lambda run: late.append(engine.submit([900]))}
+    before = len(made(stream))
+    until(engine, lambda: len(made(stream)) > before)
+    assert late[0].metrics.started is not None or late[0].metrics.state == "waiting"
+    assert program.runs[-1].executed == [], "the step went first"
+    drive(engine)
+    assert late[0].metrics.state == "completed"
+
+
+def test_cancelled_in_the_middle_of_a_step() -> None:
+    engine, program, _ = engine_of()
+    first, other = (engine.submit([n], max_new_tokens=20) for n in (100, 200))
+    until(engine, lambda: len(made(first)) > 2 and len(made(other)) > 2)
+    program.decodes.at = {0: lambda run: first.cancel()}
+    drive(engine)
+    assert list(other.tokens()) == counting(200, 20)
+    assert first.metrics.state == "cancelled"
+    with pytest.raises(RequestCancelledError):
+        list(first.tokens())
+    assert made(first) == counting(100, len(made(first)))
+
+
+def test_a_step_that_serves_nobody_any_more_is_dropped() -> None:
+    engine, program, clock = engine_of()
+    handle = decoding(engine, [5])
+    program.decodes.at = {0: lambda run: handle.cancel()}
+    drive(engine)
+    assert handle.metrics.state == "cancelled"
+    assert not engine._driver.lane.stepping
+    assert len(engine._driver.lane) == 0
+    assert clock.now == 4 + 2 * (len(made(handle)) - 1) + 1, "the second segment was not launched"
+    assert engine.statistics().decoding_bytes == 0
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_step_that_raises_ends_its_members_and_nobody_else(plain: bool) -> None:
+    clock = Clock()
+    programs = {name: Generating(clock=clock) for name in ("a", "b")}
+    engine = inline(dict(programs), clock, policy="fcfs", tbt_slo=1000.0)
+    doomed = [engine.submit([n], program="a", max_new_tokens=9, options={"plain": plain}) for n in (100, 200)]
+    other = engine.submit([300], program="b", max_new_tokens=9)
+    until(engine, lambda: all(len(made(h)) > 2 for h in (*doomed, other)))
+    programs["a"].decodes.at = {1: raises}
+    drive(engine)
+    assert list(other.tokens()) == counting(300, 9)
+    errors = []
+    for handle in doomed:
+        with pytest.raises(SegmentError) as caught:
+            handle.result(0)
+        errors.append(caught.value)
+    assert errors[0] is not errors[1], "each has an error of its own"
+    assert [h.metrics.state for h in doomed] == ["failed", "failed"]
+
+
+def test_a_step_that_cannot_be_made_ends_its_members() -> None:
+    engine, program, _ = engine_of()
+    handle = decoding(engine, [5])
+
+    def broken(*arguments: Any) -> Step:
+        raise ValueError("no variant")
+
+    program.decodes.step = broken  # type: ignore[method-assign]
+    drive(engine)
+    with pytest.raises(ValueError, match="no variant"):
+        handle.result(0)
+
+
+def test_a_sampler_that_raises_ends_its_own_request() -> None:
+    engine, _, _ = engine_of()
+    good = engine.submit([100], max_new_tokens=9)
+    at_once = engine.submit([200], max_new_tokens=9, options={"plain": False, "fails_at": 0})
+    later = engine.submit([300], max_new_tokens=9, options={"plain": False, "fails_at": 3})
+    also = engine.submit([400], max_new_tokens=9, options={"plain": False})
+    drive(engine)
+    assert list(good.tokens()) == counting(100, 9)
+    assert list(also.tokens()) == counting(400, 9)
+    for handle, count in ((at_once, 0), (later, 3)):
+        assert made(handle) == counting(made(handle)[0] - 1 if count else 0, count)
+        with pytest.raises(ValueError, match="inf or nan"):
+            handle.result(0)
+
+
+def test_an_end_of_sequence_token_ends_it() -> None:
+    engine, _, _ = engine_of()
+    handle = engine.submit([5], max_new_tokens=50, options={"stop": 8})
+    drive(engine)
+    assert list(handle.tokens()) == [6, 7, 8]
+    assert handle.metrics.finish_reason == "stop"
+
+
+def test_a_batch_is_bounded_and_those_that_are_due_go_first() -> None:
+    engine, program, _ = engine_of(max_decode_batch=2)
+    handles = [engine.submit([n], max_new_tokens=10, tbt_slo=30) for n in (100, 200, 300)]
+    drive(engine)
+    assert [list(h.tokens()) for h in handles] == [counting(n, 10) for n in (100, 200, 300)]
+    assert max(len(members) for _, members in program.decodes.steps) == 2
+    contended = [members for _, members in program.decodes.steps if len(members) == 2][:6]
+    assert {n for members in contended[:2] for n in members} == {100, 200, 300}, "nobody is left out"
+
+
+def test_programs_take_turns_by_what_is_due() -> None:
+    clock = Clock()
+    programs = {name: Generating(clock=clock) for name in ("a", "b")}
+    engine = inline(dict(programs), clock, policy="fcfs", tbt_slo=1000.0)
+    handles = [engine.submit([n], program=p, max_new_tokens=8) for n, p in ((100, "a"), (200, "b"))]
+    drive(engine)
+    assert [list(h.tokens()) for h in handles] == [counting(100, 8), counting(200, 8)]
+
+
+def test_a_request_whose_time_is_over_while_it_decodes() -> None:
+    engine, _, clock = engine_of()
+    handle = engine.submit([5], max_new_tokens=500, timeout=20)
+    drive(engine)
+    with pytest.raises(RequestTimeoutError):
+        handle.result(0)
+    assert 20 <= clock.now <= 22
+
+
+def test_a_scheduler_that_fails_leaves_the_streams_alone() -> None:
+    class Broken(type(make_policy("fcfs"))):  # type: ignore[misc]
+        """Refuses the request with id ``bad``."""
+
+        def key(self, request: Any, now: float) -> Any:
+            if request.id == "bad":
+                raise ValueError("no key")
+            return super().key(request, now)
+
+    policy = Broken()
+    assert isinstance(policy, Policy)
+    engine, _, _ = engine_of(policy=policy)
+    stream = decoding(engine, [5], 20)
+    bad = engine.submit([900], request_id="bad")
+    drive(engine)
+    assert bad.metrics.state == "failed"
+    assert list(stream.tokens()) == counting(5, 20)
+
+
+def test_closing_lets_generations_finish_or_cancels_them() -> None:
+    engine, _, _ = engine_of()
+    handle = decoding(engine, [5], 10)
+    engine.close()
+    assert list(handle.tokens()) == counting(5, 10)
+    engine, _, _ = engine_of()
+    handle = decoding(engine, [5], 10)
+    engine.close(drain=False)
+    assert handle.metrics.state == "cancelled"
+    assert len(engine._driver.lane) == 0
+
+
+def test_hosts_that_turn_launch_by_launch_see_steps_too() -> None:
+    engine, _program, clock = engine_of()
+    handle = decoding(engine, [5], 3)
+    before = clock.now
+    assert engine.turn(max_segments=1)
+    assert clock.now == before + 1, "one segment of the step"
+    drive(engine)
+    assert list(handle.tokens()) == counting(5, 3)
+
+
+def test_quotas_of_a_policy_hold_across_steps() -> None:
+    """A flight that lends the device goes on with what is left of its launch."""
+    engine, _program, _ = engine_of(12, policy="layered:3")
+    stream = decoding(engine, [5], tbt_slo=1)
+    others = [engine.submit([n]) for n in (100, 200)]
+    drive(engine)
+    assert [h.result(0) for h in others] == [100, 200]
+    assert list(stream.tokens()) == counting(5, 50)
+
+
+def test_the_timeline_shows_decode_steps() -> None:
+    engine, _, _ = engine_of()
+    handle = engine.submit([5], max_new_tokens=4)
+    drive(engine)
+    timeline = engine.timeline()
+    steps = [span for span in timeline.spans if span.kind == "decode"]
+    assert steps
+    assert {span.lane for span in steps} == {handle.request_id}
+    assert sum(span.end - span.start for span in steps) == 3 * 2
+    (first,) = [mark for mark in timeline.marks if mark.kind == "first_token"]
+    assert first.time == 4
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"tbt_slo": 0}, {"tbt_slo": "x"}, {"max_decode_batch": 0}, {"decode_first": 1}],
+    ids=str,
+)
+def test_wrong_options_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInputError, match=next(iter(wrong))):
+        engine_of(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": True}, "max_new_tokens"),
+        ({"max_new_tokens": 3, "tbt_slo": -1}, "tbt_slo"),
+        ({"tbt_slo": 1}, "tbt_slo"),
+        ({"seed": 1}, "seed"),
+        ({"max_new_tokens": 3, "seed": 1.5}, "seed"),
+        ({"max_new_tokens": 3, "generation_config": {}}, "generation_config"),
+        ({"max_new_tokens": 3, "logits_processor": "x"}, "logits_processor"),
+    ],
+    ids=str,
+)
+def test_wrong_submissions_are_refused(wrong: dict[str, Any], message: str) -> None:
+    engine, _, _ = engine_of()
+    with pytest.raises(InvalidInputError, match=message):
+        engine.submit([5], **wrong)
+    assert len(engine._registry) == 0
+
+
+def test_a_program_that_does_not_generate_is_refused() -> None:
+    clock = Clock()
+    engine = inline(FakeProgram(clock=clock))
+    with pytest.raises(InvalidInputError, match="does not generate"):
+        engine.submit([5], max_new_tokens=3)
+    handle = engine.submit([5])
+    with pytest.raises(UsageError, match="makes no tokens"):
+        handle.tokens()
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("policy", ["fcfs", "s-edf", "fpcompile", "layered:2"])
+def test_random_traffic_loses_mixes_and_repeats_nothing(seed: int, policy: str) -> None:
+    draw = random.Random(seed)
+    engine, program, _clock = engine_of(
+        draw.randint(1, 8), policy=policy, max_decode_batch=draw.choice([1, 2, 256]),
+        decode_first=draw.random() < 0.5,
+    )  # fmt: skip
+    program.decodes.seconds_each = draw.choice([0.1, 1.0])
+    handles: list[tuple[Handle, int, int]] = []
+    for number in range(1, 40):
+        if draw.random() < 0.7:
+            first, count = number * 20, draw.randint(1, 15)
+            plain = draw.random() < 0.5
+            handles.append((
+                engine.submit(
+                    [first] * draw.randint(1, 3), max_new_tokens=count, ttft_slo=draw.choice([5, 50, 500]),
+                    tbt_slo=draw.choice([0.5, 3, 30]), options={"plain": plain},
+                ),
+                first, count,
+            ))  # fmt: skip
+        else:
+            engine.submit([7] * draw.randint(1, 4), ttft_slo=draw.choice([3, 30]))
+        if handles and draw.random() < 0.3:
+            draw.choice(handles)[0].cancel()
+        for _ in range(draw.randint(0, 12)):
+            engine.turn(max_segments=draw.choice([1, 3, None]))
+            engine._driver.validate()
+    drive(engine)
+    for handle, first, count in handles:
+        tokens, state = made(handle), handle.metrics.state
+        assert state in ("completed", "cancelled")
+        assert tokens == counting(first, len(tokens))
+        assert len(tokens) == count or state == "cancelled"
+    statistics = engine.statistics()
+    assert (statistics.decoding, statistics.decoding_bytes, len(engine._driver.lane)) == (0, 0, 0)

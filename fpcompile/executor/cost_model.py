@@ -28,6 +28,7 @@ Samples = dict[Key, tuple[tuple[int, float], ...]]
 """For each stage's key the pairs (tokens or rows, median seconds)."""
 
 _TAIL = 4  # knots that decide how a curve goes on behind the last one
+_KNOWN = 1024  # lengths for which predictions of whole runs are kept
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -130,17 +131,27 @@ class CostModel:
         return sum(self.stage(i, tokens=tokens, rows=rows, context=context) for i in stages)
 
     def remaining(self, *, tokens: int, rows: int, context: float, start: int = 0) -> float:
-        """Predicted seconds of the segments from ``start`` on; it costs one look at each distinct curve."""
+        """Predicted seconds of the segments from ``start`` on; it looks at each distinct curve once.
+
+        What the curves said is kept for some lengths: a run is asked again whenever it is paused.
+        """
         first, counts = self._left
+        key = tokens, rows, context
+        seconds = self._known.get(key)
+        if seconds is None:
+            if len(self._known) >= _KNOWN:
+                self._known.clear()
+            seconds = [self.stage(index, tokens=tokens, rows=rows, context=context) for index in first]
+            self._known[key] = seconds
         left = counts[bisect.bisect_left(self.segments, start)]
-        return sum(
-            float(count) * self.stage(index, tokens=tokens, rows=rows, context=context)
-            for index, count in zip(first, left, strict=True)
-            if count
-        )
+        return sum(count * each for count, each in zip(left, seconds, strict=True))
 
     @functools.cached_property
-    def _left(self) -> tuple[list[int], np.ndarray]:
+    def _known(self) -> dict[tuple[int, int, float], list[float]]:
+        return {}
+
+    @functools.cached_property
+    def _left(self) -> tuple[list[int], list[list[int]]]:
         """The first stage of each distinct curve, and for each stage and the end how many are left of it."""
         kinds: dict[tuple[int, bool], int] = {}
         for curve, by_rows in zip(self.curves, self.by_rows, strict=True):
@@ -152,7 +163,7 @@ class CostModel:
             if kind == len(first):
                 first.append(i)
             counts[: i + 1, kind] += 1
-        return first, counts
+        return first, counts.tolist()
 
     def rows(self) -> list[tuple[str, tuple[float, float, float]]]:
         """(number, coefficients) of every stage: what the scheduler's cost table is made from."""

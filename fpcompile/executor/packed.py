@@ -324,10 +324,11 @@ def graph_step(part: Part, function: Function, weights: dict[str, Tensor]) -> Ex
     bound = tuple(weights[p] for p in part.params)
     names, call = part.lengths, function.call
 
-    def execute(run: Run, arguments: list[Tensor], lengths: Mapping[str, int]) -> Sequence[Tensor]:
-        box = [*arguments, *bound, *(lengths[n] for n in names)]
-        arguments.clear()
-        return call(box)
+    def execute(run: Run, arguments: list[Any], lengths: Mapping[str, int]) -> Sequence[Tensor]:
+        arguments += bound  # the list is the function's to empty
+        for name in names:
+            arguments.append(lengths[name])
+        return call(arguments)
 
     return execute
 

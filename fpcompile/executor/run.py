@@ -109,23 +109,24 @@ class Run:
         :class:`UsageError` on a run that is done or released.
         """
         self._usable()
-        if self.done:
+        if self.at == len(self.schedule):
             raise UsageError("the run is done", remedy="take its result()")
-        launch = self.schedule[self.at]
+        program, launch = self.program, self.schedule[self.at]
         try:
-            with plain(self.program.device.type):
+            with plain(program.device_type):
                 if launch.tiled:
-                    self._tile(self.program.stages[launch.first], launch)
+                    self._tile(program.stages[launch.first], launch)
                 else:
-                    for stage in self.program.stages[launch.first : launch.last]:
-                        self._whole(stage)
+                    lengths = self.call.lengths
+                    for stage in program.stages[launch.first : launch.last]:
+                        self._whole(stage, lengths)
             self.at += 1
         except BaseException:  # an interrupt too: half a step is neither the cut before nor the one behind
             self.release()
             raise
 
-    def _whole(self, stage: Stage) -> None:
-        values, lengths = self.values, self.call.lengths
+    def _whole(self, stage: Stage, lengths: Mapping[str, int]) -> None:
+        values = self.values
         for step in stage.steps:
             part = step.part
             arguments = [values[name] for name in part.inputs]

@@ -3,15 +3,22 @@
 Identical stages (same callables, same shapes) share their measurements, so a long prefill need not be run to
 its end: when all that comes next has been measured, the run jumps from one cut to a later one with
 values of the same shapes, behind the last attention. The results of such a run mean nothing; its times do.
+
+Other processes only ever add to a measured time. What the next length will take is therefore judged by the
+fastest run so far, and of the times of a stage the lower median counts. Where the time is short a length is
+run once instead of three times, since kernels are warm from shorter ones; the first lengths are measured even
+if the time is over, so that there is a curve.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from fpcompile.executor.cost_model import Coefficients, CostModel, Curve, Key, Samples
@@ -25,9 +32,12 @@ if TYPE_CHECKING:
 LENGTHS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 MOST_ROWS = 256  # of logits: more of them are a multiple
 _ROUNDS = 3  # of each length, the first one a warm-up
-_GROWTH = 2.7  # of the time from one length to the next: between twice and four times
+_LEAST = 4  # lengths that are measured after the time is over too
+_PATIENCE = 2  # times the whole time, that one of them may take
+_GROWTH = 2.7  # of the time from one length to its double: between twice and four times
 _SMALL = 0.1  # of the time left: a length that takes no more is run to its end
 _SLOW = 50  # a shortest length that takes more than this part of the time leaves room for every second one
+_log = logging.getLogger(__name__)
 
 
 def calibrate(program: Program, *, lengths: tuple[int, ...] = LENGTHS, seconds: float = 5.0) -> CostModel:
@@ -46,25 +56,39 @@ def measure(program: Program, *, lengths: tuple[int, ...] = LENGTHS, seconds: fl
     jump = _jump(program) if program.plan.route is Route.PACKED else None
     share = 1.0 if jump is None else 1 - (jump[1] - jump[0]) / len(program.stages)
     ladder = sorted({min(n, limit) for n in lengths})
-    begun = time.perf_counter()
-    _measure(_sample(program, ladder[0], rows=1), None, None)
-    whole = (time.perf_counter() - begun) * _ROUNDS  # seconds of the last length, run to its end
-    if whole > seconds / _SLOW:
+    whole = min(_timed(program, ladder[0], None, None) for _ in range(2))  # seconds of a run to its end
+    if whole * _ROUNDS > seconds / _SLOW:
         ladder = [*ladder[:-1:2], ladder[-1]]
     for number, length in enumerate(ladder):
         left = end - time.perf_counter()
-        small = whole * _GROWTH < _SMALL * left
-        if number and not small and whole * _GROWTH * share > left:
+        next_ = whole * _GROWTH ** math.log2(length / ladder[number - 1]) if number else whole
+        small = next_ * _ROUNDS < _SMALL * left
+        one = next_ * (1.0 if small else share)
+        if one > left and (number >= _LEAST or (number and one > _PATIENCE * seconds)):
+            _log.warning(
+                "calibration: %g s were enough for %d tokens; longer prompts are predicted from these "
+                "(program.calibrate(seconds=...) measures longer)",
+                seconds,
+                ladder[number - 1],
+            )
             break
-        begun = time.perf_counter()
-        for repeat in range(_ROUNDS):
-            run = _sample(program, length, rows=min(length, MOST_ROWS) if repeat == _ROUNDS - 1 else 1)
-            _measure(run, measured if repeat else None, None if small else jump)
-        whole = (time.perf_counter() - begun) / (1.0 if small else share)
+        patience = _PATIENCE * seconds if number < _LEAST else left
+        rounds = _ROUNDS if one * _ROUNDS <= patience else 1
+        times: list[float] = []
+        for repeat in range(rounds):
+            into = measured if repeat or rounds == 1 else None
+            rows = min(length, MOST_ROWS) if repeat == rounds - 1 else 1
+            times.append(_timed(program, length, into, None if small else jump, rows=rows))
+        whole = min(times) / (1.0 if small else share)
     return {
-        key: tuple((n, float(np.median(times))) for n, times in sorted(found.items()))
+        key: tuple((n, _lower_median(times)) for n, times in sorted(found.items()))
         for key, found in measured.items()
     }
+
+
+def _lower_median(times: Sequence[float]) -> float:
+    """The median; of two in the middle the shorter one."""
+    return sorted(times)[(len(times) - 1) // 2]
 
 
 def cost_model(program: Program, samples: Samples) -> CostModel:
@@ -90,6 +114,20 @@ def _sample(program: Program, length: int, *, rows: int) -> Run:
     run = program.sample(length, rows=rows)
     run.schedule = tuple(Launch(i, i + 1) for i in range(len(run.program.stages)))
     return run
+
+
+def _timed(
+    program: Program,
+    length: int,
+    into: dict[Key, dict[int, list[float]]] | None,
+    jump: tuple[int, int, dict[str, str]] | None,
+    *,
+    rows: int = 1,
+) -> float:
+    """Seconds of a run over ``length`` tokens, with or without a jump."""
+    begun = time.perf_counter()
+    _measure(_sample(program, length, rows=rows), into, jump)
+    return time.perf_counter() - begun
 
 
 def _measure(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -172,9 +172,76 @@ def test_a_long_length_is_measured_on_the_layers_that_differ(monkeypatch: pytest
     assert {n for samples in costs.samples.values() for n, _ in samples} == {1, 4, 8, 16, 32}
     for stage in program.stages:
         assert costs.samples[stage.key][-1][0] == 32
-    assert steps < 11 * len(program.stages)  # a warm-up, three rounds of three lengths, and three short ones
+    assert steps < 12 * len(program.stages)  # two to begin with, three of three lengths, and three short ones
     ids = sample_ids(20)
     assert differences(outcome(program(ids)), reference(model, ids)) == []
+
+
+class Busy:
+    """A clock that charges 1 µs per token and step, and what ``others(step)`` says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, others: Callable[[int], float]) -> None:
+        self.now, self.steps = 0.0, 0
+        own = fpcompile.Run.step
+
+        def charged(run: fpcompile.Run) -> None:
+            own(run)
+            self.now += 1e-6 * run.tokens + others(self.steps)
+            self.steps += 1
+
+        class Time:
+            perf_counter = staticmethod(lambda: self.now)
+
+        monkeypatch.setattr(calibration, "time", Time)
+        monkeypatch.setattr(fpcompile.Run, "step", charged)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [3, 5])
+def test_others_on_the_machine_neither_stop_nor_spoil_it(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step in ``every`` takes 2 ms more, which is a hundred times what the shorter steps take."""
+    program = fpcompile.segment(tiny_model("llama"), route="packed", verify=False)
+    Busy(monkeypatch, lambda step: 2e-3 if step % every == 0 else 0.0)
+    costs = program.calibrate(lengths=(4, 8, 16, 32, 64, 128, 256), seconds=2.0)
+    for stage in program.stages:
+        assert costs.samples[stage.key][-1][0] == 256
+    spoiled = [
+        found
+        for stage in program.stages
+        for n, found in costs.samples[stage.key]
+        if found > 1.5e-6 * max(n, 256)
+    ]
+    assert len(spoiled) <= sum(len(costs.samples[s.key]) for s in program.stages) / 4
+
+
+@pytest.mark.slow
+def test_without_time_the_first_lengths_are_measured_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    program = fpcompile.segment(tiny_model("llama"), route="packed", verify=False)
+    Busy(monkeypatch, lambda step: 5e-3)
+    costs = program.calibrate(lengths=(1, 2, 4, 8, 16, 32, 64, 128, 256), seconds=0.5)
+    for stage in program.stages:
+        assert len(costs.samples[stage.key]) >= 4
+    assert "longer prompts are predicted from these" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_long_length_is_run_once_where_the_time_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """17 steps of 128 µs: one run fits into what is left, three do not; then nothing is left."""
+    program = fpcompile.segment(tiny_model("llama"), route="packed", verify=False)
+    clock = Busy(monkeypatch, lambda step: 0.0)
+    calls: list[int] = []
+    own = calibration._sample
+
+    def counted(program: fpcompile.Program, length: int, *, rows: int) -> fpcompile.Run:
+        calls.append(length)
+        return own(program, length, rows=rows)
+
+    monkeypatch.setattr(calibration, "_sample", counted)
+    program.calibrate(lengths=(4, 8, 16, 32, 64, 128, 256), seconds=0.012)
+    assert [calls.count(n) for n in (4, 32, 64, 128, 256)] == [5, 3, 3, 1, 0]
+    assert clock.now <= 0.012
 
 
 def test_seconds_are_those_of_the_formula() -> None:

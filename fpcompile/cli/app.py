@@ -112,6 +112,7 @@ def _mount_benchmarks() -> None:
     name = "fpcompile.serving.bench_cli"
     if importlib.util.find_spec(name) is not None:
         module = importlib.import_module(name)
+        importlib.import_module("fpcompile.serving.bench_serve_cli")
         app.add_typer(module.app, name="bench")
         app.command("replay")(module.replay)
 

@@ -21,7 +21,7 @@ from fpcompile.serving.bench_goodput import DEFAULT_POLICIES, run_bench_goodput
 from fpcompile.serving.bench_markdown import markdown_of
 from fpcompile.serving.bench_report import save_plots, table_of
 
-__all__ = ["app", "parse_numbers", "parse_slos", "replay"]
+__all__ = ["app", "message_and_exit", "parse_numbers", "parse_slos", "progress_bar", "replay"]
 
 MEASURED_POLICIES = ("s-edf", "fpcompile")
 """What ``--real`` measures by default; it takes every policy but those that stop at layers."""
@@ -139,7 +139,7 @@ def goodput(
             "--bound": bound, "--slo-rate": slo_rate, "--plots": plots,
             "--slo-scale": slo_scale != "1", "--replicas": replicas > 1, "--jobs": jobs > 1,
         }  # fmt: skip
-        with _message_and_exit(), _progress("measuring") as progress:
+        with message_and_exit(), progress_bar("measuring") as progress:
             if unfit := [name for name, value in simulated_only.items() if value]:
                 raise UsageError("an option of simulations only", expected="--simulate", got=unfit[0])
             report = _measure(
@@ -164,7 +164,7 @@ def goodput(
         for path in written:
             Console().print(f"wrote {path}")
         return
-    with _message_and_exit(), _progress("simulating") as progress:
+    with message_and_exit(), progress_bar("simulating") as progress:
         report = run_bench_goodput(
             trace,
             parse_policies(policies) if policies else list(DEFAULT_POLICIES),
@@ -202,7 +202,7 @@ def _measure(trace: Path | None, policies: list[str], **options: Any) -> dict[st
 
 
 @contextmanager
-def _message_and_exit() -> Iterator[None]:
+def message_and_exit() -> Iterator[None]:
     """Typed errors become a message and exit code 2, not a traceback."""
     try:
         yield
@@ -212,7 +212,7 @@ def _message_and_exit() -> Iterator[None]:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, and the function that moves it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -247,7 +247,7 @@ def replay(
     """
     from fpcompile.serving.replay import replay_table
 
-    with _message_and_exit():
+    with message_and_exit():
         changes = {"max_queue_s": max_queue_s, "kv_blocks": kv_blocks}
         given = {name: value for name, value in changes.items() if value is not None}
         table, agrees = replay_table(log, policy, rate_scale, costs, **given)

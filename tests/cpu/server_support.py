@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -22,14 +23,19 @@ import httpx2 as httpx
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 90.0  # seconds; tests share a small machine
 
+_COSTS = tempfile.TemporaryDirectory(prefix="fpcompile-costs-")  # measured by the first server of the session
+
 COMMAND = [sys.executable, "-c", "from fpcompile.cli import main; main()", "serve"]
 
 
 class Served:
     """A running server. ``url`` without a slash at the end; ``lines``: its log so far."""
 
-    def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
-        known = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default", **(environment or {})}
+    def __init__(
+        self, *arguments: str, key: str | None = None, environment: dict[str, str] | None = None
+    ) -> None:
+        self._key = key
+        known = {**os.environ, "OMP_NUM_THREADS": "1", "FPCOMPILE_CACHE": _COSTS.name, **(environment or {})}
         self.process = subprocess.Popen(
             [*COMMAND, "--port", "0", *arguments], cwd=ROOT, env=known, stderr=subprocess.PIPE, text=True
         )
@@ -76,7 +82,7 @@ class Served:
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of the samples of ``name`` (without ``fpcompile:``) that have these labels."""
-        with self.client() as client:
+        with self.client(self._key) as client:
             text = client.get("/metrics").text
         total = 0.0
         for line in text.splitlines():

@@ -225,22 +225,27 @@ def _pooling_of(spec: ModelSpec) -> str:
 
 
 def _warm(backend: EngineBackend) -> None:
-    """One short request to every model, two new tokens: what compiles or allocates lazily does it now."""
+    """Short requests to every model: what compiles or allocates lazily does it now."""
     arrival = backend.engine.now()
     for name, facts in backend.facts.items():
-        ids = (1,) * min(_WARM, facts.max_tokens or _WARM)
-        terms = Terms(arrival)
+        longest = facts.max_tokens or _WARM
         if facts.kind == "generate":
             sampling = Sampling(temperature=0, ignore_eos=True)
-            backend.generate(Generate(f"warm-{name}", name, ids[:-2] or ids, 2, sampling, terms)).result()
+            ids = (1,) * max(min(_WARM, longest - 2), 1)
+            ask = Generate(f"warm-{name}", name, ids, 2 if longest > 2 else 1, sampling, Terms(arrival))
+            backend.generate(ask).result()
             continue
-        output = backend.embed(Embed(f"warm-{name}", name, ids, terms)).result()
-        if not hasattr(output, "last_hidden_state"):
-            raise InvalidInputError(
-                f"model {name!r} has no vectors",
-                expected="a model that gives last_hidden_state",
-                got=type(output).__name__,
-            )
-        vector = backend.vector(name, output)
-        if not math.isfinite(sum(memoryview(vector).cast("f"))):
-            raise InvalidInputError(f"model {name!r} gives no finite vectors", got="NaN or inf")
+        for length in sorted({1, 2, min(_WARM, longest)}):  # one and two tokens may have graphs of their own
+            ask_vector = Embed(f"warm-{name}-{length}", name, (1,) * length, Terms(arrival))
+            _check_vector(backend, name, backend.embed(ask_vector).result())
+
+
+def _check_vector(backend: EngineBackend, name: str, output: Any) -> None:
+    if not hasattr(output, "last_hidden_state"):
+        raise InvalidInputError(
+            f"model {name!r} has no vectors",
+            expected="a model that gives last_hidden_state",
+            got=type(output).__name__,
+        )
+    if not math.isfinite(sum(memoryview(backend.vector(name, output)).cast("f"))):
+        raise InvalidInputError(f"model {name!r} gives no finite vectors", got="NaN or inf")

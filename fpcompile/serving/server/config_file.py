@@ -84,7 +84,7 @@ def _parsed(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix.lower() in (".yaml", ".yml"):
-            import yaml  # type: ignore[import-untyped,unused-ignore]
+            import yaml
 
             return yaml.safe_load(text)
         return tomllib.loads(text)

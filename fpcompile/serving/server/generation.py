@@ -71,7 +71,7 @@ async def answer(
         choices.cancel()
         raise
     events = _events(request, choices, shape, counted)
-    return SseResponse(events, write_s=front.settings.limits.write_s)
+    return SseResponse(events, write_s=front.settings.limits.write_s, ended=choices.cancel)
 
 
 def _check_limits(front: Front, body: CompletionBody | ChatBody) -> None:
@@ -151,7 +151,10 @@ class _Choice:
         self._detokenizer, self._stops = Detokenizer(tokenizer.decode), Stops(stops)
 
     async def pieces(self, usage: Usage) -> AsyncIterator[_Piece]:
-        """Text as it is certain; the last piece has the reason. Raises what ended the request otherwise."""
+        """A piece for each token, with the text that is certain now, perhaps none; the last has the reason.
+
+        Raises what ended the request otherwise.
+        """
         async for token in self.stream:
             usage.completion += 1
             text = self._stops.push(self._detokenizer.push(token))
@@ -159,8 +162,7 @@ class _Choice:
                 self.stream.cancel()
                 yield _Piece(self.index, text, "stop")
                 return
-            if text:
-                yield _Piece(self.index, text, None)
+            yield _Piece(self.index, text, None)
         reason = (await self.stream.end()).finish_reason
         if reason is None:
             raise EngineGoneError("the request was cancelled by the server")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fpcompile.errors import InvalidInputError
+from fpcompile.errors import InvalidInputError, UnknownNameError
 from fpcompile.serving.server.messages import Kind
 from fpcompile.serving.server.settings import ModelSpec
 from fpcompile.serving.server.tiny import EMBEDDER, GENERATOR, byte_tokenizer, config_of
@@ -36,9 +36,7 @@ def parse_models(
             specs.append(_named(text, random_weights=True))
     names = [spec.name for spec in specs]
     if unknown := [name for name in embed if name not in names]:
-        raise InvalidInputError(
-            "--embed names no model", expected=f"one of {', '.join(names)}", got=unknown[0]
-        )
+        raise UnknownNameError("model for --embed", unknown[0], known=names)
     return tuple(
         ModelSpec(spec.name, spec.source, "embed" if spec.name in embed else None, spec.random_weights)
         for spec in specs

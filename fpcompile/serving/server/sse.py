@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Final, final
 
 from starlette.responses import Response
@@ -35,14 +35,19 @@ async def gone(receive: Receive) -> None:
 
 @final
 class SseResponse(Response):
-    """Sends what ``events`` yields, each piece at once."""
+    """Sends what ``events`` yields, each piece at once.
+
+    ``ended`` is called in any case, also when the client went away before the first event was asked for.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], *, write_s: float) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], *, write_s: float, ended: Callable[[], object]
+    ) -> None:
         self.status_code = 200
         self.background = None
-        self._events, self._write_s = events, write_s
+        self._events, self._write_s, self._ended = events, write_s, ended
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,6 +60,7 @@ class SseResponse(Response):
             watching.cancel()
             writing.cancel()
             results = await asyncio.gather(writing, watching, return_exceptions=True)
+            self._ended()
             await self._events.aclose()
         if isinstance(results[0], Exception):
             logger.info("a stream ended early: %s", repr(results[0]))

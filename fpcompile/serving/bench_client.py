@@ -141,6 +141,7 @@ async def ask(
                 if (usage := fields.get("usage")) is not None:
                     sent.input_tokens = usage["prompt_tokens"]
                     sent.output_tokens = usage["completion_tokens"]
+                done = done or _ends(fields)  # `transformers serve` sends no [DONE]
                 if not _has_token(fields):
                     continue
                 if sent.ttft is None:
@@ -166,6 +167,11 @@ def _has_token(fields: Mapping[str, Any]) -> bool:
         return False
     choice = fields["choices"][0]
     return "text" in choice or "role" not in choice.get("delta", {}) or bool(choice["delta"].get("content"))
+
+
+def _ends(fields: Mapping[str, Any]) -> bool:
+    """Whether a chunk says why the answer ended."""
+    return any(choice.get("finish_reason") is not None for choice in fields.get("choices") or ())
 
 
 async def _events(response: httpx.Response) -> Any:

@@ -2,8 +2,9 @@
 
 The report is that of `bench goodput` (:mod:`bench_goodput`), with one "policy": the server. Each point also
 has the keys of `vllm bench serve` (``request_throughput``, ``mean_ttft_ms``, ``p99_tpot_ms``, ...; of all
-seeds together). A request that could not be in time alone is not counted: the time to the first token of prompts on
-the idle server is measured first, on a grid of lengths. Where a class has a TBT SLO, a late token is a miss.
+seeds together). A request that could not be in time alone is not counted: the time to the first token on the
+idle server is measured first, for prompts of a grid of lengths. Where a class has a TBT SLO, a late token is
+a miss.
 """
 
 from __future__ import annotations
@@ -90,12 +91,11 @@ class Load:
         return [sized(row) for row in rows]
 
     def promises(self, rows: Sequence[TraceRow]) -> dict[str, Slo]:
-        """Of each class: given, or FlowPrefill's table. Raises :class:`UsageError` for one that has none."""
-        known = {klass: Slo(ttft) for klass, (ttft, _) in SLO_TABLE.items()}
-        known |= dict(self.slos or {})
-        found = {}
+        """Of each class: its own, that of all (``""``), or FlowPrefill's; :class:`UsageError` without any."""
+        given, found = dict(self.slos or {}), {}
         for klass in sorted({row.klass for row in rows}):
-            slo = known.get(klass, known.get(""))
+            published = Slo(SLO_TABLE[klass][0]) if klass in SLO_TABLE else None
+            slo = given.get(klass, given.get("", published))
             if slo is None:
                 raise UsageError(f"class {klass!r} has no SLO", remedy="--slo CLASS=TTFT[:TBT]")
             tbt = None if slo.tbt is None else slo.tbt * self.slo_scale

@@ -108,6 +108,7 @@ def serve(
             json_path=json_file,
         )  # fmt: skip
     console = Console()
+    console.width = max(console.width, 110)
     console.print(_table(report))
     if json_file is not None:
         console.print(f"wrote {json_file}")

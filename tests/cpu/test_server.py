@@ -17,6 +17,9 @@ import openai
 import pytest
 import torch
 
+from fpcompile.errors import UsageError
+from fpcompile.serving.bench_client import Endpoint
+from fpcompile.serving.bench_serve import Load, Slo, run_bench_serve
 from fpcompile.serving.server.build import pooled
 from fpcompile.serving.server.messages import Kind
 from fpcompile.serving.server.models import build_model, load_config, parse_models
@@ -386,6 +389,23 @@ def test_going_away_before_the_answer_cancels_too(server: Served) -> None:
         client.post("/v1/completions", json=body, timeout=0.5)
     server.idle()
     assert server.metric("requests_cancelled_total") == before + 1
+
+
+# ---- load
+
+
+def test_the_load_generator_measures_it(server: Served) -> None:
+    endpoint = Endpoint(server.url, "tiny", slo=True, key="k-main")
+    load = Load(rates=(20.0, 40.0), num_prompts=12, max_input=40, output_len=5, slos={"": Slo(60.0, 20.0)})
+    report = run_bench_serve(endpoint, load)
+    entry = report["policies"]["server"]
+    assert (entry["max_goodput"], entry["paper_goodput"]) == (40.0, 40.0)
+    for point in entry["points"]:
+        assert (point["completed"], point["failed"], point["total_output_tokens"]) == (12, 0, 60)
+        assert point["total_input_tokens"] == sum(row.tokens for row in load.rows())
+        assert point["p99_ttft_ms"] > 0 < point["mean_tpot_ms"]
+    with pytest.raises(UsageError, match="404"):
+        run_bench_serve(Endpoint(server.url, "no", key="k-main"), load)
 
 
 # ---- the end of the server; last, as it ends the module's

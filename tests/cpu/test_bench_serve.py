@@ -1,0 +1,178 @@
+"""The load generator, against a server that answers as a test says."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from math import inf
+from typing import Any
+
+import pytest
+
+from fpcompile.errors import UsageError
+from fpcompile.scheduler.events import Request
+from fpcompile.serving.bench_client import Endpoint, Sent, run_load
+from fpcompile.serving.bench_serve import Load, Slo, run_bench_serve
+from fpcompile.serving.bench_serve_cli import parse_goodput, parse_slos
+
+
+class Scripted:
+    """Streams tokens. ``hold``: they wait for it; ``breaks``: lengths of prompts whose answers are cut short."""
+
+    def __init__(self) -> None:
+        self.hold = threading.Event()
+        self.hold.set()
+        self.breaks: set[int] = set()
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[str] = []
+        self.port = 0
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+                length = int(head.split("content-length: ")[1].split("\r\n")[0])
+                body = json.loads(await reader.readexactly(length))
+                self.bodies.append(body)
+                self.headers.append(head)
+                writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+                while not self.hold.is_set():
+                    await asyncio.sleep(0.001)
+                size = len(body["prompt"])
+                for _ in range(body["max_tokens"]):
+                    self._event(writer, {"choices": [{"text": "x"}]})
+                if size in self.breaks:
+                    self._event(writer, {"error": {"message": "cut short"}})
+                else:
+                    usage = {"prompt_tokens": size, "completion_tokens": body["max_tokens"]}
+                    self._event(writer, {"choices": [], "usage": usage})
+                    self._event(writer, "[DONE]")
+                writer.write(b"0\r\n\r\n")
+                await writer.drain()
+        writer.close()
+
+    def _event(self, writer: asyncio.StreamWriter, value: Any) -> None:
+        data = b"data: " + (value if isinstance(value, str) else json.dumps(value)).encode() + b"\n\n"
+        writer.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+
+
+@pytest.fixture
+def scripted() -> Iterator[Scripted]:
+    server, ready = Scripted(), threading.Event()
+    loop = asyncio.new_event_loop()
+
+    async def listen() -> asyncio.Server:
+        listening = await asyncio.start_server(server.answer, "127.0.0.1", 0)
+        server.port = listening.sockets[0].getsockname()[1]
+        return listening
+
+    def run() -> None:
+        asyncio.set_event_loop(loop)
+        listening = loop.run_until_complete(listen())
+        ready.set()
+        loop.run_forever()
+        listening.close()
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.run_until_complete(asyncio.sleep(0))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert ready.wait(10)
+    try:
+        yield server
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()
+
+
+def _request(name: str, arrival: float, tokens: int, output: int = 3) -> Request:
+    return Request(name, arrival, inf, tokens, 0.0, slo=2.0, klass="text", decode_tokens=output)
+
+
+def test_requests_are_sent_when_due_whatever_became_of_the_others(scripted: Scripted) -> None:
+    """The server holds every answer until all have been sent: a closed loop would never get there."""
+    requests = [_request(f"r{n}", 0.01 * n, 5 + n) for n in range(8)]
+    endpoint = Endpoint(f"http://127.0.0.1:{scripted.port}", "m", slo=True)
+
+    async def scene() -> list[Sent]:
+        running = asyncio.create_task(run_load(endpoint, requests, tbt_slos={"text": 0.5}))
+        while len(scripted.bodies) < 1:  # the warm-up goes ahead
+            await asyncio.sleep(0.001)
+        scripted.hold.clear()
+        while len(scripted.bodies) < 9:
+            await asyncio.sleep(0.001)
+        scripted.hold.set()
+        return (await running)[0]
+
+    sent = asyncio.run(scene())
+    assert all(one.completed for one in sent)
+    assert [one.input_tokens for one in sent] == [5 + n for n in range(8)]
+    assert [one.output_tokens for one in sent] == [3] * 8
+    ttfts = [one.ttft or 0.0 for one in sent]
+    assert ttfts[0] > ttfts[-1] >= 0, "times count from when a request was due"
+    assert all(body["tbt_slo"] == 0.5 for body in scripted.bodies[1:])
+    assert all("x-slo-ttft-ms: 2000.000" in head for head in scripted.headers[1:])
+
+
+def test_an_answer_that_breaks_off_is_a_miss(scripted: Scripted) -> None:
+    scripted.breaks = {5}
+    endpoint = Endpoint(f"http://127.0.0.1:{scripted.port}", "m")
+    sent, _ = asyncio.run(run_load(endpoint, [_request("a", 0.0, 5), _request("b", 0.0, 15)]))
+    assert [one.completed for one in sent] == [False, True]
+    assert sent[0].error == "cut short"
+
+
+def test_a_report_has_both_goodputs_and_the_usual_keys(scripted: Scripted) -> None:
+    endpoint = Endpoint(f"http://127.0.0.1:{scripted.port}", "m")
+    load = Load(rates=(50.0, inf), num_prompts=20, max_input=9, output_len=3, slos={"": Slo(30.0, 10.0)})
+    report = run_bench_serve(endpoint, load)
+    entry = report["policies"]["server"]
+    assert entry["max_goodput"] == entry["paper_goodput"] == inf
+    for point in entry["points"]:
+        assert point["completed"] == 20
+        assert {"mean_ttft_ms", "p99_tpot_ms", "median_itl_ms", "request_goodput", "attainment"} <= set(point)
+    hopeless = run_bench_serve(
+        endpoint, Load(rates=(50.0,), num_prompts=20, max_input=9, slos={"": Slo(1e-9)})
+    )
+    point = hopeless["policies"]["server"]["points"][0]
+    assert (point["attainment"], point["completed"]) == ({}, 20), "what is late even alone is not counted"
+
+
+def test_a_server_that_is_not_there_is_a_mistake() -> None:
+    with pytest.raises(UsageError, match="ConnectError"):
+        asyncio.run(run_load(Endpoint("http://127.0.0.1:9", "m"), [_request("a", 0.0, 5)]))
+
+
+@pytest.mark.parametrize(
+    ("ttft", "gaps", "met"),
+    [
+        (0.5, (0.1, 0.1, 0.1), True),
+        (0.5, (0.29, 0.29), True),  # ahead: the deadlines count from the promise of the first token
+        (0.5, (0.31,), False),  # but no gap is longer than three
+        (1.0, (0.1, 0.11), False),
+        (2.0, (0.1, 0.1), True),  # a late first token does not make those behind it late
+        (1.0, (), True),
+    ],
+)
+def test_deadlines_of_tokens(ttft: float, gaps: tuple[float, ...], met: bool) -> None:
+    sent = Sent(_request("r", 0.0, 5), ttft=ttft, gaps=gaps)
+    assert sent.tbt_met(1.0, 0.1) == met
+    assert sent.tbt_met(1.0, None)
+
+
+def test_options_are_read() -> None:
+    assert parse_slos(["a=1", "b=2:0.5"]) == {"a": (1.0, None), "b": (2.0, 0.5)}
+    assert parse_goodput(["ttft:200", "tpot:50"]) == {"": (0.2, 0.05)}
+    assert parse_goodput([]) == {}
+    for wrong in ("a", "a=x", "a=0", "a=1:2:3"):
+        with pytest.raises(UsageError):
+            parse_slos([wrong])
+    for wrong in ("e2el:5", "ttft"):
+        with pytest.raises(UsageError):
+            parse_goodput([wrong])

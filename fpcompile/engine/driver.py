@@ -347,11 +347,11 @@ class Driver:
         """Stopped at a cut: by a pause, or at the end of its quota; a step only to be cancelled."""
         left = None if load.slices else self.prices.corrected(load.owner, load.tokens, load.left())
         now = self._now()
-        self._hear(Yielded(now, load.name, left), landed=load.tickets)
-        served = load.served
-        if not served:
+        if not load.served:
             load.release()
             self.memory.release(load.tickets)
+        self._hear(Yielded(now, load.name, left), landed=load.tickets)
+        served = load.served
         if not served or self._has_device(load):
             return
         load.run.suspend()
@@ -433,12 +433,12 @@ class Driver:
             commands = self.core.handle_all(told)
             if self.log is not None:
                 self.log.record(told, commands)
-            for command in commands:
-                self._carry_out(command, events)
             names = [event.request for event in events if isinstance(event, Cancelled)]
             for name in (*names, *(ticket.id for ticket in landed)):
                 if name in self._known and self.core.state(name) is State.CANCELLED:
-                    self._cancelled(self._known[name])
+                    self._cancelled(self._known[name])  # what it held is free for what is launched now
+            for command in commands:
+                self._carry_out(command, events)
         except Exception as error:
             self.pilot.check(error)
             self._scheduler_failed(error)

@@ -169,9 +169,8 @@ def copy_rate(device: Device, clock: Callable[[], float]) -> float:
     for _ in range(2):  # the first one pays for pinned memory
         device.synchronize()
         begin = clock()
-        with device.active():
-            _, event = device.copy_to_host([source])
-            event.wait()
+        _, event = device.copy_to_host([source])
+        event.wait()
         seconds = clock() - begin
     return _PROBE / seconds if seconds > 0 else _USUAL_RATE
 

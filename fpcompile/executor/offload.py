@@ -97,24 +97,22 @@ class Origin:
 
     def again(self) -> None:
         """The run is as it was before its first launch; what it held is dropped."""
-        run = self.run
-        run.suspend()
-        run.call, run.schedule, run.at = self._call, self._schedule, 0
-        run.values, run.partial = dict(self._values), {}
-        run.kv = [dict(group) for group in self._caches]
+        caches = [dict(group) for group in self._caches]
+        self.run.begin_again(self._call, dict(self._values), caches, self._schedule)
 
 
 @final
 class Parking:
     """The host's side of one run."""
 
-    __slots__ = ("_copied", "_device", "_flying", "_placed", "_storages", "parked")
+    __slots__ = ("_copied", "_device", "_flying", "_partial", "_placed", "_storages", "parked")
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self.parked = False
         self._storages: list[Tensor] = []  # host copies, flat bytes
         self._copied: dict[int, tuple[StorageWeakRef, Tensor]] = {}  # by storage on the device
+        self._partial: list[bool] = []  # of the host copies: outputs of which some tiles are written
         self._placed: list[tuple[Any, Any, Any]] = []  # (shelf, name, placement or placements)
         self._flying: list[tuple[Event, list[Tensor]]] = []
 
@@ -128,18 +126,17 @@ class Parking:
     def new_bytes(self, run: Any) -> int:
         """Bytes that ``park`` would have to copy."""
         packer = Packer()
-        dirty = _pack(run, packer)[1]
-        return sum(s.nbytes for s in packer.storages if self._known(s, dirty) is None)
+        _pack(run, packer)
+        return sum(s.nbytes for s in packer.storages if self._known(s) is None)
 
     def unstashed(self, run: Any, rooms: Sequence[Room]) -> int:
         """Bytes that ``stash`` would have to copy."""
         return sum(_unstashed(run, room) for room in rooms)
 
-    def _known(self, storage: Tensor, dirty: set[int]) -> Tensor | None:
+    def _known(self, storage: Tensor) -> Tensor | None:
         """The host's copy of a storage that has not changed since."""
-        key = storage.untyped_storage()._cdata
-        entry = self._copied.get(key)
-        if entry is None or key in dirty or entry[0].expired():  # type: ignore[no-untyped-call]
+        entry = self._copied.get(storage.untyped_storage()._cdata)
+        if entry is None or entry[0].expired():  # type: ignore[no-untyped-call]
             return None
         return entry[1]
 
@@ -149,12 +146,13 @@ class Parking:
         """Move the run's own tensors to the host; returns the bytes that were copied."""
         run.suspend()
         packer = Packer()
-        self._placed, dirty = _pack(run, packer)
-        known = [self._known(storage, dirty) for storage in packer.storages]
+        self._placed, partial = _pack(run, packer)
+        known = [self._known(storage) for storage in packer.storages]
         new = [s for s, host in zip(packer.storages, known, strict=True) if host is None]
         moving = iter(self._to_host(new))
         self._storages = [next(moving) if host is None else host for host in known]
         self._copied = {}
+        self._partial = [storage.untyped_storage()._cdata in partial for storage in packer.storages]
         for shelf, name, _ in self._placed:
             shelf.pop(name)
         self.parked = True
@@ -171,7 +169,8 @@ class Parking:
                 shelf[name] = LayerKV(_view(moved, keys), _view(moved, values), start)
         self._copied = {
             device.untyped_storage()._cdata: (StorageWeakRef(device.untyped_storage()), host)  # type: ignore[no-untyped-call]
-            for device, host in zip(moved, self._storages, strict=True)
+            for device, host, partial in zip(moved, self._storages, self._partial, strict=True)
+            if not partial  # the next tile is written into it
         }
         self._storages, self._placed, self.parked = [], [], False
 

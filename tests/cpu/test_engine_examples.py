@@ -33,6 +33,12 @@ def test_asyncio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert lines[2].endswith("bits equal: True")
 
 
+def test_generate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = _run("generate.py", monkeypatch, capsys)
+    assert [line.split()[0] for line in lines] == ["greedy", "sampled", "long", "120"]
+    assert lines[3].endswith("equal to generate's: True")
+
+
 def test_fastapi(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     lines = _run("embed_fastapi.py", monkeypatch, capsys)
     assert sum(line.startswith("urgent: token") for line in lines) == 3

@@ -50,6 +50,7 @@ from fpcompile.errors import (
     RequestTimeoutError,
 )
 from fpcompile.executor.device import Device
+from fpcompile.executor.faults import forget_frames, out_of_memory
 from fpcompile.executor.loop import Hook
 from fpcompile.executor.slices import Chunks
 from fpcompile.scheduler.core import Scheduler
@@ -369,12 +370,37 @@ class Driver:
 
     def _failed(self, load: Load, error: Exception) -> None:
         """The run raised: that ends everybody in it, each with an error of its own."""
+        if out_of_memory(error) and self._begin_again(load, error):
+            self._yield(load)
+            return
         for number, ticket in enumerate(load.served):
             self._finish(ticket, "failed", error=twin(error) if number else error)
         load.release()
         self.memory.release(load.tickets)
         reason = f"{type(error).__name__}: {error}"
         self._hear(Failed(self._now(), load.name, reason), landed=load.tickets)
+
+    def _begin_again(self, load: Load, error: Exception) -> bool:
+        """Free what can be freed, and take the run back before its first launch; once for each run.
+
+        (Before its last launch would mean to keep the inputs of every launch while it executes.)
+        """
+        if load.retried or load.slices:
+            return False
+        load.retried = True
+        forget_frames(error)
+        self.memory.relieve(self.core.last_first(self._now()), 0.0)
+        self.pilot.device.free_cached()
+        if not self.memory.begin_again(load):
+            if load.origin is None:
+                return False
+            load.origin.again()
+            for ticket in load.served:
+                ticket.recomputations += 1
+        load.executed = 0.0
+        for ticket in load.served:
+            journal.restarted(ticket, error)
+        return True
 
     def _completed(self, load: Load, value: Any) -> None:
         """The run is done: hand out results; a step may leave requests that go on."""

@@ -49,7 +49,7 @@ def preempted(ticket: Ticket, by: str | None) -> None:
 
 def restarted(ticket: Ticket, error: BaseException) -> None:
     """It begins again from its inputs."""
-    _tell(logging.WARNING, ticket, "restarted", error=_name(error))
+    _tell(logging.WARNING, ticket, "restarted", error=_name(error.__cause__ or error))
 
 
 def ended(ticket: Ticket, error: BaseException | None) -> None:

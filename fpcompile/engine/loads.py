@@ -16,6 +16,7 @@ from typing import Any, Final, final
 from fpcompile.engine.metrics import Ticket
 from fpcompile.engine.prices import next_cost, seconds_left, seconds_whole
 from fpcompile.engine.programs import ProgramLike, RunLike
+from fpcompile.executor.offload import Origin
 from fpcompile.executor.program import Program
 from fpcompile.executor.run import Run
 from fpcompile.executor.slices import Sliced
@@ -38,7 +39,9 @@ class Load:
         "cost",
         "executed",
         "name",
+        "origin",
         "program",
+        "retried",
         "run",
         "seconds",
         "shared",
@@ -65,6 +68,10 @@ class Load:
         self.tokens, self.seconds, self.cost = tokens, seconds, cost
         self.shared, self.slices = shared, slices
         self.executed = 0.0
+        self.origin: Origin | None = None
+        """The run of one request as it was before its first launch, where that is small."""
+        self.retried = False
+        """Whether it was begun again because memory ran out."""
 
     @property
     def served(self) -> list[Ticket]:
@@ -107,10 +114,13 @@ Price = Callable[[ProgramLike, RunLike], Callable[[], float] | None]
 def alone(ticket: Ticket, program: ProgramLike, price: Price) -> Load:
     """The run of one request."""
     run = ticket.run
-    return Load(
+    load = Load(
         ticket.id, [ticket], run, program,
         tokens=run.tokens, seconds=ticket.predicted, cost=price(program, run), shared=False,
     )  # fmt: skip
+    if isinstance(run, Run) and (origin := Origin(run)).plain:
+        load.origin = origin
+    return load
 
 
 def pack(name: str, tickets: Sequence[Ticket], program: ProgramLike, price: Price) -> Load:

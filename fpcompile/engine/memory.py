@@ -257,9 +257,12 @@ class Memory:
         held.evicted = True
         self._note(held)
 
-    def relieve(self, last_first: Iterable[str]) -> None:
-        """Bring what paused runs hold below the budget; ``last_first``: their names, last in line first."""
-        over = self.paused_bytes - self.options.budget
+    def relieve(self, last_first: Iterable[str], budget: float | None = None) -> None:
+        """Bring what paused runs hold below the budget; ``last_first``: their names, last in line first.
+
+        ``budget``: bytes, in place of the engine's own.
+        """
+        over = self.paused_bytes - (self.options.budget if budget is None else budget)
         if over <= 0:
             return
         chosen: list[tuple[_Held, int]] = []
@@ -278,6 +281,16 @@ class Memory:
                 over += gain  # those behind it are enough
             else:
                 self._move(held)
+
+    def begin_again(self, load: Load) -> bool:
+        """A launch of this run failed, and it holds nothing any more; whether it can be computed again."""
+        held = self._of(load)
+        if held is None or not held.droppable:
+            return False
+        if not held.dropped:
+            self._drop(held)
+        self._note(held)
+        return True
 
     def _move(self, held: _Held) -> None:
         copying = held.parking.new_bytes(held.load.run)

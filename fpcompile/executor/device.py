@@ -126,6 +126,10 @@ class Device(ABC):
     def synchronize(self) -> None:
         """Block the calling thread until everything launched and copied is complete."""
 
+    def free_cached(self) -> None:
+        """Give memory back that an allocator keeps for later; nothing where none does."""
+        return None
+
 
 class _Past(Event):
     """The event of a device on which launching is executing."""
@@ -264,6 +268,9 @@ class CudaDevice(Device):
 
     def host_like(self, tensor: Tensor) -> Tensor:
         return strided_like(tensor, pinned=True)
+
+    def free_cached(self) -> None:
+        torch.cuda.empty_cache()
 
     def synchronize(self) -> None:
         self.compute.synchronize()

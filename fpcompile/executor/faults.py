@@ -1,8 +1,12 @@
-"""Turn an exception inside a segment into a :class:`SegmentError` that names node and source line."""
+"""Exceptions inside a segment: made into a :class:`SegmentError` that names node and source line, and whether
+memory ran out.
+"""
 
 from __future__ import annotations
 
 import traceback
+
+import torch
 
 from fpcompile.errors import SegmentError
 from fpcompile.ir import Part, Segment
@@ -28,3 +32,24 @@ def _failed_node(names: tuple[str, ...], error: Exception) -> int | None:
             if name in names:
                 return names.index(name)
     return None
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an allocation that failed, on the host or on the device, is the error or its cause.
+
+    The host's allocator of torch has no class of its own for it, only a message.
+    """
+    while error is not None:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            return True
+        if type(error) is RuntimeError and "DefaultCPUAllocator" in str(error):
+            return True
+        error = error.__cause__
+    return False
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Drop the local variables of the frames that ``error`` came through: they hold tensors of its run."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__

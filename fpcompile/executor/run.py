@@ -189,6 +189,19 @@ class Run:
         """Drop what can be computed again (masks): a paused run holds its live set and cache only."""
         self.masks.clear()
 
+    def begin_again(
+        self,
+        call: Call,
+        values: dict[str, Tensor],
+        kv: list[dict[int, KV]],
+        schedule: tuple[Launch, ...],
+    ) -> None:
+        """Go back before the first launch, with what the run was started with; also after a failure."""
+        self.suspend()
+        self.call, self.values, self.kv, self.schedule = call, values, kv, schedule
+        self.at, self.partial = 0, {}
+        self._released = False
+
     def release(self) -> None:
         """Drop every tensor. The run cannot go on."""
         self.suspend()

@@ -16,7 +16,7 @@ TESTS := tests/pure tests/cpu
 ifeq ($(WORKERS),0)
 PYTEST := $(BIN)/python -m pytest
 else
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 endif
 
 .PHONY: help demo install dev hooks lint fmt test coverage line-coverage bench gpu clean

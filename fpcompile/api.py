@@ -22,6 +22,7 @@ from fpcompile.models.ambient import tracing
 from fpcompile.models.capture import capture
 from fpcompile.passes.design import DESIGN_TOKENS, Design, default_rates
 from fpcompile.passes.lower import BACKENDS, lower
+from fpcompile.passes.lower_graphs import check_device
 from fpcompile.passes.partition import Partitioned
 from fpcompile.passes.pipeline import compile_packed
 
@@ -61,17 +62,19 @@ def segment(
     ``backend="inductor"`` compiles each distinct function between attention calls once, now, whatever the
     depth (seconds; TorchInductor needs a C++ compiler, on CUDA Triton); what it cannot compile stays eager
     and is named in ``explain()``. Fused code rounds differently: the model's numbers, not its bits.
-    ``route="auto"`` packs sequences where the model is proven to allow it (:mod:`fpcompile.models.capture`)
-    and else takes any model as it is (:mod:`fpcompile.models.generic`); ``"packed"`` and ``"generic"`` ask
-    for one. ``example_inputs`` are the arguments of one call (a mapping, a tuple or a tensor); models whose
-    inputs are not token ids need them, and with them the generic route is taken. ``dynamic_shapes``, in
-    torch.export's conventions, says which of their sizes vary; without it the route keeps batch and lengths
-    symbolic where the model allows, and other sizes get a graph of their own when first met. An
-    ``ExportedProgram`` may be passed for the model, a LoRA model of PEFT as well. ``verify`` runs a
-    self-check on the model's own weights: two short sequences, alone and packed, against the unmodified
-    model. The model is left as found and shares its weights with the program: changes in place are seen by
-    later runs (not with ``weights="packed"``), a replaced weight is an error. Forward hooks of the model
-    are part of what is traced: they are called now, with fake tensors, and not in runs.
+    ``backend="cudagraphs"`` replays the code between attention calls as CUDA graphs for up to 256 tokens at a
+    time, padded to the next of a few lengths (packed route; a wide granularity gains more); the rest is
+    eager. ``route="auto"`` packs sequences where the model is proven to allow it
+    (:mod:`fpcompile.models.capture`) and else takes any model as it is (:mod:`fpcompile.models.generic`);
+    ``"packed"`` and ``"generic"`` ask for one. ``example_inputs`` are the arguments of one call (a mapping,
+    a tuple or a tensor); models whose inputs are not token ids need them, and with them the generic route
+    is taken. ``dynamic_shapes``, in torch.export's conventions, says which of their sizes vary; without it
+    the route keeps batch and lengths symbolic where the model allows, and other sizes get a graph of their
+    own when first met. An ``ExportedProgram`` may be passed for the model, a LoRA model of PEFT as well.
+    ``verify`` runs a self-check on the model's own weights: two short sequences, alone and packed, against
+    the unmodified model. The model is left as found and shares its weights with the program: changes in
+    place are seen by later runs (not with ``weights="packed"``), a replaced weight is an error. Forward
+    hooks of the model are part of what is traced: they are called now, with fake tensors, and not in runs.
 
     Raises :class:`InvalidInputError` for something that is no evaluating model, :class:`UnknownNameError` for
     an unknown granularity, route, rates or backend, :class:`UsageError` where the backend's compiler is
@@ -87,6 +90,8 @@ def segment(
         raise UnknownNameError("weights", weights, known=WEIGHTS)
     if backend not in BACKENDS:
         raise UnknownNameError("backend", backend, known=BACKENDS)
+    if backend == "cudagraphs":
+        check_device({p.device for p in model.parameters() if not p.is_meta})
     if route not in ROUTES:
         raise UnknownNameError("route", route, known=ROUTES)
     design = _design(model, granularity, max_blocking_ms, design_tokens, rates)

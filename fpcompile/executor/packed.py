@@ -16,6 +16,7 @@ from fpcompile.errors import InvalidInputError, UsageError
 from fpcompile.executor import inputs as checks
 from fpcompile.executor.attend import attend, attend_tile, write
 from fpcompile.executor.call import Call
+from fpcompile.executor.cudagraphs import Graphs
 from fpcompile.executor.experts import divisions
 from fpcompile.executor.inputs import Group, Layout
 from fpcompile.executor.kv import pad_layers, read_cache, write_cache
@@ -147,13 +148,15 @@ class PackedProgram(Program):
         captured.model.generation_config = own  # not the copy: as it is when somebody asks
         self._decoder: Decoder | None = None
         self._forward = inspect.signature(type(captured.model).forward).parameters
-        super().__init__(
+        graphs = Graphs(next(captured.model.parameters()).device)
+        stages = build_stages(
             partitioned.plan,
-            build_stages(
-                partitioned.plan,
-                functools.partial(_bind, partitioned, captured, weights),
-                divisions(captured),
-            ),
+            functools.partial(_bind, partitioned, captured, weights, graphs),
+            divisions(captured),
+        )
+        super().__init__(
+            dataclasses.replace(partitioned.plan, notes=(*partitioned.plan.notes, *graphs.notes)),
+            stages,
             weights,
             WeightWatch(model),
             config=captured.model.config,
@@ -310,12 +313,15 @@ def position_limit(config: Any) -> int | None:
 
 
 def _bind(
-    partitioned: Partitioned, captured: Bindings, weights: dict[str, Tensor], part: Part
+    partitioned: Partitioned, captured: Bindings, weights: dict[str, Tensor], graphs: Graphs, part: Part
 ) -> tuple[Executable, tuple[str, ...]]:
     """What executes a part, and the local names of its nodes."""
     if part.kind is PartKind.GRAPH:
         function = partitioned.functions[part.function]
-        return graph_step(part, function, weights), function.names
+        step = graph_step(part, function, weights)
+        if function.buckets:
+            step = graphs.step(part, function, [weights[p] for p in part.params], step)
+        return step, function.names
     return (_attention_step if part.kind is PartKind.ATTENTION else _leaf_step)(captured, part), ()
 
 

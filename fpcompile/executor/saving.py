@@ -55,6 +55,13 @@ COSTS, COMPILED, CODE = "costs.json", "compiled.json", "code-"
 
 def save(program: PackedProgram, path: str | os.PathLike[str]) -> None:
     """Write ``program`` to a folder; see :meth:`Program.save`."""
+    if any(function.buckets for function in program.functions.values()):
+        raise ProgramFileError(
+            "CUDA graphs cannot be saved",
+            expected="a program with another backend",
+            got="backend='cudagraphs', whose graphs hold the addresses of this process",
+            remedy="save the program of backend='eager', or capture the graphs in each process",
+        )
     model, (implementation,) = program.bindings.model, {c.implementation for c in program.bindings.attention}
     own = _tensors(model)
     constants = {n: t for n, t in program.bindings.weights.values() if n not in own or not _same(own[n], t)}

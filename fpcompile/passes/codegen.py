@@ -27,7 +27,8 @@ class Function:
     ``names`` are its local names for the part's nodes, in their order: they locate an error. ``graph`` is
     what it was generated from, with fake tensors and symbolic lengths: what other backends compile.
     ``shapes`` are dtypes and shapes of its values and weights: with the code they make its key.
-    ``compiled`` is what ``call`` runs instead of the generated code, where a backend compiled it.
+    ``compiled`` is what ``call`` runs instead of the generated code, where a backend compiled it;
+    ``buckets`` are the lengths for which it is replayed as a CUDA graph.
     """
 
     call: Callable[[list[Any]], Sequence[Tensor]]
@@ -35,6 +36,7 @@ class Function:
     graph: fx.Graph
     shapes: str = ""
     compiled: Compiled | None = None
+    buckets: tuple[int, ...] = ()
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:

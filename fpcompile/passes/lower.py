@@ -1,4 +1,5 @@
 """Lower: the distinct functions of a plan compiled by TorchInductor; attention and leaves stay outside.
+CUDA graphs are :mod:`fpcompile.passes.lower_graphs`.
 
 Identical layers share one function (:mod:`fpcompile.passes.codegen`) and weights are its inputs, so each is
 compiled once, whatever the depth, when the program is made: a run never waits for a compiler.
@@ -22,8 +23,9 @@ from fpcompile.errors import UnknownNameError, UsageError
 from fpcompile.ir import Plan, Segment
 from fpcompile.passes.codegen import Function
 from fpcompile.passes.lower_function import RefusedError, compile_function
+from fpcompile.passes.lower_graphs import check_device, lower_to_graphs
 
-BACKENDS = ("eager", "inductor")
+BACKENDS = ("eager", "inductor", "cudagraphs")
 
 
 def lower(
@@ -41,12 +43,14 @@ def lower(
     read = [n.meta["val"] for f in functions.values() for n in f.inputs]
     devices = {value.device for value in read if isinstance(value, Tensor)}
     if torch.device("meta") in devices:
-        note = "backend inductor: a model on the meta device is not compiled"
+        note = f"backend {backend}: a model on the meta device is not compiled"
         return dataclasses.replace(plan, notes=(*plan.notes, note)), dict(functions)
+    if backend == "cudagraphs":
+        check_device(devices)
+        renamed, lowered, refused = lower_to_graphs(plan, functions)
+        return _told(plan, backend, len(functions), renamed, refused), lowered
     target = target_of(devices)
-    lowered: dict[str, Function] = {}
-    renamed: dict[str, str] = {}
-    refused: dict[str, str] = {}
+    lowered, renamed, refused = {}, {}, {}
     for key, function in functions.items():
         try:
             compiled = compile_function(function, verify=verify)
@@ -55,9 +59,16 @@ def lower(
         else:
             renamed[key] = compiled_key(target, key)
             lowered[renamed[key]] = compiled
-    summary = f"backend inductor ({target}): {len(renamed)} of {len(functions)} functions are compiled"
-    notes = (*plan.notes, summary, *_reasons(plan, refused))
-    return dataclasses.replace(renamed_functions(plan, renamed), notes=notes), lowered
+    return _told(plan, f"{backend} ({target})", len(functions), renamed, refused), lowered
+
+
+def _told(
+    plan: Plan, backend: str, count: int, renamed: Mapping[str, str], refused: Mapping[str, str]
+) -> Plan:
+    """The plan with the functions' new names, and notes on those that keep theirs."""
+    summary = f"backend {backend}: {len(renamed)} of {count} functions are compiled"
+    notes = (*plan.notes, summary, *_reasons(plan, backend.split(maxsplit=1)[0], refused))
+    return dataclasses.replace(renamed_functions(plan, renamed), notes=notes)
 
 
 def compiled_key(target: str, key: str) -> str:
@@ -117,7 +128,7 @@ def _target(device: torch.device) -> str:
     return device.type
 
 
-def _reasons(plan: Plan, refused: Mapping[str, str]) -> Iterable[str]:
+def _reasons(plan: Plan, backend: str, refused: Mapping[str, str]) -> Iterable[str]:
     """One note for each reason, with the modules whose functions it concerns."""
     found: dict[str, list[str]] = defaultdict(list)
     for segment in plan.segments:
@@ -126,4 +137,4 @@ def _reasons(plan: Plan, refused: Mapping[str, str]) -> Iterable[str]:
                 found[refused[part.function]].append(part.name)
     for reason, names in found.items():
         more = f" and of {len(names) - 1} more parts" if len(names) > 1 else ""
-        yield f"backend inductor: the code of {names[0]}{more} stays eager: {reason}"
+        yield f"backend {backend}: the code of {names[0]}{more} stays eager: {reason}"

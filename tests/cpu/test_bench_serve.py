@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from fpcompile.serving.bench_serve_cli import parse_goodput, parse_slos
 
 
 class Scripted:
-    """Streams tokens. ``hold``: they wait for it; ``breaks``: lengths of prompts whose answers are cut short."""
+    """Streams tokens. ``hold``: they wait for it; ``breaks``: lengths of prompts that get half an answer."""
 
     def __init__(self) -> None:
         self.hold = threading.Event()
@@ -31,28 +30,34 @@ class Scripted:
         self.port = 0
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-                length = int(head.split("content-length: ")[1].split("\r\n")[0])
-                body = json.loads(await reader.readexactly(length))
-                self.bodies.append(body)
-                self.headers.append(head)
-                writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-                while not self.hold.is_set():
-                    await asyncio.sleep(0.001)
-                size = len(body["prompt"])
-                for _ in range(body["max_tokens"]):
-                    self._event(writer, {"choices": [{"text": "x"}]})
-                if size in self.breaks:
-                    self._event(writer, {"error": {"message": "cut short"}})
-                else:
-                    usage = {"prompt_tokens": size, "completion_tokens": body["max_tokens"]}
-                    self._event(writer, {"choices": [], "usage": usage})
-                    self._event(writer, "[DONE]")
-                writer.write(b"0\r\n\r\n")
-                await writer.drain()
-        writer.close()
+        try:
+            await self._answer(reader, writer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            length = int(head.split("content-length: ")[1].split("\r\n")[0])
+            body = json.loads(await reader.readexactly(length))
+            self.bodies.append(body)
+            self.headers.append(head)
+            writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+            while not self.hold.is_set():
+                await asyncio.sleep(0.001)
+            size = len(body["prompt"])
+            for _ in range(body["max_tokens"]):
+                self._event(writer, {"choices": [{"text": "x"}]})
+            if size in self.breaks:
+                self._event(writer, {"error": {"message": "cut short"}})
+            else:
+                usage = {"prompt_tokens": size, "completion_tokens": body["max_tokens"]}
+                self._event(writer, {"choices": [], "usage": usage})
+                self._event(writer, "[DONE]")
+            writer.write(b"0\r\n\r\n")
+            await writer.drain()
 
     def _event(self, writer: asyncio.StreamWriter, value: Any) -> None:
         data = b"data: " + (value if isinstance(value, str) else json.dumps(value)).encode() + b"\n\n"
@@ -75,10 +80,11 @@ def scripted() -> Iterator[Scripted]:
         ready.set()
         loop.run_forever()
         listening.close()
-        for task in asyncio.all_tasks(loop):
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
             task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
-        loop.run_until_complete(asyncio.sleep(0))
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        loop.run_until_complete(asyncio.sleep(0.01))
 
     thread = threading.Thread(target=run)
     thread.start()

@@ -1,15 +1,17 @@
 """An engine with a pool of cache blocks and bounds on what paused runs hold: who gets blocks, who gives way.
 
-The engine is turned by the test on a virtual clock that stands still, so nothing depends on wall time; where a
-choice depends on predicted seconds, the test sets what copying costs.
+The engine is turned by the test on a virtual clock that stands still, so nothing depends on wall time; where
+a choice depends on predicted seconds, the test sets what copying costs.
 """
 
 from __future__ import annotations
 
 import gc
 import math
+import random
 import threading
 import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -19,6 +21,8 @@ import fpcompile
 from fpcompile.engine.engine import Engine
 from fpcompile.errors import InvalidInputError, SegmentError, UnknownNameError
 from fpcompile.executor.loop import Hook
+from fpcompile.scheduler.job import RequestView
+from fpcompile.scheduler.policy import RankingPolicy
 from fpcompile.testing import FakeAsyncDevice
 from tests.cpu.support import differences, finish, outcome, program_of
 from tests.cpu.test_engine_fakes import Clock, FakeProgram
@@ -119,7 +123,7 @@ def test_a_request_that_is_larger_than_the_pool_is_refused_with_the_size_it_need
 
 def test_wrong_memory_options_are_refused() -> None:
     program, fake = program_of("qwen3"), FakeProgram()
-    for wrong, what in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"kv_blocks": 0}, "kv_blocks is wrong"),
         ({"kv_blocks": 1.5}, "kv_blocks is wrong"),
         ({"kv_blocks": 4, "kv_memory": 1 << 20}, "two ways"),
@@ -131,7 +135,8 @@ def test_wrong_memory_options_are_refused() -> None:
         ({"memory_budget": 1, "policy": "vllm:64,32"}, "never moved"),
         ({"deterministic": True, "policy": "chunked:16"}, "changes their bits"),
         ({"deterministic": True, "policy": "fpcompile:pack=64"}, "changes their bits"),
-    ):
+    )
+    for wrong, what in cases:
         with pytest.raises(InvalidInputError, match=what):
             inline(program, **{"policy": "s-edf", **wrong})
     with pytest.raises(InvalidInputError, match="no program"):
@@ -253,16 +258,29 @@ def program_generic() -> fpcompile.Program:
     return fpcompile.segment(tiny_model("qwen3"), route="generic")
 
 
+class Newest(RankingPolicy):
+    """Whoever came last, until ``order`` names the places of all by request."""
+
+    def __init__(self) -> None:
+        self.order: dict[str, int] = {}
+
+    def rank(self, views: Sequence[RequestView], now: float) -> Iterable[str]:
+        names = [view.request.id for view in sorted(views, key=lambda view: -view.sequence)]
+        return sorted(names, key=lambda name: self.order.get(name, 0))
+
+
+@pytest.mark.slow
 def test_a_thousand_paused_runs() -> None:
     """Bytes as accounted are the bytes of all tensors that appear; no thread comes; any order of resuming."""
     program = program_of("qwen3")
     prompts = [ids(20 + number % 5) for number in range(5)]
     expected = [finish(program.start(prompt)) for prompt in prompts]
-    engine = inline(program, max_queue=None, record_timeline=False, memory_budget=1 << 40)
+    policy = Newest()
+    engine = inline(program, policy=policy, max_queue=None, record_timeline=False, memory_budget=1 << 40)
     threads, before = threading.active_count(), _tensor_bytes()
     handles = []
     for number in range(1001):
-        handles.append(engine.submit(prompts[number % 5].clone(), ttft_slo=1e6 - number))
+        handles.append(engine.submit(prompts[number % 5].clone(), request_id=str(number)))
         for _ in range(1 + number % 7):
             engine.turn(1)
     assert threading.active_count() == threads
@@ -270,8 +288,10 @@ def test_a_thousand_paused_runs() -> None:
     assert statistics.paused == 1000
     running = engine._driver._flight
     assert running is not None
-    measured = _tensor_bytes() - before - sum(running.load.run.live_bytes for _ in range(1))
+    measured = _tensor_bytes() - before - running.load.run.live_bytes
     assert statistics.paused_bytes == pytest.approx(measured, rel=0.01)
+    order = random.Random(0).sample(range(1001), 1001)
+    policy.order = {str(number): place for place, number in enumerate(order)}
     while engine.turn(None):
         pass
     engine._driver.validate()

@@ -89,7 +89,7 @@ class Memory(RuleBasedStateMachine):
     def begin(self, budget: int | None, host: int, blocks: int | None, prefix: bool) -> None:
         """Prefix reuse would change bits: here it is asked for and turned off."""
         self.clock, self.policy = Clock(), Named()
-        options = {} if blocks is None else {"kv_blocks": blocks, "prefix_cache": prefix}
+        options: dict[str, Any] = {} if blocks is None else {"kv_blocks": blocks, "prefix_cache": prefix}
         self.engine = Engine(
             program_of("qwen3"), policy=self.policy, device_thread=False, clock=self.clock,
             memory_budget=budget, host_memory=host, deterministic=True, **options,
@@ -148,7 +148,7 @@ class Memory(RuleBasedStateMachine):
             return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "run"
-            held.load.run.checkpoint().save(path)
+            held.seats[0].run.checkpoint().save(path)
             resumed = program_of("qwen3").resume(fpcompile.Checkpoint.load(path))
         assert differences(finish(resumed), expected(self.prompts[name])) == []
 
@@ -161,12 +161,13 @@ class Memory(RuleBasedStateMachine):
     @rule()
     def fail(self) -> None:
         """The run on the device finds a value of another shape, and raises."""
-        load = self.engine._driver._flight.load
-        run = load.run
+        flight = self.engine._driver._flight
+        assert flight is not None
+        run: Any = flight.load.run
         if run.partial or run.done:
             return
         run.values = {name: torch.zeros(3, 3, 3) for name in run.values}
-        self.lost.add(load.name)
+        self.lost.add(flight.load.name)
 
     # ---- what must hold
 
@@ -194,7 +195,7 @@ class Memory(RuleBasedStateMachine):
 
 def test_any_history_gives_the_bits_of_an_undisturbed_run() -> None:
     limits = settings(
-        max_examples=25, stateful_step_count=25, deadline=None,
+        max_examples=40, stateful_step_count=25, deadline=None,
         suppress_health_check=list(HealthCheck), print_blob=True,
     )  # fmt: skip
     run_state_machine_as_test(Memory, settings=limits)

@@ -1,4 +1,4 @@
-"""Keys and values in blocks of a pool: the bits of a bare run, in one extent, scattered, moved to the host."""
+"""Keys and values in blocks of a pool: the bits of a bare run, in one extent, scattered, or moved away."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ length are attended as one batch, as the unmodified model would.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,9 +21,8 @@ from fpcompile.models.attention import AttentionCall, MaskKind
 def attend(run: Run, layout: Layout, call: AttentionCall, q: Tensor) -> Tensor:
     """Attend to the run's cache, new keys included; returns ``[1, tokens, Hq, Dv]``."""
     outputs: list[Tensor] = []
-    for group, layers in zip(layout.groups, run.kv, strict=True):
+    for group, layers, queries in zip(layout.groups, run.kv, _parts(q, layout), strict=True):
         kv = layers[call.layer]
-        queries = unpack(q, group)
         out = call.attend(queries, kv.keys, kv.values, mask_of(run, call, group, kv, queries))
         outputs.append(out.reshape(1, group.batch * group.length, *out.shape[2:]))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
@@ -33,14 +32,15 @@ def write(run: Run, layout: Layout, call: AttentionCall, k: Tensor, v: Tensor) -
     """Put the new keys and values of one layer behind the cached ones."""
     if not call.writes:
         return
-    for group, layers in zip(layout.groups, run.kv, strict=True):
-        keys, values = unpack(k, group), unpack(v, group)
+    for layers, keys, values in zip(run.kv, _parts(k, layout), _parts(v, layout), strict=True):
         past = layers.get(call.layer)
         layers[call.layer] = past.append(keys, values) if past else LayerKV(owned(keys), owned(values))
 
 
 def mask_of(run: Run, call: AttentionCall, group: Group, kv: KV, like: Tensor) -> Tensor | None:
     """The mask of one group, built once and kept until the run is suspended."""
+    if group.length == 1 and call.mask.hides_nothing(call.implementation):
+        return None
     key: Hashable = (call.mask, call.implementation, kv.start, group)
     if key not in run.masks:
         run.masks[key] = call.mask.build(
@@ -53,6 +53,13 @@ def mask_of(run: Run, call: AttentionCall, group: Group, kv: KV, like: Tensor) -
             config=run.program.config,
         )
     return run.masks[key]
+
+
+def _parts(packed: Tensor, layout: Layout) -> Sequence[Tensor]:
+    """Every group's part, as :func:`unpack` gives it; in one go where groups are single sequences."""
+    if len(layout.groups) > 1 and all(group.batch == 1 for group in layout.groups):
+        return torch.split(packed, [group.length for group in layout.groups], dim=2)
+    return [unpack(packed, group) for group in layout.groups]
 
 
 def unpack(packed: Tensor, group: Group) -> Tensor:

@@ -56,6 +56,10 @@ class MaskSpec:
     def __str__(self) -> str:
         return f"{self.kind}({self.span})" if self.span else str(self.kind)
 
+    def hides_nothing(self, implementation: str) -> bool:
+        """Whether the newest token alone needs no mask: what :meth:`build` would find out by more work."""
+        return self.kind is MaskKind.CAUSAL and implementation == "sdpa"
+
     def build(
         self,
         implementation: str,
@@ -71,8 +75,6 @@ class MaskSpec:
 
         ``queries`` new tokens start at position ``q_offset``; ``keys`` visible keys start at ``k_offset``.
         """
-        if queries == 1 and self.kind is MaskKind.CAUSAL and implementation == "sdpa":
-            return None  # as transformers finds out by more work
         function: Callable[..., Any] = mu.causal_mask_function
         if self.kind is MaskKind.SLIDING:
             function = mu.sliding_window_causal_mask_function(self.span)

@@ -447,7 +447,8 @@ class Driver:
         if self.clock() >= self._timer:
             self._timer = inf
             events.append(Timer(self._now()))
-        events += self._timed_out()
+        if self._timeouts.next < inf:
+            events += self._timed_out()
         if events:
             events = self._without_withdrawn(events)
         if not events:

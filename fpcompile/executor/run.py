@@ -250,4 +250,5 @@ def _room(tile: Tensor, axis: int, length: int) -> Tensor:
 
 
 def _storage_bytes(tensors: Any) -> int:
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    storages = [t.untyped_storage() for t in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -9,6 +9,8 @@ import asyncio
 import functools
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +26,7 @@ from fpcompile.serving.server.build import pooled
 from fpcompile.serving.server.messages import Kind
 from fpcompile.serving.server.models import build_model, load_config, parse_models
 from fpcompile.serving.server.tiny import byte_tokenizer
-from tests.cpu.server_support import PATIENCE, Served, served
+from tests.cpu.server_support import PATIENCE, ROOT, Served, served
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
@@ -406,6 +408,15 @@ def test_the_load_generator_measures_it(server: Served) -> None:
         assert point["p99_ttft_ms"] > 0 < point["mean_tpot_ms"]
     with pytest.raises(UsageError, match="404"):
         run_bench_serve(Endpoint(server.url, "no", key="k-main"), load)
+
+
+def test_the_example_runs(server: Served) -> None:
+    command = [sys.executable, "examples/serve_client.py", "--base-url", server.url, "--api-key", "k-main"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=True)
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["chat", "urgent", "long", "embeddings"]
+    assert lines[0].endswith("16 tokens")
+    assert "64 numbers" in lines[3]
 
 
 # ---- the end of the server; last, as it ends the module's

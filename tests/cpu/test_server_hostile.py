@@ -170,7 +170,7 @@ def test_bytes(client: httpx.Client, method: str, path: str, body: bytes, header
 @rounds
 @given(
     cut=st.integers(0, 400), tokens=st.integers(1, 60), stream=st.booleans(),
-    path=st.sampled_from(ENDPOINTS[:2]), length=st.sampled_from([None, -5, 5, 9999]), read=st.integers(0, 600),
+    path=st.sampled_from(ENDPOINTS[:2]), length=st.sampled_from([None, -5, 5, 999]), read=st.integers(0, 600),
 )  # fmt: skip
 def test_clients_that_go_away(
     server: Served, cut: int, tokens: int, stream: bool, path: str, length: int | None, read: int

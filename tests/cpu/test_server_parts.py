@@ -358,12 +358,13 @@ def test_the_gate_refuses_large_bodies_and_stamps_arrivals_behind_them() -> None
         scope = {"type": "http", "method": "POST", "path": "/", "headers": headers, "client": ("c", 1)}
         await Gate(app, body_bytes=10)(scope, receive, send)
         assert (b"x-request-id", b"mine") in sent[0]["headers"]
+        assert ((b"connection", b"close") in sent[0]["headers"]) == (sent[0]["status"] == 413)
         return sent[0]["status"], seen
 
     status, seen = asyncio.run(scene([b"12345", b"67890"], None))
     assert status == 200
     assert seen["body"] == b"1234567890"
     assert seen["request_id"] == "mine" != seen["unique"]
-    assert asyncio.run(scene([b"12345", b"678901"], None))[0] == 413
-    assert asyncio.run(scene([b"1"], b"11"))[0] == 413
-    assert asyncio.run(scene([b"1"], b"9" * 5000))[0] == 413
+    for parts, length in (([b"12345", b"678901"], None), ([b"1"], b"11"), ([b"1"], b"9" * 5000)):
+        status, seen = asyncio.run(scene(parts, length))
+        assert (status, seen) == (413, {}), "nobody else sees it"

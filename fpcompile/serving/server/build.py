@@ -119,6 +119,11 @@ class EngineBackend:
             "prediction_count": s.prediction_error.count,
             "prediction_error": s.prediction_error.mean_absolute,
             "busy": self.gate.busy,
+            "decoding": s.decoding,
+            "decoding_bytes": s.decoding_bytes,
+            "host_bytes": s.memory.host_bytes,
+            "kv_usage": s.memory.blocks_used / s.memory.blocks if s.memory.blocks else None,
+            "reused_tokens": s.memory.reused_tokens,
         }
 
     def health(self) -> tuple[bool, str]:

@@ -15,7 +15,7 @@ __all__ = ["serve"]
 
 def serve(
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL]...", help="Hub id or folder; NAME=MODEL names it.")
+        list[str] | None, typer.Argument(metavar="MODEL", help="Hub id or folder; NAME=MODEL names it.")
     ] = None,
     random_weights: Annotated[
         list[str] | None,
@@ -46,6 +46,33 @@ def serve(
     pooling: Annotated[str | None, typer.Option(help="Of embedders: mean, cls or last.")] = None,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait to be launched.")] = 1024,
     max_queue_s: Annotated[float | None, typer.Option(help="Reject what has waited so many seconds.")] = None,
+    tbt_slo: Annotated[
+        float, typer.Option(min=0.001, help="Seconds between tokens, of requests that name none.")
+    ] = 0.2,
+    decode_first: Annotated[
+        bool,
+        typer.Option("--decode-first/--prefill-first", help="Which SLO is kept if not both: TBT or TTFT."),
+    ] = True,
+    max_decode_batch: Annotated[int, typer.Option(min=1, help="Sequences of a decode step.")] = 256,
+    kv_memory: Annotated[
+        int | None,
+        typer.Option(min=1, help="Bytes of the pool of cache blocks; else each run owns its cache."),
+    ] = None,
+    prefix_cache: Annotated[
+        bool, typer.Option("--prefix-cache", help="Reuse prefixes; needs --kv-memory.")
+    ] = False,
+    memory_budget: Annotated[
+        int | None, typer.Option(min=0, help="Bytes that paused runs may hold besides blocks.")
+    ] = None,
+    host_memory: Annotated[
+        int | None, typer.Option(min=0, help="Host bytes for what is moved there.")
+    ] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="A request's bits do not depend on others.")
+    ] = False,
+    record: Annotated[
+        Path | None, typer.Option(help="File for the log of decisions, see fpcompile replay.")
+    ] = None,
     max_model_len: Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and answer.")] = None,
     max_choices: Annotated[int, typer.Option(min=1, help="n x prompts of a request.")] = 16,
     max_body_bytes: Annotated[int, typer.Option(min=1024, help="Size of a request's body.")] = 4 << 20,
@@ -73,7 +100,13 @@ def serve(
         admin = digest_of(key)
     if dtype not in (known := ("auto", "float32", "bfloat16", "float16")):
         raise UsageError("unknown dtype", expected=", ".join(known), got=dtype)
-    options: dict[str, Any] = {"max_queue": max_queue}
+    options: dict[str, Any] = {
+        "max_queue": max_queue, "tbt_slo": tbt_slo, "decode_first": decode_first, "kv_memory": kv_memory,
+        "max_decode_batch": max_decode_batch, "prefix_cache": prefix_cache, "memory_budget": memory_budget,
+        "host_memory": host_memory, "deterministic": deterministic,
+    }  # fmt: skip
+    if record is not None:
+        options["record"] = record
     if max_queue_s is not None:
         options["max_queue_s"] = max_queue_s
     run(

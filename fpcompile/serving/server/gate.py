@@ -65,11 +65,15 @@ class Gate:
 
         scope.setdefault("state", {}).update(request_id=name, unique=uuid.uuid4().hex, facts=facts)
         try:
-            body = await self._body(headers, receive)
+            try:
+                body = await self._body(headers, receive)
+            except ApiError as error:  # the rest of the body may still come: no request can follow it
+                response = error_response(error)
+                response.headers["Connection"] = "close"
+                await response(scope, receive, answer)
+                return
             scope["state"]["arrival"] = time.monotonic()
             await self._app(scope, _Replay(body, receive), answer)
-        except ApiError as error:
-            await error_response(error)(scope, receive, answer)
         except asyncio.CancelledError:
             facts["gone"] = True
             raise

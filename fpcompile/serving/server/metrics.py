@@ -39,7 +39,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._before: dict[str, Any] = {"blocking": (), "preemptions": 0, "busy": 0.0}
+        self._before: dict[str, Any] = {"blocking": (), "preemptions": 0, "busy": 0.0, "reused_tokens": 0}
         self._looked = time.monotonic()
 
         def histogram(name: str, about: str, buckets: Sequence[float] = _SECONDS) -> Histogram:
@@ -81,7 +81,11 @@ class Metrics:
         self.waiting = gauge("num_requests_waiting", "Not launched yet.")
         self.paused = gauge("num_requests_paused", "Paused.")
         self.paused_bytes = gauge("paused_kv_bytes", "What paused runs hold: live values and caches.")
-        self.kv = gauge("kv_cache_usage_perc", "Share of the cache in use, 1 is all of it.")
+        self.decoding = gauge("num_requests_decoding", "Behind their first token.")
+        self.decoding_bytes = gauge("decoding_kv_bytes", "What decoding requests hold.")
+        self.host_bytes = gauge("host_kv_bytes", "What is moved to the host.")
+        self.kv = gauge("kv_cache_usage_perc", "Share of the pool's blocks in use; 0 without a pool.")
+        self.reused = counter("prefix_cache_hit_tokens", "Tokens of prompts that were in the cache.")
         self.error = gauge("predictor_error_ratio", "Mean of |predicted - measured| / measured.")
         self.judged = gauge("predictor_judged", "Runs whose prediction was compared.")
         self.stale = counter("stale_statistics", "Readings at which the worker did not answer.")
@@ -115,7 +119,11 @@ class Metrics:
         self.paused_bytes.set(statistics["paused_bytes"])
         self.error.set(statistics["prediction_error"])
         self.judged.set(statistics["prediction_count"])
-        if "kv_usage" in statistics:
+        self.decoding.set(statistics["decoding"])
+        self.decoding_bytes.set(statistics["decoding_bytes"])
+        self.host_bytes.set(statistics["host_bytes"])
+        self.reused.inc(max(statistics["reused_tokens"] - before["reused_tokens"], 0))
+        if statistics["kv_usage"] is not None:
             self.kv.set(statistics["kv_usage"])
         self._before, self._looked = dict(statistics), now
 

@@ -6,32 +6,28 @@ come, the scheduler hears of it at once, and only if *it* asks for a pause does 
 
 Words
     *flight*  the run that has the device, from Launch to its Yielded, Completed or Failed.
-    *known*   the tickets that the scheduler has heard of and that have not ended.
     *lane*    the tickets whose prompt is done and that decode: unknown to the scheduler.
 
 Invariants (``validate``)
-    The flight is the scheduler's; what is known is exactly what the scheduler holds. Every ticket ends once,
-    by ``_finish``. Events go to the scheduler in (time, rank, sequence) order, and never back in time.
-    A segment that raises ends its own request; a scheduler that raises ends those that it knew, with a typed
-    error each, and is replaced: nobody who waits is forgotten.
+    The flight is the scheduler's; what is known is exactly what the scheduler holds; see
+    :mod:`fpcompile.engine.hearing`. Every ticket ends once, by ``_finish``. A segment that raises ends its
+    own request.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from fpcompile.engine import journal
-from fpcompile.engine.decisions import DecisionLog
 from fpcompile.engine.decoding import DecodeOptions, Lane
-from fpcompile.engine.errors import SchedulerFailedError, twin
+from fpcompile.engine.errors import twin
+from fpcompile.engine.flight import Flight
 from fpcompile.engine.health import Launching, Watchdog
-from fpcompile.engine.inbox import Inbox
+from fpcompile.engine.hearing import Hearing
 from fpcompile.engine.loads import UNFINISHED, Load, alone, pack, step
 from fpcompile.engine.memory import Memory
 from fpcompile.engine.metrics import Ended, Ticket
@@ -41,7 +37,6 @@ from fpcompile.engine.programs import Programs
 from fpcompile.engine.recorder import Recorder, joined
 from fpcompile.engine.registry import Registry
 from fpcompile.engine.statistics import Counts, EngineStatistics
-from fpcompile.engine.timeouts import Timeouts
 from fpcompile.errors import (
     DeviceFailedError,
     InternalError,
@@ -55,7 +50,6 @@ from fpcompile.executor.loop import Hook
 from fpcompile.executor.slices import Chunks
 from fpcompile.scheduler.core import Scheduler
 from fpcompile.scheduler.events import (
-    Arrival,
     Cancelled,
     Command,
     Completed,
@@ -67,11 +61,8 @@ from fpcompile.scheduler.events import (
     Reject,
     Restore,
     SetTimer,
-    Timer,
     Yielded,
-    event_order,
 )
-from fpcompile.scheduler.states import State
 
 __all__ = ["Driver"]
 
@@ -80,26 +71,8 @@ logger = logging.getLogger(__name__)
 _SHORTEST = 1e-3  # seconds; nobody is told to come back sooner
 
 
-@dataclass(slots=True)
-class _Flight:
-    """``quota``: segments left of the launch. ``begun``: since when it runs, in this turn.
-
-    ``requested``: when its pause was asked for. ``made``: launches of this turn. ``lends``: whether it
-    stopped for a decode step.
-    """
-
-    load: Load
-    quota: int | None
-    begun: float
-    pause: bool = False
-    requested: float | None = None
-    made: int = 0
-    lends: bool = False
-    error: Exception | None = None
-    """Why it cannot be brought back to the device."""
-
-
-class Driver:
+@final
+class Driver(Hearing):
     """The state of one device. ``turn`` and ``abort`` belong to one thread at a time."""
 
     def __init__(
@@ -121,27 +94,17 @@ class Driver:
         self.programs = programs
         hook = joined(recorder, on_segment)
         self.pilot = Pilot(device, clock=clock, max_blocking=max_blocking, on_segment=hook)
-        self.registry = registry
-        self.inbox = Inbox()
-        self.clock = clock
+        super().__init__(make_core, registry=registry, clock=clock, recorder=recorder, record=record)
         self.watchdog = Watchdog(clock, self._launching)
         self.counts = Counts()
         self.prices = prices
         self.memory = memory
-        self.recorder = recorder
         self.lane = Lane(
             self.pilot, decoding, programs.names, clock=clock, finish=self._finish, recorder=recorder
         )
         self.abandoned = False
         """Whether the engine is closed without waiting for its requests."""
-        self.core = make_core()
-        self.log = None if record is None else DecisionLog(record, self.core)
-        self._make_core = make_core
-        self._known: dict[str, Ticket] = {}
-        self._flight: _Flight | None = None
-        self._timer = inf
-        self._timeouts = Timeouts()
-        self._last = -inf
+        self._flight: Flight | None = None
 
     # ---- for the owner of the loop
 
@@ -164,11 +127,6 @@ class Driver:
                 return False
         self.watchdog.left()
         return True
-
-    def idle_seconds(self) -> float | None:
-        """How long an idle device may be left alone; None until something is submitted."""
-        until = min(self._timer, self._timeouts.next)
-        return None if until == inf else max(until - self.clock(), 0.0)
 
     def retry_after(self) -> float:
         """Estimated seconds until the next request is launched: what the present run has left."""
@@ -205,11 +163,6 @@ class Driver:
         """Cancel what a policy holds back on an idle device, once nothing can come that would change it."""
         if self.registry.closed and self.registry.live() and not self.inbox.flag and self._timer == inf:
             self.cancel_all()
-
-    def close_log(self) -> None:
-        """The log of decisions ends; nothing is decided any more."""
-        if self.log is not None:
-            self.log.close()
 
     def abort(self, error: BaseException) -> None:
         """The loop is broken: everybody hears of it, and nobody is admitted any more."""
@@ -251,7 +204,7 @@ class Driver:
 
     # ---- the flight
 
-    def _fly(self, flight: _Flight, max_segments: int | None) -> None:
+    def _fly(self, flight: Flight, max_segments: int | None) -> None:
         load, quota = flight.load, flight.quota
         limit = min((n for n in (quota, max_segments) if n is not None), default=None)
         last = quota is not None and limit == quota
@@ -286,7 +239,7 @@ class Driver:
         """The question between two segments: has anything come that takes the device away?"""
         now = self.clock()
         self.watchdog.at_cut(now)
-        if self.inbox.flag or now >= self._timer or now >= self._timeouts.next:
+        if self._called(now):
             self._hear()
         flight = self._flight
         if flight is None or flight.pause:
@@ -297,14 +250,14 @@ class Driver:
         flight.made += 1
         return False
 
-    def _decode(self, beside: _Flight | None, max_segments: int | None) -> None:
+    def _decode(self, beside: Flight | None, max_segments: int | None) -> None:
         """Go on with the lane's step, or make a new one, while the flight ``beside`` it waits."""
         start = self.clock()
 
         def stop() -> bool:
             now = self.clock()
             self.watchdog.at_cut(now)
-            if self.inbox.flag or now >= self._timer or now >= self._timeouts.next:
+            if self._called(now):
                 self._hear()
             if not self.lane.stepping:
                 return True
@@ -336,7 +289,7 @@ class Driver:
         self.pilot.wait()
         return self._stop()
 
-    def _land(self, flight: _Flight) -> None:
+    def _land(self, flight: Flight) -> None:
         now = self._now()
         for ticket in flight.load.served:
             ticket.stopped(now)
@@ -434,81 +387,6 @@ class Driver:
 
     # ---- events and commands
 
-    def _now(self) -> float:
-        """The clock, never earlier than what the scheduler has been told."""
-        return max(self.clock(), self._last)
-
-    def _hear(self, *extra: Event, landed: Sequence[Ticket] = ()) -> None:
-        """Tell the scheduler what has happened since it was last told, and do what it says.
-
-        ``landed``: whom the run served that has just given the device back.
-        """
-        events: list[Event] = [*(self.inbox.take() if self.inbox.flag else ()), *extra]
-        if self.clock() >= self._timer:
-            self._timer = inf
-            events.append(Timer(self._now()))
-        if self._timeouts.next < inf:
-            events += self._timed_out()
-        if events:
-            events = self._without_withdrawn(events)
-        if not events:
-            return
-        keyed = sorted((event_order(event, sequence), event) for sequence, event in enumerate(events))
-        events = [event for _, event in keyed]
-        try:
-            told = [self._in_time(event) for event in events]
-            commands = self.core.handle_all(told)
-            if self.log is not None:
-                self.log.record(told, commands)
-            names = [event.request for event in events if isinstance(event, Cancelled)]
-            for name in (*names, *(ticket.id for ticket in landed)):
-                if name in self._known and self.core.state(name) is State.CANCELLED:
-                    self._cancelled(self._known[name])  # what it held is free for what is launched now
-            for command in commands:
-                self._carry_out(command, events)
-        except Exception as error:
-            self.pilot.check(error)
-            self._scheduler_failed(error)
-
-    def _timed_out(self) -> list[Event]:
-        """Withdraw those whose time is over: for the scheduler that is a cancel."""
-        tickets = [self.registry.get(name) for name in self._timeouts.due(self.clock())]
-        overdue = [ticket for ticket in tickets if ticket is not None]
-        for ticket in overdue:
-            ticket.timed_out = True
-        return [Cancelled(self._now(), ticket.id) for ticket in overdue]
-
-    def _without_withdrawn(self, events: Sequence[Event]) -> list[Event]:
-        """Note who arrives; leave out what is void: cancelled before arriving, or after the end."""
-        gone = {e.request for e in events if isinstance(e, Cancelled) and e.request not in self._known}
-        kept: list[Event] = []
-        for event in events:
-            if isinstance(event, Cancelled) and event.request in gone:
-                if (member := self.lane.get(event.request)) is not None:
-                    self._cancelled(member)
-                continue
-            if isinstance(event, Arrival):
-                ticket = self.registry.get(event.request.id)
-                if ticket is None:
-                    raise InternalError("a request arrived that was not admitted", got=event.request.id)
-                journal.arrived(ticket)
-                if self.recorder is not None:
-                    self.recorder.arrived(ticket)
-                if ticket.id in gone:
-                    self._cancelled(ticket)
-                    continue
-                self._known[ticket.id] = ticket
-                self._timeouts.add(ticket.request.arrival + ticket.timeout, ticket.id)
-            kept.append(event)
-        return kept
-
-    def _in_time(self, event: Event) -> Event:
-        """The event, not before what the scheduler knows: submitting threads read the clock as well."""
-        if event.time < self._last:
-            return dataclasses.replace(event, time=self._last)
-        self._last = event.time
-        return event
-
     def _carry_out(self, command: Command, events: Sequence[Event]) -> None:
         if isinstance(command, Launch):
             self._launch(command)
@@ -540,7 +418,7 @@ class Driver:
             ticket.launched(now, tickets)
             journal.launched(ticket)
         load = self._load(command, tickets)
-        self._flight = _Flight(load, command.max_segments, now, error=self._board(load))
+        self._flight = Flight(load, command.max_segments, now, error=self._board(load))
 
     def _board(self, load: Load) -> Exception | None:
         """What the run needs is on the device again, or an error that is its own."""
@@ -582,6 +460,12 @@ class Driver:
 
     # ---- ends
 
+    def _beyond(self, request_id: str) -> Ticket | None:
+        return self.lane.get(request_id)
+
+    def _check(self, error: Exception) -> None:
+        self.pilot.check(error)
+
     def _cancelled(self, ticket: Ticket) -> None:
         if ticket.timed_out:
             late = RequestTimeoutError(ticket.id, timeout=ticket.timeout)
@@ -621,17 +505,8 @@ class Driver:
         else:
             handle.fail(error)
 
-    def _scheduler_failed(self, error: Exception) -> None:
-        """Give up the requests that the scheduler knew, and go on with a fresh one."""
-        policy = self.core.policy.name
-        logger.error("the scheduler failed under policy %r", policy, exc_info=error)
+    def _forsaken(self) -> None:
+        """The scheduler has failed: the flight was its own."""
         if self._flight is not None:
             self.pilot.clear()
             self._land(self._flight)
-        self._timer = inf
-        self.core = self._make_core()
-        if self.log is not None:
-            self.log.restarted(self.core)
-        for ticket in list(self._known.values()):
-            failed = SchedulerFailedError(policy, cause=error, request_id=ticket.id)
-            self._finish(ticket, "failed", error=failed)

@@ -116,8 +116,7 @@ class Engine:
         )  # fmt: skip
         device = device or make_device(self._programs.device)
         self._memory = Memory(device, self._programs, options, clock)
-        if (pool := self._memory.pool) is not None:
-            scheduler_options["kv_blocks"] = pool.blocks.total
+        scheduler_options = {**self._memory.scheduler_options, **scheduler_options}
         if record is not None:
             check_recordable(policy)
         prices = Prices(self._programs.names)

@@ -132,6 +132,14 @@ class Memory:
         """The pool, if there is one."""
         return next(iter(self._pools.values()), None)
 
+    @property
+    def scheduler_options(self) -> dict[str, Any]:
+        """What the scheduler has to know of the pool."""
+        pool = self.pool
+        if pool is None:
+            return {}
+        return {"kv_blocks": pool.blocks.total, "move_s": 2 * pool.block_bytes / self._rate}
+
     # ---- at submission
 
     def prompt(self, name: str, run: Any, tenant: str) -> Prompt:

@@ -64,6 +64,8 @@ class Decider:
         if self.books.policy.eviction:
             victims = self.books.memory.victims(job, self._worse(job, order))
             if victims is not None:
+                if (first := self._spared(victims, now)) is not None:
+                    return first
                 for victim in victims:
                     self._evict(victim, now)
                 return job
@@ -85,17 +87,28 @@ class Decider:
         challenger = self.books.suspended.first() or self.books.queue.challenger(running, now)
         if challenger is None or not may_pause(running, challenger, self.books.options, now):
             return
-        if not self.books.memory.fits(challenger) and not self._could_fit(challenger, running, now):
+        if not self.books.memory.fits(challenger) and not self._may_displace(challenger, running, now):
             return
         running.advance("pause", now)
         self.books.out.append(Pause(running.id))
 
-    def _could_fit(self, challenger: Job, running: Job, now: float) -> bool:
-        """Whether pausing ``running`` helps: its blocks and those of worse runs can be evicted."""
+    def _may_displace(self, challenger: Job, running: Job, now: float) -> bool:
+        """Whether pausing ``running`` helps: its blocks and those of worse runs can and should be evicted."""
         if not self.books.policy.eviction:
             return False
-        worse = [running, *self._worse(challenger, list(self.books.queue.ordered(now)))]
-        return self.books.memory.victims(challenger, worse) is not None
+        worse = [*self._worse(challenger, list(self.books.queue.ordered(now, running))), running]
+        victims = self.books.memory.victims(challenger, worse)
+        if victims is None:
+            return False
+        return running not in victims or self._spared([running], now) is None
+
+    def _spared(self, victims: list[Job], now: float) -> Job | None:
+        """The run that the policy lets finish before any of ``victims`` is evicted."""
+        move_s = self.books.options.move_s
+        if not move_s:
+            return None
+        chosen = self.books.policy.spares([(job, move_s * job.held) for job in victims], now)
+        return next((job for job in victims if job is chosen), None)
 
     def _launch(self, job: Job, now: float) -> None:
         if self.books.batching is not None and not job.started:

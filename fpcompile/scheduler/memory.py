@@ -48,7 +48,10 @@ class Blocks:
         job.held = 0
 
     def victims(self, job: Job, worst_first: Iterable[Job]) -> list[Job] | None:
-        """The paused runs to evict so that ``job`` fits, or None when even all of them are not enough."""
+        """The paused runs to evict so that ``job`` fits, or None when even all of them are not enough.
+
+        The worst ones; of those, the better ones stay that are not needed beside a larger one.
+        """
         missing = job.blocks - job.held - self.free
         chosen: list[Job] = []
         for other in worst_first:
@@ -57,4 +60,10 @@ class Blocks:
             if other.held and other is not job:
                 chosen.append(other)
                 missing -= other.held
-        return chosen if missing <= 0 else None
+        if missing > 0:
+            return None
+        for other in chosen[::-1]:
+            if missing + other.held <= 0:
+                missing += other.held
+                chosen.remove(other)
+        return chosen

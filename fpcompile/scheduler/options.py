@@ -20,6 +20,7 @@ class SchedulerOptions:
 
     ``max_queue_s``: a request that has waited so long without being started is rejected.
     ``kv_blocks``: size of the device's cache in blocks; None: memory is not the core's business.
+    ``move_s``: device seconds to move one block away and back, if the driver knows; 0: policies do not ask.
     ``trail_cap``: a run that has executed more than this fraction of its size is paused only when the
     challenger would otherwise miss its deadline (TRAIL's limited preemption). inf: off.
     ``suspension_cap_s``: a run paused for longer goes first, and is not paused again. inf: off.
@@ -31,6 +32,7 @@ class SchedulerOptions:
 
     max_queue_s: float = inf
     kv_blocks: int | None = None
+    move_s: float = 0.0
     trail_cap: float = inf
     suspension_cap_s: float = inf
     hysteresis_s: float = 0.0
@@ -46,6 +48,7 @@ class SchedulerOptions:
 
         need("max_queue_s", self.max_queue_s > 0, "seconds > 0")
         need("kv_blocks", self.kv_blocks is None or self.kv_blocks > 0, "blocks > 0, or None")
+        need("move_s", 0 <= self.move_s < inf, "finite seconds >= 0")
         need("trail_cap", self.trail_cap >= 0, "a fraction >= 0")
         need("suspension_cap_s", self.suspension_cap_s > 0, "seconds > 0")
         need("hysteresis_s", 0 <= self.hysteresis_s < inf, "finite seconds >= 0")

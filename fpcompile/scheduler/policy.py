@@ -81,6 +81,13 @@ class Policy:
     eviction: bool = True
     """Whether paused runs may be evicted for a better one; else only started runs go on then."""
 
+    def spares(self, victims: Sequence[tuple[RequestView, float]], now: float) -> RequestView | None:
+        """One of the runs that are about to be evicted, to be finished first instead; None: evict.
+
+        Each comes with the device seconds that moving it away and back would take (option ``move_s``).
+        """
+        return None
+
     def arrived(self, view: RequestView, now: float) -> None:
         """A request has arrived; called before its first key."""
 

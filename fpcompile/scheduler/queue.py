@@ -44,8 +44,8 @@ class Queue(ABC):
         """The run to serve first, left in the queue."""
 
     @abstractmethod
-    def ordered(self, now: float) -> Iterator[Job]:
-        """All runs, best first."""
+    def ordered(self, now: float, running: Job | None = None) -> Iterator[Job]:
+        """All runs, best first; ``running`` has the device, and is not among them."""
 
     @abstractmethod
     def challenger(self, running: Job, now: float) -> Job | None:
@@ -114,7 +114,7 @@ class KeyedQueue(Queue):
             heappop(heap)
         return None
 
-    def ordered(self, now: float) -> Iterator[Job]:
+    def ordered(self, now: float, running: Job | None = None) -> Iterator[Job]:
         self._refresh(now)
         heap = self._heap
         front = [(heap[0][:4], 0)] if heap else []
@@ -166,8 +166,8 @@ class RankedQueue(Queue):
     def best(self, now: float) -> Job | None:
         return next(self._ranked(now, None), None)
 
-    def ordered(self, now: float) -> Iterator[Job]:
-        return self._ranked(now, None)
+    def ordered(self, now: float, running: Job | None = None) -> Iterator[Job]:
+        return (job for job in self._ranked(now, running) if job is not running)
 
     def challenger(self, running: Job, now: float) -> Job | None:
         job = next(self._ranked(now, running), None)
@@ -196,7 +196,7 @@ class ArrivalQueue(Queue):
     def best(self, now: float) -> Job | None:
         return next(self.ordered(now), None)
 
-    def ordered(self, now: float) -> Iterator[Job]:
+    def ordered(self, now: float, running: Job | None = None) -> Iterator[Job]:
         return iter(sorted(self.jobs.values(), key=lambda job: job.sequence))
 
     def challenger(self, running: Job, now: float) -> Job | None:

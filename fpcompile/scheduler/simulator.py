@@ -128,6 +128,7 @@ class Simulator:
         **options: Any,
     ) -> None:
         chosen = make_policy(policy)
+        options.setdefault("move_s", evict_s + restore_s)
         self.core = core or Scheduler(chosen, predictor=CostPredictor(table), **options)
         self.table = table
         self.result = SimulationResult()

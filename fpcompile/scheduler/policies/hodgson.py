@@ -13,7 +13,9 @@ At each event it looks at all waiting and paused requests with their exact remai
    with the most seconds per unit of harm; the harm of a miss grows as the recent attainment of its class
    falls towards the target and below. With one class this is the plain rule.
 5. What was set aside goes on when nothing accepted is left, the shortest first.
-6. Late requests share ``late_share`` of the device time, first come, first served, in turns of 20 to 40 ms,
+6. *Blocks*: who is best gets its cache blocks by evicting the last in line. But a run that needs less time to
+   finish than to be moved away and back goes on first, if nobody accepted is late for that.
+7. Late requests share ``late_share`` of the device time, first come, first served, in turns of 20 to 40 ms,
    and otherwise run only when the device would be idle; idle time that they got counts towards their share.
 
 Cost: O(n log n) per event for n requests that are not late; late ones cost nothing per event.
@@ -84,6 +86,7 @@ class MooreHodgson(RankingPolicy):
         self._books: dict[str, ClassBook] = {}
         self._running: RequestView | None = None
         self._hopeless: list[tuple[RequestView, str]] = []
+        self._slack = inf
 
     # ---- what happens
 
@@ -143,6 +146,7 @@ class MooreHodgson(RankingPolicy):
     def rank(self, views: Sequence[RequestView], now: float) -> Iterator[str]:
         self._share.spend(now, bool(self._late))
         accepted, aside, slack = self._select(now)
+        self._slack = slack
         running = self._running
         contended = bool(accepted or aside)
         if self._late and contended:
@@ -157,6 +161,15 @@ class MooreHodgson(RankingPolicy):
         if running is not None and running.request.id in self._late:
             yield running.request.id
         yield from self._late
+
+    def spares(self, victims: Sequence[tuple[RequestView, float]], now: float) -> RequestView | None:
+        left, _, view, move = min((view.remaining(now), view.sequence, view, move) for view, move in victims)
+        return view if left <= min(move, self._slack) else None
+
+    def last_first(self, views: Sequence[RequestView], now: float) -> list[str]:
+        late = [view.request.id for view in views if view.request.id in self._late]
+        rest = [view for view in views if view.request.id not in self._late]
+        return [*reversed(late), *super().last_first(rest, now)]
 
     def wake(self, now: float) -> float:
         running = self._running

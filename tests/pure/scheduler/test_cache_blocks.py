@@ -1,0 +1,131 @@
+"""Who is evicted for whom, who is finished first instead, and what that costs on simulated traffic."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from fpcompile.scheduler import Arrival, Request, Scheduler, make_policy, profile
+from fpcompile.scheduler.events import Completed, Evict, Launch, Pause, Restore, Yielded
+from fpcompile.scheduler.goodput import attainment
+from fpcompile.scheduler.simulator import SimulationResult, Simulator
+from fpcompile.scheduler.synthetic import synthetic_trace
+from fpcompile.scheduler.workload import requests_at
+from tests.pure.scheduler.driver import job
+
+SLOS = {"text": 0.25, "image": 0.5, "search": 4.0, "file": 6.0}
+
+
+def arrival(name: str, at: float, due: float, cost: float, blocks: int) -> Arrival:
+    return Arrival(at, job(name, at, due, cost, kv_blocks=blocks))
+
+
+def paused_pool(core: Scheduler) -> None:
+    """Runs of 3, 6 and 1 blocks of 10: all but the last one are paused."""
+    core.handle(arrival("small", 0.0, 90.0, 9.0, 3))
+    core.handle(arrival("large", 1.0, 80.0, 9.0, 6))
+    core.handle(Yielded(1.0, "small", 8.0))
+    core.handle(arrival("c", 2.0, 70.0, 9.0, 1))
+    core.handle(Yielded(2.0, "large", 8.0))
+
+
+def test_of_the_last_in_line_those_stay_that_are_not_needed() -> None:
+    core = Scheduler("edf", kv_blocks=10)
+    paused_pool(core)
+    core.handle(arrival("urgent", 3.0, 9.0, 1.0, 6))
+    commands = core.handle(Yielded(3.0, "c", 8.0))
+    assert commands == (Evict("large"), Launch("urgent", ("urgent",))), "not small as well, though it is last"
+    core.validate()
+
+
+def test_a_run_that_is_nearly_done_is_finished_before_it_is_evicted() -> None:
+    for move, paused in ((0.0, True), (0.01, True), (0.1, False)):
+        core = Scheduler("fpcompile:foresight=0", kv_blocks=10, move_s=move)
+        core.handle(arrival("old", 0.0, 90.0, 5.0, 8))
+        commands = core.handle(arrival("urgent", 4.5, 9.0, 1.0, 8))
+        assert commands == ((Pause("old"),) if paused else ()), "0.5 s to go, moving takes 8 blocks"
+        if not paused:
+            assert core.handle(Completed(5.0, "old")) == (Launch("urgent", ("urgent",)),)
+        core.validate()
+
+
+def test_nobody_is_made_late_for_it() -> None:
+    core = Scheduler("fpcompile:foresight=0", kv_blocks=10, move_s=0.1)
+    core.handle(arrival("old", 0.0, 90.0, 5.0, 8))
+    assert core.handle(arrival("urgent", 4.5, 5.9, 1.0, 8)) == (Pause("old"),), "its slack is 0.4 s"
+    commands = core.handle(Yielded(4.5, "old", 0.5))
+    assert commands == (Evict("old"), Launch("urgent", ("urgent",)))
+    assert core.handle(Completed(5.5, "urgent")) == (Restore("old"), Launch("old", ("old",)))
+    core.validate()
+
+
+def test_a_paused_run_is_finished_first_too() -> None:
+    core = Scheduler("fpcompile:foresight=0", kv_blocks=10, move_s=0.1)
+    core.handle(arrival("old", 0.0, 90.0, 5.0, 4))
+    core.handle(arrival("b", 4.5, 9.0, 1.0, 4))
+    core.handle(Yielded(4.5, "old", 0.3))
+    core.handle(arrival("c", 4.6, 20.0, 1.0, 8))
+    commands = core.handle(Completed(5.5, "b"))
+    assert commands == (Launch("old", ("old",)),), "0.3 s, and c has the time"
+    assert core.handle(Completed(5.8, "old")) == (Launch("c", ("c",)),)
+    core.validate()
+
+
+def test_asking_who_is_last_changes_nothing() -> None:
+    core = Scheduler("fpcompile", kv_blocks=10)
+    paused_pool(core)
+    before = {name: vars_of(core, name) for name in core.jobs}
+    assert core.last_first(3.0) == ["small", "large"]
+    core.handle(arrival("late", 3.0, 3.1, 5.0, 1))
+    assert core.last_first(3.0) == ["late", "small", "large"]
+    assert {name: vars_of(core, name) for name in before} == before
+    assert Scheduler("s-edf").last_first(0.0) == []
+
+
+def vars_of(core: Scheduler, name: str) -> tuple[object, ...]:
+    found = core.jobs[name]
+    return found.state, found.held, found.left, found.key
+
+
+def traffic(load: float, seed: int) -> list[Request]:
+    """At this part of the capacity of the bundled profile."""
+    rows = synthetic_trace(1000, seed=seed)
+    mean = sum(profile().seconds(row.tokens) for row in rows) / len(rows)
+    return requests_at(rows, load / mean, profile(), SLOS)
+
+
+def simulated(requests: list[Request], *, aware: bool, move_s: float = 1e-4) -> SimulationResult:
+    """In a cache that the largest request fills; ``aware``: the policy hears what moving costs."""
+    told: dict[str, Any] = {} if aware else {"move_s": 0.0}
+    simulator = Simulator(
+        make_policy("fpcompile"),
+        profile(),
+        kv_blocks=max(request.kv_blocks for request in requests),
+        evict_s=move_s,
+        restore_s=move_s,
+        **told,
+    )
+    result = simulator.run(requests)
+    simulator.core.validate()
+    assert not simulator.core.refusals
+    return result
+
+
+@pytest.mark.slow
+def test_in_a_small_cache_fewer_runs_are_moved_and_nobody_is_worse_off(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING)
+    evictions, worst = {True: 0, False: 0}, {True: 0.0, False: 0.0}
+    for load in (0.6, 0.9):
+        for seed in (1, 2, 3):
+            requests = traffic(load, seed)
+            for aware in (True, False):
+                result = simulated(requests, aware=aware)
+                evictions[aware] += result.evictions
+                worst[aware] += attainment(result.outcomes).worst / 6
+    assert evictions[True] < 0.95 * evictions[False]
+    assert worst[True] >= worst[False] - 0.002
+    assert not caplog.records, "no suggestion was refused"

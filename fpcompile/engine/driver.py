@@ -28,7 +28,7 @@ from fpcompile.engine.errors import twin
 from fpcompile.engine.flight import Flight
 from fpcompile.engine.health import Launching, Watchdog
 from fpcompile.engine.hearing import Hearing
-from fpcompile.engine.loads import UNFINISHED, Load, alone, pack, step
+from fpcompile.engine.loads import UNFINISHED, Load, load_of
 from fpcompile.engine.memory import Memory
 from fpcompile.engine.metrics import Ended, Ticket
 from fpcompile.engine.pilot import Ending, Landing, Pilot
@@ -47,7 +47,6 @@ from fpcompile.errors import (
 from fpcompile.executor.device import Device
 from fpcompile.executor.faults import forget_frames, out_of_memory
 from fpcompile.executor.loop import Hook
-from fpcompile.executor.slices import Chunks
 from fpcompile.scheduler.core import Scheduler
 from fpcompile.scheduler.events import (
     Cancelled,
@@ -417,7 +416,7 @@ class Driver(Hearing):
                 self.memory.seat(ticket)
             ticket.launched(now, tickets)
             journal.launched(ticket)
-        load = self._load(command, tickets)
+        load = load_of(command, tickets, self.programs[tickets[0].program], self.pilot.cost)
         self._flight = Flight(load, command.max_segments, now, error=self._board(load))
 
     def _board(self, load: Load) -> Exception | None:
@@ -429,25 +428,6 @@ class Driver(Hearing):
             self.pilot.check(error)
             return error
         return None
-
-    def _load(self, command: Launch, tickets: list[Ticket]) -> Load:
-        """What was launched before under this name, or a new load."""
-        program = self.programs[tickets[0].program]
-        if command.tokens is not None:
-            for ticket in tickets:
-                ticket.shared = True
-            return step(command.run, tickets, command.tokens, program, self.pilot.cost)
-        load = tickets[0].load
-        if load is None:
-            load = (
-                pack(command.run, tickets, program, self.pilot.cost)
-                if len(tickets) > 1
-                else alone(tickets[0], program, self.pilot.cost)
-            )
-            for ticket in tickets:
-                ticket.load = load
-                ticket.shared = load.shared or isinstance(ticket.run, Chunks)
-        return load
 
     def _pause(self, command: Pause, events: Sequence[Event]) -> None:
         flight = self._flight

@@ -19,10 +19,11 @@ from fpcompile.engine.programs import ProgramLike, RunLike
 from fpcompile.executor.offload import Origin
 from fpcompile.executor.program import Program
 from fpcompile.executor.run import Run
-from fpcompile.executor.slices import Sliced
+from fpcompile.executor.slices import Chunks, Sliced
 from fpcompile.executor.together import Together
+from fpcompile.scheduler.events import Launch
 
-__all__ = ["UNFINISHED", "Load", "alone", "pack", "step"]
+__all__ = ["UNFINISHED", "Load", "alone", "load_of", "pack", "step"]
 
 UNFINISHED: Final = object()
 """In place of a result: more slices of this request follow."""
@@ -109,6 +110,22 @@ class Load:
 
 Price = Callable[[ProgramLike, RunLike], Callable[[], float] | None]
 """Predicts the next launch, where that is needed."""
+
+
+def load_of(command: Launch, tickets: Sequence[Ticket], program: ProgramLike, price: Price) -> Load:
+    """What was launched before under this name, or a new load."""
+    if command.tokens is not None:
+        for ticket in tickets:
+            ticket.shared = True
+        return step(command.run, tickets, command.tokens, program, price)
+    load = tickets[0].load
+    if load is None:
+        several = len(tickets) > 1
+        load = pack(command.run, tickets, program, price) if several else alone(tickets[0], program, price)
+        for ticket in tickets:
+            ticket.load = load
+            ticket.shared = load.shared or isinstance(ticket.run, Chunks)
+    return load
 
 
 def alone(ticket: Ticket, program: ProgramLike, price: Price) -> Load:

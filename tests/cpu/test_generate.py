@@ -16,7 +16,9 @@ from transformers import GenerationConfig
 import fpcompile
 from fpcompile.errors import InvalidInputError, RequestCancelledError
 from fpcompile.models.zoo import sample_ids, tiny_model
+from fpcompile.testing import FakeAsyncDevice
 from tests.cpu.support import model_of, program_of
+from tests.cpu.test_engine_fakes import drive
 
 PROMPTS = [sample_ids(n, seed=n) for n in (5, 23, 40, 1)]
 
@@ -61,12 +63,32 @@ def test_whatever_the_policy_does_with_the_prompts(policy: str) -> None:
         assert engine.statistics().tokens_generated == 12 * len(PROMPTS)
 
 
-def test_pools_and_budgets_change_no_token() -> None:
+@pytest.mark.filterwarnings("ignore::fpcompile.errors.BudgetWarning")
+def test_pools_prefixes_and_budgets_change_no_token() -> None:
     program = program_of("qwen3")
-    with fpcompile.Engine(program, kv_blocks=64) as engine:
-        handles = [engine.submit(prompt, max_new_tokens=12, max_blocking_ms=0.2) for prompt in PROMPTS]
-        for prompt, handle in zip(PROMPTS, handles, strict=True):
-            assert list(handle.tokens(20)) == own("qwen3", prompt, 12)
+    with fpcompile.Engine(program, kv_blocks=64, prefix_cache=True) as engine:
+        for _ in range(2):
+            handles = [engine.submit(prompt, max_new_tokens=12, max_blocking_ms=0.2) for prompt in PROMPTS]
+            for prompt, handle in zip(PROMPTS, handles, strict=True):
+                assert list(handle.tokens(20)) == own("qwen3", prompt, 12)
+        memory = engine.statistics().memory
+    assert memory.reused_tokens > 0, "the second time prompts begin behind what is there"
+
+
+def test_on_an_asynchronous_device() -> None:
+    """Memory that is given away too early is poisoned there; streams beside a prompt, and a draw."""
+    device = FakeAsyncDevice()
+    engine = fpcompile.Engine(program_of("qwen3"), device=device, clock=device.clock, device_thread=False)
+    handles = [engine.submit(prompt, max_new_tokens=12) for prompt in PROMPTS]
+    config = GenerationConfig(do_sample=True)
+    drawn = [engine.submit(PROMPTS[0], max_new_tokens=5, generation_config=config, seed=1) for _ in "ab"]
+    engine.turn(30)
+    engine.submit(sample_ids(300), ttft_slo=10)
+    drive(engine)
+    for prompt, handle in zip(PROMPTS, handles, strict=True):
+        assert list(handle.tokens(0)) == own("qwen3", prompt, 12)
+    assert torch.equal(drawn[0].result(0).sequences, drawn[1].result(0).sequences)
+    assert device.idle
 
 
 @pytest.mark.slow

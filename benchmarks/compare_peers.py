@@ -112,9 +112,17 @@ def _fpcompile_command(python: Path, folder: Path, port: int) -> list[str]:
 
 
 def _fpcompile_settings() -> Iterator[Setting]:
-    for policy in ("fpcompile", "s-edf"):
-        for budget in (20, 5):
-            yield Setting((policy, f"{budget} ms"), ("--policy", policy, "--max-blocking-ms", str(budget)))
+    for options in (
+        ("fpcompile", "20 ms"),
+        ("s-edf", "20 ms"),
+        ("fpcompile:pack=512", "20 ms"),
+        ("fpcompile", "5 ms"),
+        ("fpcompile", "20 ms", "inductor"),
+        ("fpcompile:pack=512", "20 ms", "inductor"),
+    ):
+        policy, budget, *backend = options
+        flags = ["--policy", policy, "--max-blocking-ms", budget.removesuffix(" ms")]
+        yield Setting(options, (*flags, *(("--backend", *backend) if backend else ())))
 
 
 def _fpcompile_extra(setting: Setting, request: Request, tbt_slo: float | None) -> dict[str, Any]:

@@ -145,8 +145,20 @@ def _commands(report: Mapping[str, Any]) -> list[str]:
         if entry["command"]:
             variables = " ".join(f"{name}={value}" for name, value in entry["environment"].items())
             lines += ["", "  ```bash", f"  {variables} {entry['command']}", "  ```", ""]
+            for name, modes in _best_of(entry).items():
+                flags = " ".join(entry["flags"].get(name, ()))
+                lines += [f"  {' and '.join(modes)}: `{flags}`", ""]
     same = {None: "was not compared", True: "is the same", False: "differs"}[report["same_text"]]
     return [*lines, "", f"The text that the servers make of one prompt (8 tokens, temperature 0) {same}."]
+
+
+def _best_of(entry: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Setting -> what it was best at."""
+    found: dict[str, list[str]] = {}
+    for mode, title in _TITLES.items():
+        if entry.get(mode) is not None:
+            found.setdefault(entry[mode]["setting"], []).append(title.partition(" per")[0])
+    return found
 
 
 def _title(entry: Mapping[str, Any], peer: str) -> str:

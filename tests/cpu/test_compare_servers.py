@@ -397,7 +397,8 @@ def report() -> dict[str, Any]:
     cell = cell_of([answered("text", 0.05, (0.01, 0.01)), answered("search", 2.0)], SLOS, 6.0, 0.6)
     done = {"setting": "plain", "cells": [cell], **result_of([6.0, 12.0], [cell])}
     measured = {
-        "title": "one", "versions": {"python": "3", "one": "1"}, "command": "one serve", "flags": {},
+        "title": "one", "versions": {"python": "3", "one": "1"}, "command": "one serve",
+        "flags": {"plain": ["--plain", "1"]},
         "environment": {"OMP_NUM_THREADS": "1"}, "untried": ["other"],
         "screened": {"plain": {"first": cell, "tokens": cell, "start_s": 3.0}}, "first": done, "tokens": done,
         "backlog": {"setting": "plain", **backlog_of([answered("text", 1.0, (1.0,))])},
@@ -426,6 +427,7 @@ def test_the_tables_say_what_was_measured_and_what_was_not() -> None:
     assert "long log" not in text
     assert "| one | other | not tried |" in text
     assert "OMP_NUM_THREADS=1 one serve" in text
+    assert "One token and 16 to 64 tokens: `--plain 1`" in text
     assert markdown_of({**report(), "note": "Smoke figures."}).count("**Smoke figures.**") == 1
 
 

@@ -99,10 +99,11 @@ class Served:
             time.sleep(0.05)
 
     def idle(self) -> None:
-        """Wait until nothing is live, in the front as in the engine."""
-        for name in ("num_requests_live", "num_requests_running", "num_requests_waiting"):
-            self.settles(name, 0)
-        self.settles("num_requests_paused", 0)
+        """Wait until nothing is live and nothing is held, in the front as in the engine."""
+        for state in ("live", "running", "waiting", "paused", "decoding"):
+            self.settles(f"num_requests_{state}", 0)
+        for held in ("paused", "decoding", "host"):
+            self.settles(f"{held}_kv_bytes", 0)
 
     def signal(self, number: int) -> None:
         """To the front."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import random
 import signal
 import subprocess
@@ -345,8 +346,8 @@ def test_the_log_has_ids_and_traces_and_no_prompts(server: Served, client: opena
 
 
 def test_no_token_is_lost_doubled_or_mixed_when_others_go_away(server: Served) -> None:
-    """40 streams, 12 of which go away somewhere; the others get the model's tokens, and nothing stays."""
-    count, length = 40, 30
+    """40 streams (or FPCOMPILE_STREAMS): 30 % go away somewhere, the others get the model's tokens."""
+    count, length = int(os.environ.get("FPCOMPILE_STREAMS", "40")), 30
     draw = random.Random(7)
     leaves = {number: draw.randrange(0, length - 5) for number in draw.sample(range(count), count * 3 // 10)}
     texts: dict[int, str] = {}

@@ -6,10 +6,14 @@ import os
 import signal
 import subprocess
 import threading
+from pathlib import Path
 
 import openai
 import pytest
+import torch
 
+from fpcompile.serving.server.models import build_model, load_config, parse_models
+from fpcompile.serving.server.tiny import byte_tokenizer
 from tests.cpu.server_support import COMMAND, PATIENCE, ROOT, served
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
@@ -19,9 +23,24 @@ def _client(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=PATIENCE)
 
 
-def test_a_killed_engine_gives_errors_and_not_silence() -> None:
-    ask = {"model": "tiny", "prompt": "x", "max_tokens": 4000}
-    with served("--random-weights", "tiny", "--threads", "1") as server, _client(server.url) as client:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and its tokenizer as `save_pretrained` writes them."""
+    path = tmp_path_factory.mktemp("model")
+    (spec, _) = parse_models([], ["tiny"])
+    build_model(spec, "generate", load_config(spec), torch.device("cpu"), None).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_a_folder_is_served_and_a_killed_engine_gives_errors_and_not_silence(folder: Path) -> None:
+    ask = {"model": "chat", "prompt": "x", "max_tokens": 4000}
+    with served(f"chat={folder}", "--threads", "1") as server, _client(server.url) as client:
+        talk = client.chat.completions.create(
+            model="chat", messages=[{"role": "user", "content": "Hello"}], max_tokens=3, temperature=0
+        )
+        assert talk.usage is not None
+        assert (talk.usage.prompt_tokens, talk.usage.completion_tokens) == (8, 3)
         errors: list[openai.APIError] = []
 
         def waits() -> None:

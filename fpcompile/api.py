@@ -10,12 +10,18 @@ from torch import nn
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
-from fpcompile.errors import InvalidInputError, ProgramFileError, UnknownNameError, UnsupportedModelError
-from fpcompile.executor.generic_route import compile_generic_program, exported_module, is_exported
+from fpcompile.errors import InvalidInputError, UnknownNameError, UnsupportedModelError
+from fpcompile.executor.generic import GenericProgram
+from fpcompile.executor.generic_route import (
+    check_known,
+    compile_generic_program,
+    exported_module,
+    is_exported,
+)
+from fpcompile.executor.loading import load as load_program
 from fpcompile.executor.packed import PackedProgram
 from fpcompile.executor.program import Program, check_budget
 from fpcompile.executor.rates import measured_rates
-from fpcompile.executor.saving import load as load_program
 from fpcompile.executor.verify import self_check
 from fpcompile.ir import Granularity
 from fpcompile.models.ambient import tracing
@@ -146,11 +152,10 @@ def load(
     """
     _check_model(model)
     with tracing(_device_type(model)):
-        inner = _without_adapters(model)
-        if not isinstance(inner, PreTrainedModel):
-            raise ProgramFileError("the program was saved for another model", got=type(model).__name__)
-        program, generated = load_program(path, inner, trust_code=trust_code)
-        if verify:
+        program, generated = load_program(path, _without_adapters(model), trust_code=trust_code)
+        if verify and isinstance(generated, GenericProgram):
+            check_known(generated, model)
+        elif verify:
             self_check(generated, model)
     return program
 

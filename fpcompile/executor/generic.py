@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 import sympy
@@ -30,7 +31,7 @@ from fpcompile.executor.stages import Executable, build_stages
 from fpcompile.executor.weights import WeightWatch
 from fpcompile.ir import Granularity, Part, PartKind
 from fpcompile.models.ambient import tracing
-from fpcompile.models.generic import GenericCapture, pack
+from fpcompile.models.generic import GenericBindings, GenericCapture, pack
 from fpcompile.models.generic_shapes import promises
 from fpcompile.models.generic_tree import unflatten
 from fpcompile.passes.design import Design
@@ -97,16 +98,10 @@ class Variant(Program):
     def __init__(
         self,
         owner: GenericProgram,
-        captured: GenericCapture,
-        *,
-        granularity: Granularity,
-        architecture: str,
-        max_blocking_ms: float | None,
+        captured: GenericBindings,
+        compiled: Compiled,
     ) -> None:
-        compiled = compile_generic(captured, granularity, architecture, owner.notes, owner.design)
-        plan, functions = lower(compiled.plan, compiled.functions, owner.backend)
-        compiled = dataclasses.replace(compiled, plan=plan, functions=functions)
-        self.owner, self.captured = owner, captured
+        self.owner, self.captured, self.compiled = owner, captured, compiled
         self.outputs, self.length_names = compiled.outputs, compiled.lengths
         weights = dict(captured.weights.values())
         by_name = {name: weights[path] for name, (path, _) in captured.weights.items()}
@@ -119,7 +114,7 @@ class Variant(Program):
             config=owner.config,
             device=owner.device,
             dtype=owner.dtype,
-            max_blocking_ms=max_blocking_ms,
+            max_blocking_ms=owner.max_blocking_ms,
             strict_budget=owner.strict_budget,
         )
 
@@ -136,6 +131,10 @@ class Variant(Program):
     def kv_heads(self) -> Sequence[int]:
         """No stage is an attention call of the executor."""
         return [0] * len(self.stages)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Of the owner."""
+        self.owner.save(path)
 
     def start(self, *args: Any, **kwargs: Any) -> Run:
         """See :meth:`GenericProgram.start`; the call may go to another variant."""
@@ -189,12 +188,13 @@ class GenericProgram(Program):
     ``variants`` grows as calls of new kinds are met; each is a :class:`Variant`. The plan that the program
     itself shows is that of its first variant.
     ``dynamic_shapes`` by argument name are promises for that one; calls beyond them are variants too.
+    ``saved`` makes variants that were compiled before, in place of one for ``example``.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        example: tuple[tuple[Any, ...], dict[str, Any]],
+        example: tuple[tuple[Any, ...], dict[str, Any]] | None,
         *,
         granularity: Granularity = Granularity.OPERATOR,
         max_blocking_ms: float | None = None,
@@ -203,6 +203,7 @@ class GenericProgram(Program):
         backend: str = "eager",
         strict_budget: bool = False,
         design: Design | None = None,
+        saved: Callable[[GenericProgram], list[Variant]] | None = None,
     ) -> None:
         self.model = model
         self.design = design
@@ -220,7 +221,12 @@ class GenericProgram(Program):
         self.dtype = torch.float32 if parameter is None else parameter.dtype
         self.max_blocking_ms = max_blocking_ms
         self.strict_budget = strict_budget
-        first = self._variant(example)[0]
+        if saved is not None:
+            self.variants = saved(self)
+            first = self.variants[-1]
+        else:
+            assert example is not None
+            first = self._variant(example)[0]
         super().__init__(
             first.plan,
             first.stages,
@@ -249,6 +255,12 @@ class GenericProgram(Program):
         """No stage is an attention call of the executor."""
         return [0] * len(self.stages)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """See :meth:`Program.save`: all variants are saved. What is read compiles others as it meets them."""
+        from fpcompile.executor.saving_generic import save
+
+        save(self, path)
+
     def decoder(self) -> Decoder:
         """How it continues sequences; raises :class:`InvalidInputError` when the model does not generate."""
         from fpcompile.executor.decode_generic import generic_decoder
@@ -272,21 +284,27 @@ class GenericProgram(Program):
             promised = promises(self.model, flat, self.dynamic_shapes)
             if self.variants:
                 promised = {i: p.softened(tensors[i]) for i, p in promised.items()}
+            known = self.variants[0].captured.opaque if self.variants else ()
             with tracing(self.device.type):
-                known = self.variants[0].captured.opaque if self.variants else ()
-            captured = capture_generic(self.model, flat, tensors, promised, known)
-            values = captured.guards.bind(flat, tensors)
-            if values is None:
-                raise UsageError("a variant does not hold for the call that it was compiled from")
-            variant = Variant(
-                self,
-                captured,
-                granularity=self.granularity,
-                architecture=type(self.model).__name__,
-                max_blocking_ms=self.max_blocking_ms,
-            )
+                captured = capture_generic(self.model, flat, tensors, promised, known)
+                values = captured.guards.bind(flat, tensors)
+                if values is None:
+                    raise UsageError("a variant does not hold for the call that it was compiled from")
+                variant = Variant(self, captured.bindings, self._compile(captured))
             self.variants.insert(0, variant)
             return variant, tensors, values
+
+    def serves(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether a variant for such a call is compiled."""
+        flat, tensors = pack((args, self._plain(kwargs)), self.device)
+        return any(variant.captured.guards.bind(flat, tensors) is not None for variant in self.variants)
+
+    def _compile(self, captured: GenericCapture) -> Compiled:
+        """A traced variant as segments and their functions, lowered for the backend."""
+        name = type(self.model).__name__
+        compiled = compile_generic(captured, self.granularity, name, self.notes, self.design)
+        plan, functions = lower(compiled.plan, compiled.functions, self.backend)
+        return dataclasses.replace(compiled, plan=plan, functions=functions)
 
     def _plain(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments without those that say what leaving them out says."""
@@ -345,7 +363,7 @@ class GenericProgram(Program):
 
 
 def _bind(
-    compiled: Compiled, captured: GenericCapture, weights: dict[str, Tensor], part: Part
+    compiled: Compiled, captured: GenericBindings, weights: dict[str, Tensor], part: Part
 ) -> tuple[Executable, tuple[str, ...]]:
     if part.kind is PartKind.LEAF:
         leaf, picks = captured.leaves[part.call], compiled.picks[part.call]

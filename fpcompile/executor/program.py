@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fpcompile.errors import BudgetError, BudgetWarning, InvalidInputError, ProgramFileError
+from fpcompile.errors import BudgetError, BudgetWarning, InvalidInputError
 from fpcompile.executor import cost_cache
 from fpcompile.executor.calibrate import cost_model, measure
 from fpcompile.executor.cost_model import CostModel, Samples
@@ -171,21 +171,17 @@ class Program(abc.ABC):
 
         return restore(self, checkpoint)
 
+    @abc.abstractmethod
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the program to the folder ``path``, for :func:`fpcompile.load`; weights are not in it.
 
         The folder appears whole or not at all; an older program there is replaced. It holds data, no code and
         no pickle: operators are named, and only known ones are read back. With ``backend="inductor"`` it
         holds the compiled code too, which is loaded only for a caller who trusts it.
-        Raises :class:`ProgramFileError` for a program of the generic route, and a place that is taken by
-        something else.
+        Raises :class:`ProgramFileError` for a program of the generic route with ``dynamic_shapes``, for one
+        of ``backend="cudagraphs"``, for one whose call cannot be written as data, and for a place that is
+        taken by something else.
         """
-        raise ProgramFileError(
-            f"programs of the {self.route} route cannot be saved",
-            expected="a program of the packed route",
-            got=f"route {self.route}",
-            remedy="compile the model in each process",
-        )
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -67,15 +67,14 @@ class Guards:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class GenericCapture:
-    """One variant: graph, weights, leaves, guards, and how to rebuild the model's own output.
+class GenericBindings:
+    """What a variant is bound to: weights, leaves, guards, and how to rebuild the model's own output.
 
     ``inputs`` are the placeholders' names in the order of the flat inputs; ``outputs`` what the flat outputs
     are: names of nodes. ``counts`` are expressions in the symbols. ``growing`` are the inputs that every
     model replaces and none writes into: the keys and values of a cache.
     """
 
-    graph: fx.GraphModule
     weights: dict[str, tuple[str, Tensor]]
     leaves: tuple[leaves.Leaf, ...]
     model: nn.Module
@@ -87,7 +86,19 @@ class GenericCapture:
     notes: tuple[str, ...]
     length: sympy.Symbol | None
     growing: frozenset[int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class GenericCapture(GenericBindings):
+    """One variant with its graph."""
+
+    graph: fx.GraphModule
     attention: tuple[Any, ...] = ()
+
+    @property
+    def bindings(self) -> GenericBindings:
+        """What stays when the graph has become segments."""
+        return GenericBindings(**{f.name: getattr(self, f.name) for f in dataclasses.fields(GenericBindings)})
 
 
 def pack(tree: Any, device: torch.device) -> tuple[Flat, tuple[Tensor, ...]]:

@@ -47,7 +47,7 @@ _lock = threading.RLock()
 class Decision:
     """``graph(*inputs)`` gives the tensor that was read; ``value`` is what the example's reading gave."""
 
-    graph: fx.GraphModule
+    graph: Callable[..., Any]
     inputs: tuple[int, ...]
     read: str
     value: Any

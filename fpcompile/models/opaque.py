@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from fpcompile.models.generic_tree import Flat, Spec, flatten, unflatten
-from fpcompile.models.leaves import Leaf, emit
+from fpcompile.models.leaves import Leaf, Recipe, emit
 
 _STEPS = (1, 16, 64)
 
@@ -62,7 +62,7 @@ class Outcome:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class _Signature:
+class Signature:
     """How a leaf is called: the spec of its arguments, and what is known of its results."""
 
     module: nn.Module
@@ -260,12 +260,33 @@ def install(module: nn.Module, kind: str) -> None:
     module._fpcompile_opaque = True  # type: ignore[assignment]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return _emit(fresh, kind, args, kwargs)
+        return _emit(fresh, module, kind, args, kwargs)
 
     module.forward = forward
 
 
-def _emit(module: nn.Module, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def opaque_leaf(signature: Signature, module: nn.Module, kind: str) -> Leaf:
+    """The leaf of a signature as it is executed; ``module`` is its place in the shadow."""
+
+    def fake(given: Sequence[Tensor]) -> list[Tensor]:
+        raise NotImplementedError("the leaf is executed and not traced")
+
+    weights = list(signature.module.parameters())
+    return Leaf(
+        name=kind,
+        kind=kind,
+        run=signature.run,
+        fake=fake,
+        flops_per_token=2 * sum(p.numel() for p in weights),
+        weight_bytes=sum(p.numel() * p.element_size() for p in weights),
+        tokenwise=False,
+        recipe=Recipe(module, {"signature": signature}),
+    )
+
+
+def _emit(
+    module: nn.Module, place: nn.Module, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     flat = flatten((args, kwargs))
     prober = _Prober(module, flat.spec, flat.tensors, flat.counts)
     outcome, shapes, counts = prober.measure()
@@ -276,7 +297,7 @@ def _emit(module: nn.Module, kind: str, args: tuple[Any, ...], kwargs: dict[str,
     if any(set(a.slopes) - set(symbols) for a in (*counts, *(a for shape in shapes for a in shape))):
         raise LeafRefusedError("its sizes depend on a length that none of its arguments has")
     orders = tuple(_order(outcome.flat.tensors[i].stride()) for i in outcome.fresh)
-    signature = _Signature(
+    signature = Signature(
         module,
         flat.spec,
         len(flat.tensors),
@@ -294,16 +315,7 @@ def _emit(module: nn.Module, kind: str, args: tuple[Any, ...], kwargs: dict[str,
             for shape, dtype, order in zip(shapes, dtypes, orders, strict=True)
         ]
 
-    weights = list(module.parameters())
-    leaf = Leaf(
-        name=kind,
-        kind=kind,
-        run=signature.run,
-        fake=fake,
-        flops_per_token=2 * sum(p.numel() for p in weights),
-        weight_bytes=sum(p.numel() * p.element_size() for p in weights),
-        tokenwise=False,
-    )
+    leaf = dataclasses.replace(opaque_leaf(signature, place, kind), fake=fake)
     made = dict(zip(outcome.fresh, emit(leaf, tensors), strict=True))
     results = [
         flat.tensors[outcome.inputs[i]] if i in outcome.inputs else made[i]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import sympy
+from torch.utils._sympy import functions
 
 from fpcompile.errors import InvalidInputError
 from fpcompile.ir import (
@@ -31,7 +32,12 @@ from fpcompile.ir import (
 )
 
 FORMAT = "fpcompile-plan-2"
-_NAMES: dict[str, Any] = {**SYMBOLS, "Min": sympy.Min, "Max": sympy.Max}
+_OWN = ("CeilDiv", "CleanDiv", "FloorDiv", "ModularIndexing", "PythonMod")
+_NAMES: dict[str, Any] = {
+    **SYMBOLS,
+    **{name: getattr(sympy, name) for name in ("Min", "Max", "Mod", "floor", "ceiling")},
+    **{name: getattr(functions, name) for name in _OWN},
+}
 
 
 def render(plan: Plan) -> str:
@@ -96,10 +102,10 @@ def _segment(s: Segment) -> dict[str, Any]:
         "live": [
             {
                 "name": v.name,
-                "shape": [str(n) for n in v.shape],
+                "shape": [_text(n) for n in v.shape],
                 "dtype": v.dtype,
                 "storage": v.storage,
-                "bytes": str(v.storage_bytes),
+                "bytes": _text(v.storage_bytes),
             }
             for v in s.live.values
         ],
@@ -117,8 +123,8 @@ def _part(p: Part) -> dict[str, Any]:
         "lengths": p.lengths,
         "outputs": p.outputs,
         "call": p.call,
-        "flops": str(p.cost.flops),
-        "bytes": str(p.cost.bytes),
+        "flops": _text(p.cost.flops),
+        "bytes": _text(p.cost.bytes),
         "nodes": [(name, s.module, s.line) for name, s in p.nodes],
         "over": p.over,
         "axes": p.axes,
@@ -155,6 +161,15 @@ def _read_part(row: dict[str, Any]) -> Part:
         axes=(tuple(row["axes"][0]), tuple(row["axes"][1])),
         bound=row["bound"],
     )
+
+
+def _text(expr: sympy.Expr) -> str:
+    """A formula as text; torch's divisions print as operators that would be read as others."""
+    if not expr.has(*(getattr(functions, name) for name in _OWN)):
+        return str(expr)
+    for name in _OWN:
+        expr = expr.replace(getattr(functions, name), sympy.Function(name))
+    return str(expr)
 
 
 @functools.lru_cache(maxsize=4096)

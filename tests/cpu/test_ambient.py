@@ -273,3 +273,17 @@ def test_a_checkpoint_file_has_the_modes_of_new_files(tmp_path: Path) -> None:
     program_of("llama").start(sample_ids(3)).checkpoint().save(tmp_path / "run.ckpt")
     (tmp_path / "plain").touch()
     assert os.stat(tmp_path / "run.ckpt").st_mode == os.stat(tmp_path / "plain").st_mode
+
+
+@pytest.mark.slow
+def test_a_variant_that_is_compiled_in_a_call_ignores_the_callers_autocast() -> None:
+    model = tiny_model("bloom")
+    program = fpcompile.segment(model, route="generic", verify=False)
+    ids = sample_ids(9)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "output_hidden_states": True}
+    with torch.no_grad():
+        expected = model(**given)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = program(**given)
+    assert len(program.variants) == 2  # type: ignore[attr-defined]
+    assert torch.equal(got.logits, expected.logits)

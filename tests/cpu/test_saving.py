@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from torch.utils._sympy.functions import FloorDiv, Mod
 import fpcompile
 from fpcompile.errors import ProgramFileError, UnsupportedModelError
 from fpcompile.executor import program_file
+from fpcompile.models.generic_tree import flatten
 from fpcompile.models.zoo import MAIN_ARCHS, sample_ids, tiny_model
 from fpcompile.passes.codegen import function_of, key_of
 from fpcompile.passes.expr_text import read_expr, write_expr
@@ -261,11 +263,107 @@ def test_other_folders_are_never_replaced(saved: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_generic_route_says_that_it_cannot_be_saved(tmp_path: Path) -> None:
-    with pytest.raises(ProgramFileError, match="generic route") as caught:
-        fpcompile.segment(tiny_model("bloom")).save(tmp_path / "program")
+def test_what_cannot_be_saved_is_told(tmp_path: Path) -> None:
+    example = {"input_ids": torch.ones(1, 9, dtype=torch.long)}
+    shapes = {"input_ids": {1: torch.export.Dim("length", max=500)}}
+    program = fpcompile.segment(
+        tiny_model("bloom"), example_inputs=example, dynamic_shapes=shapes, verify=False
+    )
+    with pytest.raises(ProgramFileError, match="dynamic_shapes") as caught:
+        program.save(tmp_path / "program")
     assert caught.value.remedy
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["bloom", "mamba"])
+def test_a_program_of_the_generic_route_is_loaded(arch: str, tmp_path: Path) -> None:
+    """Variants of three kinds of calls, one of which continues a state; opaque leaves; runs move over."""
+    model = tiny_model(arch)
+    program = fpcompile.segment(model, route="generic", verify=False)
+    ids, more = sample_ids(21), sample_ids(30, seed=1)
+    masked = {"input_ids": more, "attention_mask": torch.ones_like(more)}
+    expected = [program(input_ids=ids), program(**masked)]
+    cache = "cache_params" if arch == "mamba" else "past_key_values"
+    follow = {"input_ids": ids[:, :3], cache: expected[0][cache]}
+    expected.append(program(**follow))
+    program.save(tmp_path / "program")
+    loaded = load_untraced(tmp_path / "program", model)
+    assert loaded.fingerprint == program.fingerprint
+    assert loaded.plan == program.plan
+    assert loaded.weights_fingerprint == program.weights_fingerprint
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.export, "export", lambda *_, **__: pytest.fail("a call traced the model"))
+        got = [loaded(input_ids=ids), loaded(**masked), loaded(**follow)]
+        run = program.start(input_ids=ids)
+        run.step()
+        assert torch.equal(_finished(loaded, run.checkpoint()), expected[0].logits)
+        again = loaded.start(**masked)
+        again.step()
+        assert torch.equal(_finished(program, again.checkpoint()), expected[1].logits)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert type(mine) is type(theirs)
+        assert list(mine) == list(theirs)
+        mine_flat, their_flat = flatten(mine), flatten(theirs)
+        assert len(mine_flat.tensors) == len(their_flat.tensors)
+        assert all(map(torch.equal, mine_flat.tensors, their_flat.tensors))
+    if arch == "bloom":  # a call of a new kind is compiled when it comes
+        other = {"input_ids": sample_ids(5), "output_hidden_states": True}
+        with torch.no_grad():
+            own = model(**other)
+        assert torch.equal(loaded(**other).logits, own.logits)
+
+
+def _finished(program: fpcompile.Program, checkpoint: fpcompile.Checkpoint) -> torch.Tensor:
+    run = program.resume(checkpoint)
+    while not run.done:
+        run.step()
+    logits: torch.Tensor = run.result().logits
+    return logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("variants.json", "transformers.cache_utils:DynamicCache", "subprocess:Popen", "unknown type"),
+        ("variants.json", "transformers.cache_utils:DynamicCache", "torch:Generator", "unknown type"),
+        (
+            "variants.json",
+            "transformers.cache_utils:DynamicCache",
+            "transformers.cache_utils:torch",
+            "unknown",
+        ),
+        ("variants.json", '"outputs"', '"inputs_"', "not complete"),
+        ("variants.json", "fpcompile-plan", "fpcompile-flan", "no plan"),
+        ("functions.json", "aten.tanh.default", "aten.from_file.default", "may not call"),
+    ],
+)
+def test_a_forged_program_of_the_generic_route_runs_nothing(
+    file: str, old: str, new: str, message: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "program"
+    _bloom().save(folder)
+    text = (folder / file).read_text()
+    assert old in text
+    (folder / file).write_text(text.replace(old, new))
+    _edit(folder, lambda manifest: None)
+    with pytest.raises(fpcompile.errors.FpcompileError, match=message):
+        fpcompile.load(folder, tiny_model("bloom"))
+
+
+@functools.cache
+def _bloom() -> fpcompile.Program:
+    return fpcompile.segment(tiny_model("bloom"), route="generic", verify=False)
+
+
+@pytest.mark.slow
+def test_a_model_of_another_kind_is_refused(saved: Path, tmp_path: Path) -> None:
+    _bloom().save(tmp_path / "program")
+    with pytest.raises(ProgramFileError, match="another"):
+        fpcompile.load(tmp_path / "program", tiny_model("bloom", overrides={"n_layer": 1}))
+    with pytest.raises(ProgramFileError, match="another"):
+        fpcompile.load(saved, nn.Linear(3, 3).train(False))
 
 
 COMPILERS = (os.environ.get("CXX", "g++"), "g++", "clang++")

@@ -40,7 +40,7 @@ from fpcompile.engine.memory import Memory
 from fpcompile.engine.memory_options import MemoryOptions
 from fpcompile.engine.metrics import Ticket
 from fpcompile.engine.modes import shape_of
-from fpcompile.engine.prices import PackPredictor, Prices, seconds_left
+from fpcompile.engine.prices import PackPredictor, Prices, seconds_behind, seconds_left
 from fpcompile.engine.programs import ProgramLike, Programs, RunLike
 from fpcompile.engine.recorder import Recorder, Timeline
 from fpcompile.engine.registry import Registry
@@ -115,7 +115,8 @@ class Engine:
             memory_budget=memory_budget, host_memory=host_memory, deterministic=deterministic,
         )  # fmt: skip
         device = device or make_device(self._programs.device)
-        self._memory = Memory(device, self._programs, options, clock)
+        self._recorder = Recorder() if record_timeline else None
+        self._memory = Memory(device, self._programs, options, clock, self._recorder)
         scheduler_options = {**self._memory.scheduler_options, **scheduler_options}
         if record is not None:
             check_recordable(policy)
@@ -123,7 +124,6 @@ class Engine:
         plan = _Plan(policy, scheduler_options, self._programs, prices, options, recorded=record is not None)
         self._shape = plan.shape
         self._registry = Registry(max_queue)
-        self._recorder = Recorder() if record_timeline else None
         self._clock = clock
         self._driver = Driver(
             self._programs,
@@ -240,7 +240,11 @@ class Engine:
     ) -> Ticket:
         kept = self._shape(run, budget)
         prompt = self._memory.prompt(name, kept, terms.tenant)
-        predicted = seconds_left(program, kept if isinstance(kept, Chunks) else run)
+        predicted = (
+            seconds_behind(program, kept, prompt.cached)
+            if prompt.cached
+            else seconds_left(program, kept if isinstance(kept, Chunks) else run)
+        )
         request = Request(
             id=terms.request_id or self._registry.new_id(),
             arrival=terms.arrival,

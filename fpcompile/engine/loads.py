@@ -90,6 +90,12 @@ class Load:
             self.cost = next_cost(self.program, self.run)
         return self.cost()
 
+    def begin_again(self) -> None:
+        """The run is at its beginning again: what it executed is lost, and its launches may be others."""
+        self.executed, self.cost = 0.0, None
+        if not self.shared:
+            self.tokens, self.seconds = self.run.tokens, self.left()
+
     def left(self) -> float:
         """Predicted seconds that are left, without corrections."""
         return seconds_left(self.program, self.run)

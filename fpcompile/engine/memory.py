@@ -22,7 +22,8 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +33,9 @@ from fpcompile.engine.loads import Load
 from fpcompile.engine.memory_facts import NOTHING, MemoryStatistics, Prompt
 from fpcompile.engine.memory_options import MemoryOptions, copy_rate, make_pools
 from fpcompile.engine.metrics import Ticket
+from fpcompile.engine.prices import seconds_left
 from fpcompile.engine.programs import Programs
+from fpcompile.engine.recorder import Recorder
 from fpcompile.errors import InternalError, InvalidInputError
 from fpcompile.executor.device import Device
 from fpcompile.executor.offload import Origin, Parking, caches_of, own_bytes, storage_bytes
@@ -107,11 +110,17 @@ class Memory:
     """The memory of one engine. Used by its driver; ``prompt`` and ``statistics`` by any thread."""
 
     def __init__(
-        self, device: Device, programs: Programs, options: MemoryOptions, clock: Callable[[], float]
+        self,
+        device: Device,
+        programs: Programs,
+        options: MemoryOptions,
+        clock: Callable[[], float],
+        recorder: Recorder | None = None,
     ) -> None:
         self.options = options
         self._device = device
         self._programs = programs
+        self._clock, self._recorder = clock, recorder
         self._pools = make_pools(programs, options)
         self._seats: dict[str, _Seat] = {}
         self._held: dict[str, _Held] = {}
@@ -162,8 +171,9 @@ class Memory:
         if not options.reuses:
             return Prompt(blocks)
         salt = f"{name}\0{core.program.watch.version}\0{tenant}".encode()
-        keys = prompt_keys(core, pool.block_tokens, salt)
-        return Prompt(blocks, tuple(keys), reusable(core, pool.block_tokens) if core is run else 0)
+        keys = tuple(prompt_keys(core, pool.block_tokens, salt))
+        most = min(reusable(core, pool.block_tokens), len(keys)) if core is run else 0
+        return Prompt(blocks, keys, most, pool.block_tokens * pool.blocks.known(keys[:most]))
 
     # ---- launches
 
@@ -188,6 +198,7 @@ class Memory:
             go_on_behind(core, reused, ticket.budget)
             _install(seat, reused)
             ticket.reused_tokens = reused
+            ticket.predicted = seconds_left(self._programs[ticket.program], core)
             self._counts["reused_tokens"] += reused
             return
         seat.rooms = [pool.room(batch, tokens) for batch, tokens in _contexts(run)]
@@ -209,10 +220,13 @@ class Memory:
         if again:
             for seat in held.seats:
                 _install(seat)
-        elif held.evicted:
-            held.parking.restore(held.rooms)
-        if held.parked:
-            held.parking.bring_back()
+            load.begin_again()
+        elif held.evicted or held.parked:
+            with self._copying(held, "restored"):
+                if held.evicted:
+                    held.parking.restore(held.rooms)
+                if held.parked:
+                    held.parking.bring_back()
         held.paused = held.evicted = held.dropped = False
         held.parking.settle()
         self._note(held)
@@ -258,8 +272,9 @@ class Memory:
             if self._better_again(held, copying) or not self._room_on_host(copying, held):
                 self._drop(held)
             else:
-                self._counts["copied_bytes"] += held.parking.stash(held.load.run, held.rooms)
-                self._park(held)
+                with self._copying(held, "evicted"):
+                    self._counts["copied_bytes"] += held.parking.stash(held.load.run, held.rooms)
+                    self._park(held)
         for room in held.rooms:
             room.free()
         held.evicted = True
@@ -305,7 +320,8 @@ class Memory:
         if self._better_again(held, copying):
             self._drop(held)
         elif self._room_on_host(copying, held):
-            self._park(held)
+            with self._copying(held, "offloaded"):
+                self._park(held)
         elif held.droppable:
             self._drop(held)
         self._note(held)
@@ -338,6 +354,15 @@ class Memory:
             held.load.run.again()
         held.dropped = True
         self._counts["recomputations"] += 1
+
+    @contextlib.contextmanager
+    def _copying(self, held: _Held, name: str) -> Iterator[None]:
+        """A span of the timeline."""
+        start = self._clock()
+        yield
+        if self._recorder is not None:
+            for seat in held.seats:
+                self._recorder.copied(seat.ticket, name, start, self._clock())
 
     def _note(self, held: _Held) -> None:
         """Keep the sums, and the first member's metrics, as ``held`` is now."""

@@ -36,12 +36,13 @@ class MemoryStatistics:
 class Prompt:
     """What a request asks of the pool: ``blocks``, and ``keys`` of the full ones, if they may be shared.
 
-    ``reusable``: how many of those need not be executed.
+    ``reusable``: how many of those need not be executed. ``cached``: tokens that were there at submission.
     """
 
     blocks: int = 0
     keys: tuple[bytes, ...] = ()
     reusable: int = 0
+    cached: int = 0
 
 
 NOTHING: Final = Prompt()

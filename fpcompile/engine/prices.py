@@ -18,7 +18,16 @@ from fpcompile.executor.slices import Chunks
 from fpcompile.executor.together import Together
 from fpcompile.scheduler.predictor import Correction, PredictionError, overall_error
 
-__all__ = ["PackPredictor", "Prices", "context_of", "launch_of", "next_cost", "seconds_left", "seconds_whole"]
+__all__ = [
+    "PackPredictor",
+    "Prices",
+    "context_of",
+    "launch_of",
+    "next_cost",
+    "seconds_behind",
+    "seconds_left",
+    "seconds_whole",
+]
 
 
 def context_of(run: RunLike) -> float:
@@ -44,6 +53,11 @@ def seconds_whole(program: ProgramLike, run: RunLike) -> float:
 
 def _seconds(program: ProgramLike, shape: Shape) -> float:
     return max(program.predict(tokens=shape.tokens, rows=shape.rows, context=shape.mean_context), 0.0)
+
+
+def seconds_behind(program: ProgramLike, run: Run, cached: int) -> float:
+    """Predicted seconds of a prompt of which ``cached`` tokens need not be executed."""
+    return _seconds(program, Shape(run.tokens - cached, run.rows, ((1, run.tokens - cached, run.context),)))
 
 
 def next_cost(program: ProgramLike, run: RunLike) -> Callable[[], float]:

@@ -499,6 +499,24 @@ def test_generation_goes_on_from_a_pooled_prompt() -> None:
     empty(pooled)
 
 
+def test_a_cached_prefix_makes_a_request_shorter_for_the_scheduler() -> None:
+    engine = inline(program_of("qwen3"), kv_blocks=32, prefix_cache=True)
+    first = engine.submit(ids(200), logits_to_keep=1)
+    drain(engine)
+    again = engine.submit(ids(200), logits_to_keep=1)
+    drain(engine)
+    assert again.metrics.reused_tokens == 192
+    assert again.metrics.predicted_ttft < 0.9 * first.metrics.predicted_ttft
+
+
+def test_the_timeline_shows_what_was_moved() -> None:
+    engine = inline(program_of("qwen3"), kv_blocks=9)
+    nested(engine, [48, 47, 46, 45])
+    drain(engine)
+    copies = [(span.lane, span.name) for span in engine.timeline().spans if span.kind == "copy"]
+    assert copies == [("r0", "evicted"), ("r0", "restored")]
+
+
 # ---- an asynchronous device
 
 
@@ -518,4 +536,23 @@ def test_moving_beside_compute_on_an_asynchronous_device(rate: float) -> None:
     for handle, length in zip(handles, lengths, strict=True):
         assert differences(outcome(handle.result(0)), finish(program.start(ids(length)))) == []
     assert engine.statistics().memory.offloads > 0 or rate == AGAIN
+    empty(engine)
+
+
+def test_an_urgent_request_does_not_wait_for_the_copy_to_the_host() -> None:
+    """Blocks are free behind a copy on the device; the way to the host would take minutes."""
+    program = program_of("qwen3")
+    device = FakeAsyncDevice(copy_bytes_per_second=1e12)
+    engine = inline(program, device=device, clock=device.clock, kv_blocks=9)
+    nested(engine, [48, 47, 46])
+    device._bandwidth = 100.0
+    urgent, asked = engine.submit(ids(45), ttft_slo=1.0), device.now
+    while not urgent.done():
+        turn(engine)
+    assert engine.statistics().memory.offloads == 1
+    assert device.now - asked < 10.0 < engine.statistics().memory.copied_bytes / 100.0
+    drain(engine)
+    device.synchronize()
+    assert device.violations == []
+    assert differences(outcome(urgent.result(0)), finish(program.start(ids(45)))) == []
     empty(engine)

@@ -169,6 +169,7 @@ class PackedDecoder(Decoder):
                 got=f"{call.layout.batch} sequences" if call.padding is None else "hidden tokens",
                 remedy="submit each sequence by itself: they share their decode steps anyway",
             )
+        run.call = dataclasses.replace(call, returns_cache=False)  # it goes on here, and nowhere else
         return Begun(run, run.values["input_ids"].clone(), call.context)
 
     def sampler(self, begun: Begun, wishes: Wishes) -> Sampler:

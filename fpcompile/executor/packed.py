@@ -42,7 +42,8 @@ _ARGUMENTS = "input_ids, attention_mask, position_ids, past_key_values, logits_t
 class PackedCall(Call):
     """``kept`` columns of logits; ``scatter [rows]`` maps kept rows to their places (None: identity).
 
-    ``padding [batch, columns]`` is the caller's mask, None when nothing is hidden.
+    ``padding [batch, columns]`` is the caller's mask, None when nothing is hidden. ``returns_cache``: whether
+    the result has the cache that ``use_cache`` keeps, or only the run.
     """
 
     program: PackedProgram
@@ -52,6 +53,7 @@ class PackedCall(Call):
     use_cache: bool
     scatter: Tensor | None = None
     padding: Tensor | None = None
+    returns_cache: bool = True
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -100,7 +102,7 @@ class PackedCall(Call):
             flat[self.scatter] = packed[0]
             logits = flat.view(self.layout.batch, self.kept, packed.shape[-1])
         cache = None
-        if self.use_cache:
+        if self.use_cache and self.returns_cache:
             layers = run.kv[0] if self.padding is None else pad_layers(run.kv, self.padding)
             cache = write_cache(self.program.config, layers)
         return self.program.output_type(logits=logits, past_key_values=cache)
@@ -118,6 +120,7 @@ class PackedCall(Call):
             "rows": self.rows,
             "kept": self.kept,
             "use_cache": self.use_cache,
+            "returns_cache": self.returns_cache,
         }
 
 
@@ -297,6 +300,7 @@ class PackedProgram(Program):
             rows=description["rows"],
             kept=description["kept"],
             use_cache=description["use_cache"],
+            returns_cache=description["returns_cache"],
             scatter=tensors.get("scatter"),
             padding=tensors.get("padding"),
         )

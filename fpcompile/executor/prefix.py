@@ -58,6 +58,7 @@ def go_on_behind(run: Run, tokens: int, max_blocking_ms: float | None) -> None:
         kept=call.kept,
         use_cache=call.use_cache,
         scatter=call.scatter,
+        returns_cache=call.returns_cache,
     )
     run.values = {
         name: value - tokens if name == "logits_to_keep" else value[:, tokens:]

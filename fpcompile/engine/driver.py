@@ -52,6 +52,7 @@ from fpcompile.scheduler.events import (
     Cancelled,
     Command,
     Completed,
+    Dropped,
     Event,
     Evict,
     Failed,
@@ -418,6 +419,14 @@ class Driver(Hearing):
             journal.launched(ticket)
         load = load_of(command, tickets, self.programs[tickets[0].program], self.pilot.cost)
         self._flight = Flight(load, command.max_segments, now, error=self._board(load))
+
+    def _besides(self) -> list[Event]:
+        now, core = self._now(), self.core
+        return [
+            Dropped(now, load.name, self.prices.corrected(load.owner, load.tokens, seconds))
+            for load, seconds in self.memory.take_dropped()
+            if load.name in core.jobs
+        ]
 
     def _board(self, load: Load) -> Exception | None:
         """What the run needs is on the device again, or an error that is its own."""

@@ -85,6 +85,10 @@ class Hearing(abc.ABC):
         """Raise if nothing can be executed any more."""
 
     @abc.abstractmethod
+    def _besides(self) -> list[Event]:
+        """What the scheduler should know when it decides, and which is no reason to decide."""
+
+    @abc.abstractmethod
     def _forsaken(self) -> None:
         """The scheduler has failed: take back the device from what it launched."""
 
@@ -118,6 +122,7 @@ class Hearing(abc.ABC):
         if self._timeouts.next < inf:
             events += self._timed_out()
         if events:
+            events += self._besides()
             events = self._without_withdrawn(events)
         if not events:
             return

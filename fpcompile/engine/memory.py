@@ -124,6 +124,7 @@ class Memory:
         self._pools = make_pools(programs, options)
         self._seats: dict[str, _Seat] = {}
         self._held: dict[str, _Held] = {}
+        self._dropped: list[tuple[Load, float]] = []
         self._rate = copy_rate(device, clock) if self.active else 1.0
         self._counts = {"offloads": 0, "recomputations": 0, "copied_bytes": 0, "reused_tokens": 0}
         self.paused_bytes = 0
@@ -326,6 +327,11 @@ class Memory:
             self._drop(held)
         self._note(held)
 
+    def take_dropped(self) -> list[tuple[Load, float]]:
+        """Runs that begin again, with their predicted seconds, since this was asked last."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
+
     def _better_again(self, held: _Held, copying: int) -> bool:
         """Whether computing again is predicted to take less than copying there and back."""
         moved = copying + held.own + held.in_blocks
@@ -354,6 +360,8 @@ class Memory:
             held.load.run.again()
         held.dropped = True
         self._counts["recomputations"] += 1
+        load = held.load
+        self._dropped.append((load, load.seconds if load.shared else seconds_left(load.program, load.run)))
 
     @contextlib.contextmanager
     def _copying(self, held: _Held, name: str) -> Iterator[None]:

@@ -33,6 +33,7 @@ from fpcompile.scheduler.events import (
     Cancelled,
     Command,
     Completed,
+    Dropped,
     Event,
     Failed,
     Memory,
@@ -94,6 +95,7 @@ class Scheduler:
             Cancelled: self._on_cancelled,
             Failed: self._on_failed,
             Memory: self._on_memory,
+            Dropped: self._on_dropped,
             Timer: self._on_timer,
         }
 
@@ -228,6 +230,13 @@ class Scheduler:
 
     def _on_memory(self, event: Memory) -> None:
         self.memory.report(event.free_blocks)
+
+    def _on_dropped(self, event: Dropped) -> None:
+        job = self._books.find(event.run, "Dropped")
+        job.left = event.remaining
+        if event.run in self.queue.jobs:  # its place may be another one now
+            self.queue.remove(job)
+            self.queue.add(job, event.time)
 
     def _on_timer(self, event: Timer) -> None:
         if event.time >= self._armed:

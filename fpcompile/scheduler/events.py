@@ -25,6 +25,7 @@ __all__ = [
     "Cancelled",
     "Command",
     "Completed",
+    "Dropped",
     "Event",
     "Evict",
     "Failed",
@@ -150,16 +151,29 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
+class Dropped:
+    """What a run had computed is lost: it begins again, with ``remaining`` predicted device seconds left."""
+
+    time: float
+    run: str
+    remaining: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.remaining < inf:
+            raise _bad("Dropped", "remaining", "finite seconds >= 0", self.remaining)
+
+
+@dataclass(frozen=True, slots=True)
 class Timer:
     """The time asked for by the last :class:`SetTimer` has come."""
 
     time: float
 
 
-Event = Arrival | Yielded | Completed | Cancelled | Failed | Memory | Timer
+Event = Arrival | Yielded | Completed | Cancelled | Failed | Memory | Dropped | Timer
 
 _RANK: dict[type[object], int] = {
-    Completed: 0, Failed: 0, Yielded: 0, Memory: 1, Cancelled: 2, Arrival: 3, Timer: 4,
+    Completed: 0, Failed: 0, Yielded: 0, Memory: 1, Dropped: 1, Cancelled: 2, Arrival: 3, Timer: 4,
 }  # fmt: skip
 
 

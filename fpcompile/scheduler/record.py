@@ -56,7 +56,7 @@ _VERSION = 1
 _TYPES = {
     kind.__name__: kind
     for kind in (
-        ev.Arrival, ev.Yielded, ev.Completed, ev.Cancelled, ev.Failed, ev.Memory, ev.Timer,
+        ev.Arrival, ev.Yielded, ev.Completed, ev.Cancelled, ev.Failed, ev.Memory, ev.Dropped, ev.Timer,
         ev.Launch, ev.Pause, ev.Evict, ev.Restore, ev.Reject, ev.SetTimer,
     )
 }  # fmt: skip

@@ -12,6 +12,7 @@ import random
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,8 @@ from fpcompile.errors import InvalidInputError, SegmentError, UnknownNameError
 from fpcompile.executor.loop import Hook
 from fpcompile.scheduler.job import RequestView
 from fpcompile.scheduler.policy import RankingPolicy
+from fpcompile.scheduler.record import differences as differences_of_log
+from fpcompile.scheduler.record import read_log
 from fpcompile.testing import FakeAsyncDevice
 from tests.cpu.support import differences, finish, outcome, program_of
 from tests.cpu.test_engine_fakes import Clock, FakeProgram
@@ -186,6 +189,21 @@ def test_paused_runs_keep_to_the_budget(rate: float, budget: int) -> None:
     for handle, length in zip(handles, [40, 41, 42, 43], strict=True):
         assert differences(outcome(handle.result(0)), finish(program.start(ids(length)))) == []
     empty(engine)
+
+
+def test_the_scheduler_hears_of_runs_that_begin_again(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    engine = inline(program_of("qwen3"), rate=AGAIN, kv_blocks=9, record=log)
+    first = nested(engine, [48, 47, 46, 45], launches=9)[0]
+    assert first.metrics.recomputations == 1
+    job = engine._driver.core.jobs["r0"]
+    before = job.left
+    engine.submit(ids(5))
+    turn(engine)
+    assert before < job.left == pytest.approx(job.cost, rel=1e-6)
+    drain(engine)
+    engine.close()
+    assert differences_of_log(read_log(log)) == []
 
 
 def test_what_is_kept_on_the_host_is_bounded_too() -> None:

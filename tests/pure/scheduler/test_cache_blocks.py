@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from fpcompile.errors import InvalidInputError
 from fpcompile.scheduler import Arrival, Request, Scheduler, make_policy, profile
-from fpcompile.scheduler.events import Completed, Evict, Launch, Pause, Restore, Yielded
+from fpcompile.scheduler.errors import UnknownRequestError
+from fpcompile.scheduler.events import Completed, Dropped, Evict, Launch, Pause, Restore, Yielded
 from fpcompile.scheduler.goodput import attainment
 from fpcompile.scheduler.simulator import SimulationResult, Simulator
 from fpcompile.scheduler.synthetic import synthetic_trace
@@ -71,6 +73,24 @@ def test_a_paused_run_is_finished_first_too() -> None:
     assert commands == (Launch("old", ("old",)),), "0.3 s, and c has the time"
     assert core.handle(Completed(5.8, "old")) == (Launch("c", ("c",)),)
     core.validate()
+
+
+def test_a_run_that_begins_again_has_all_of_its_time_left() -> None:
+    core = Scheduler("srpt", kv_blocks=10)
+    core.handle(arrival("a", 0.0, 90.0, 5.0, 8))
+    core.handle(arrival("b", 4.0, 90.0, 0.5, 8))
+    core.handle(Yielded(4.0, "a", 1.0))
+    core.handle(arrival("c", 4.1, 90.0, 2.0, 8))
+    core.handle(Dropped(4.2, "a", 5.0))
+    assert core.jobs["a"].remaining(4.2) == 5.0
+    assert core.handle(Completed(4.5, "b")) == (Launch("c", ("c",)),), "now it is shorter than a"
+    core.handle(Completed(6.5, "c"))
+    assert core.state("a").value == "running"
+    core.validate()
+    with pytest.raises(UnknownRequestError):
+        core.handle(Dropped(7.0, "nobody", 1.0))
+    with pytest.raises(InvalidInputError):
+        Dropped(7.0, "a", -1.0)
 
 
 def test_asking_who_is_last_changes_nothing() -> None:

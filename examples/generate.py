@@ -26,7 +26,7 @@ def main() -> None:
     program = fpcompile.segment(model, max_blocking_ms=5.0)
     with fpcompile.Engine(program, tbt_slo=0.1) as engine:
         greedy = engine.submit(prompt(48), max_new_tokens=NEW, ttft_slo=1.0, request_id="greedy")
-        drawn = GenerationConfig(do_sample=True, temperature=0.8, top_p=0.9)
+        drawn = GenerationConfig(do_sample=True, temperature=0.8, top_p=0.9)  # type: ignore[no-untyped-call]
         sampled = engine.submit(
             prompt(64), max_new_tokens=NEW, generation_config=drawn, seed=7, request_id="sampled"
         )

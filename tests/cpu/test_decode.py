@@ -43,6 +43,12 @@ def ended(run: Any) -> Any:
     return run.result()
 
 
+def decoder_of(program: fpcompile.Program) -> Decoder:
+    """The decoder of a program that generates."""
+    assert isinstance(program, Generates)
+    return program.decoder()
+
+
 def opened(decoder: Decoder, ids: Tensor) -> tuple[Any, Tensor]:
     """A sequence behind its prompt, and the logits of its first token."""
     begun = decoder.begin(ids)
@@ -70,7 +76,7 @@ def next_logits(model: Any, cache: Any, token: int) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_alone_a_sequence_has_the_models_bits(arch: str, dtype: torch.dtype) -> None:
-    model, decoder = model_of(arch, dtype), program_of(arch, dtype).decoder()
+    model, decoder = model_of(arch, dtype), decoder_of(program_of(arch, dtype))
     ids, more = sample_ids(11, seed=1), sample_ids(30, seed=2)[0].tolist()  # beyond the window of 16
     sequence, logits = opened(decoder, ids)
     out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
@@ -84,7 +90,7 @@ def test_alone_a_sequence_has_the_models_bits(arch: str, dtype: torch.dtype) -> 
 @torch.no_grad()
 @pytest.mark.parametrize("arch", ["gemma2", "gpt_oss"])
 def test_sequences_join_and_leave_between_steps(arch: str) -> None:
-    model, decoder = model_of(arch), program_of(arch).decoder()
+    model, decoder = model_of(arch), decoder_of(program_of(arch))
     prompts = [sample_ids(n, seed=n) for n in (1, 19, 40)]
     caches = [model(input_ids=ids, use_cache=True).past_key_values for ids in prompts]
     sequences = [opened(decoder, ids)[0] for ids in prompts]
@@ -99,7 +105,7 @@ def test_sequences_join_and_leave_between_steps(arch: str) -> None:
 
 @torch.no_grad()
 def test_a_cache_can_be_continued_and_stays_as_it_was() -> None:
-    model, decoder = model_of("qwen3"), program_of("qwen3").decoder()
+    model, decoder = model_of("qwen3"), decoder_of(program_of("qwen3"))
     ids = sample_ids(30, seed=5)
     cache = model(input_ids=ids[:, :20], use_cache=True).past_key_values
     before = copy.deepcopy(cache)
@@ -124,12 +130,12 @@ def test_a_cache_can_be_continued_and_stays_as_it_was() -> None:
 )
 def test_what_cannot_be_continued_is_refused(inputs: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
-        program_of("qwen3").decoder().begin(**inputs)
+        decoder_of(program_of("qwen3")).begin(**inputs)
 
 
 def test_a_step_keeps_the_budget() -> None:
     program = program_of("qwen3")
-    decoder = program.decoder()
+    decoder = decoder_of(program)
     assert isinstance(decoder, PackedDecoder)
     sequences = [opened(decoder, sample_ids(n, seed=n))[0] for n in (30, 50)]
     whole = decoder.step(sequences, [1, 2]).run
@@ -153,7 +159,8 @@ def test_plans_are_made_for_few_lengths() -> None:
 def test_generic_programs_continue_one_sequence(arch: str) -> None:
     """As ``generate`` calls the model; two sequences in turns do not meet."""
     program = generic(arch)
-    model, decoder = program.model, program.decoder()
+    model: Any = program.model
+    decoder = program.decoder()
     assert not decoder.together
     prompts = [sample_ids(n, seed=n) % 100 for n in (13, 5)]
     wishes = Wishes(max_new_tokens=6)

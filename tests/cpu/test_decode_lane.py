@@ -309,7 +309,7 @@ def test_a_step_that_cannot_be_made_ends_its_members() -> None:
     def broken(*arguments: Any) -> Step:
         raise ValueError("no variant")
 
-    program.decodes.step = broken  # type: ignore[method-assign]
+    program.decodes.step = broken  # type: ignore[method-assign, assignment]
     drive(engine)
     with pytest.raises(ValueError, match="no variant"):
         handle.result(0)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 import fpcompile
 from fpcompile.errors import InvalidInputError, RequestCancelledError
@@ -19,6 +18,7 @@ from fpcompile.models.zoo import sample_ids, tiny_model
 from fpcompile.testing import FakeAsyncDevice
 from tests.cpu.support import model_of, program_of
 from tests.cpu.test_engine_fakes import drive
+from tests.cpu.test_sampling import config_of
 
 PROMPTS = [sample_ids(n, seed=n) for n in (5, 23, 40, 1)]
 
@@ -80,7 +80,7 @@ def test_on_an_asynchronous_device() -> None:
     device = FakeAsyncDevice()
     engine = fpcompile.Engine(program_of("qwen3"), device=device, clock=device.clock, device_thread=False)
     handles = [engine.submit(prompt, max_new_tokens=12) for prompt in PROMPTS]
-    config = GenerationConfig(do_sample=True)
+    config = config_of(do_sample=True)
     drawn = [engine.submit(PROMPTS[0], max_new_tokens=5, generation_config=config, seed=1) for _ in "ab"]
     engine.turn(30)
     engine.submit(sample_ids(300), ttft_slo=10)
@@ -105,7 +105,7 @@ def test_generic_programs_generate_in_turns(arch: str) -> None:
 
 
 def test_sampled_requests_draw_by_their_seed(engine: fpcompile.Engine) -> None:
-    config = GenerationConfig(do_sample=True, temperature=0.9, top_k=50)
+    config = config_of(do_sample=True, temperature=0.9, top_k=50)
     handle = engine.submit(PROMPTS[0], max_new_tokens=10, generation_config=config, seed=3)
     model: Any = model_of("qwen3")
     with torch.random.fork_rng(devices=[]):
@@ -117,7 +117,7 @@ def test_sampled_requests_draw_by_their_seed(engine: fpcompile.Engine) -> None:
 
 def test_an_end_of_sequence_token_is_the_last_one(engine: fpcompile.Engine) -> None:
     expected = own("qwen3", PROMPTS[1], 12)
-    config = GenerationConfig(eos_token_id=[expected[4]])
+    config = config_of(eos_token_id=[expected[4]])
     handle = engine.submit(PROMPTS[1], max_new_tokens=12, generation_config=config)
     first = expected.index(expected[4])
     assert list(handle.tokens(20)) == expected[: first + 1]
@@ -223,7 +223,7 @@ def test_what_cannot_be_generated_is_refused_before_it_exists(engine: fpcompile.
     for inputs in (
         {"input_ids": torch.ones(2, 3, dtype=torch.int64)},
         {"input_ids": [[1]], "position_ids": torch.tensor([[4]])},
-        {"input_ids": [[1]], "generation_config": GenerationConfig(num_beams=3)},
+        {"input_ids": [[1]], "generation_config": config_of(num_beams=3)},
         {"input_ids": [[1]], "max_new_tokens": 100_000},
     ):
         with pytest.raises(InvalidInputError):

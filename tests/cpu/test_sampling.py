@@ -15,14 +15,20 @@ from fpcompile.executor.decode import PackedDecoder
 from fpcompile.executor.sampling import Sampler, Wishes
 from fpcompile.models.zoo import sample_ids
 from tests.cpu.support import model_of, program_of
+from tests.cpu.test_decode import decoder_of
 
 PROMPT = sample_ids(9, seed=1)
 NEW = 12
 
 
+def config_of(**fields: Any) -> GenerationConfig:
+    """A config of transformers."""
+    return GenerationConfig(**fields)  # type: ignore[no-untyped-call]
+
+
 def tokens_of(wishes: Wishes, prompt: Tensor = PROMPT) -> list[int]:
     """What decode steps and a sampler make of a prompt."""
-    decoder = program_of("qwen3").decoder()
+    decoder = decoder_of(program_of("qwen3"))
     begun = decoder.begin(prompt)
     sampler = decoder.sampler(begun, wishes)
     while not begun.run.done:
@@ -69,13 +75,13 @@ SETTINGS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("fields", SETTINGS, ids=str)
 def test_the_tokens_are_those_of_generate(fields: dict[str, Any]) -> None:
-    config = GenerationConfig(max_new_tokens=NEW, **fields)
+    config = config_of(max_new_tokens=NEW, **fields)
     seed = 17 if fields.get("do_sample") else None
     assert tokens_of(Wishes(config=config, seed=seed)) == own(config, seed or 0)
 
 
 def test_draws_follow_the_seed() -> None:
-    config = GenerationConfig(max_new_tokens=NEW, do_sample=True)
+    config = config_of(max_new_tokens=NEW, do_sample=True)
     first, again, other = (tokens_of(Wishes(config=config, seed=n)) for n in (1, 1, 2))
     assert first == again != other
     assert tokens_of(Wishes(config=config)) != tokens_of(Wishes(config=config)), "without one they differ"
@@ -83,13 +89,13 @@ def test_draws_follow_the_seed() -> None:
 
 def test_drawing_leaves_the_global_generator_alone() -> None:
     state = torch.random.get_rng_state()
-    tokens_of(Wishes(config=GenerationConfig(max_new_tokens=3, do_sample=True), seed=5))
+    tokens_of(Wishes(config=config_of(max_new_tokens=3, do_sample=True), seed=5))
     assert torch.equal(state, torch.random.get_rng_state())
 
 
 def test_draws_have_the_distribution_of_the_scores() -> None:
     model: Any = model_of("qwen3")
-    config = GenerationConfig(do_sample=True, temperature=0.5, top_k=3, max_new_tokens=1)
+    config = config_of(do_sample=True, temperature=0.5, top_k=3, max_new_tokens=1)
     sampler = Sampler(model, Wishes(config=config, seed=0), PROMPT, limit=None)
     logits = torch.full((200,), -5.0)
     logits[[10, 20, 30, 40]] = torch.tensor([1.0, 0.5, 0.0, -0.5])
@@ -123,16 +129,14 @@ def test_lengths_and_stops_are_those_of_generate() -> None:
     model: Any = model_of("qwen3")
 
     def made(prompt: Tensor = PROMPT, limit: int | None = None, **fields: Any) -> Sampler:
-        config = GenerationConfig(**fields) if fields else None
+        config = config_of(**fields) if fields else None
         return Sampler(model, Wishes(config=config), prompt, limit=limit)
 
     assert made().max_new_tokens == 20, "transformers' default"
     assert made(max_length=15).max_new_tokens == 6
     assert made(max_length=15, max_new_tokens=3).max_new_tokens == 3
     assert made(eos_token_id=[4, 5]).stops == {4, 5}
-    assert (
-        Sampler(model, Wishes(7, GenerationConfig(max_new_tokens=3)), PROMPT, limit=None).max_new_tokens == 7
-    )
+    assert Sampler(model, Wishes(7, config_of(max_new_tokens=3)), PROMPT, limit=None).max_new_tokens == 7
     with pytest.raises(InvalidInputError, match="max_length leaves no room"):
         made(max_length=9)
     assert made(max_new_tokens=4, limit=12).max_new_tokens == 4, "the last token is not fed back"
@@ -142,13 +146,13 @@ def test_lengths_and_stops_are_those_of_generate() -> None:
 
 def test_the_models_own_settings_are_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = model_of("qwen3", torch.float32, None)  # the very one that is compiled
-    decoder = program_of("qwen3").decoder()
+    decoder = decoder_of(program_of("qwen3"))
     assert isinstance(decoder, PackedDecoder)
     begun = decoder.begin(PROMPT)
     assert decoder.sampler(begun, Wishes(3)).plain
     monkeypatch.setattr(model.generation_config, "repetition_penalty", 1.5)
     assert not decoder.sampler(begun, Wishes(3)).plain, "as it is when somebody asks"
-    assert not Sampler(model, Wishes(3, GenerationConfig(top_k=3)), PROMPT, limit=None).plain
+    assert not Sampler(model, Wishes(3, config_of(top_k=3)), PROMPT, limit=None).plain
     assert model.generation_config.max_new_tokens is None
 
 
@@ -164,7 +168,7 @@ def test_the_models_own_settings_are_the_default(monkeypatch: pytest.MonkeyPatch
     ids=str,
 )  # fmt: skip
 def test_what_is_not_supported_is_named(fields: dict[str, Any]) -> None:
-    config = GenerationConfig(max_new_tokens=3)
+    config = config_of(max_new_tokens=3)
     for name, value in fields.items():
         setattr(config, name, value)
     with pytest.raises(InvalidInputError, match=f"generation_config.{next(iter(fields))} is not supported"):
@@ -175,7 +179,7 @@ def test_what_is_not_supported_is_named(fields: dict[str, Any]) -> None:
     "fields", [{"temperature": -1.0, "do_sample": True}, {"repetition_penalty": -1.0}], ids=str
 )
 def test_wrong_values_are_typed_errors(fields: dict[str, Any]) -> None:
-    config = GenerationConfig(max_new_tokens=3)
+    config = config_of(max_new_tokens=3)
     for name, value in fields.items():
         setattr(config, name, value)
     with pytest.raises(InvalidInputError, match="generation_config is wrong"):

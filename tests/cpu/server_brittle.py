@@ -43,5 +43,5 @@ def build(settings: EngineSettings) -> builder.EngineBackend:
             raise SegmentError("2 (mlp)", cause=RuntimeError("a model's defect"))
         step(run)
 
-    Run.step = failing  # type: ignore[method-assign]
+    Run.step = failing  # type: ignore[method-assign, assignment]
     return backend

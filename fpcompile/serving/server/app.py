@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
+from fpcompile.serving.server.engines import Engines
 from fpcompile.serving.server.failures import api_error, error_response, install_handlers
 from fpcompile.serving.server.front import Front
 from fpcompile.serving.server.gate import Gate
@@ -20,14 +21,19 @@ from fpcompile.serving.server.settings import ServerSettings
 __all__ = ["make_app"]
 
 
-def make_app(settings: ServerSettings, tokenizers: Mapping[str, Any] | None = None) -> FastAPI:
+def make_app(
+    settings: ServerSettings,
+    tokenizers: Mapping[str, Any] | None = None,
+    engines: Engines | None = None,
+) -> FastAPI:
     """The application, which starts the worker when it starts and ends it when it ends.
 
-    ``tokenizers`` by model name: given, or loaded here. ``app.state.front`` is the state of the server.
+    ``tokenizers`` by model name: given, or loaded here. ``engines``: who runs the models; else a worker
+    of its own. ``app.state.front`` is the state of the server.
     """
     if tokenizers is None:
         tokenizers = {spec.name: load_tokenizer(spec) for spec in settings.engine.models}
-    front = Front(settings, tokenizers)
+    front = Front(settings, tokenizers, engines)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

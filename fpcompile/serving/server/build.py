@@ -19,6 +19,7 @@ from fpcompile.api import segment
 from fpcompile.engine.engine import Engine
 from fpcompile.engine.handle import Handle
 from fpcompile.errors import InvalidInputError
+from fpcompile.executor.program import Program
 from fpcompile.serving.server.messages import Embed, Facts, Generate, Sampling, Terms
 from fpcompile.serving.server.models import build_model, kind_of, load_config
 from fpcompile.serving.server.sampling import config_for, processors_for
@@ -66,11 +67,12 @@ class EngineBackend:
         self,
         engine: Engine,
         gate: Gate,
+        programs: Mapping[str, Program],
         facts: Mapping[str, Facts],
         generation: Mapping[str, GenerationConfig],
         pooling: Mapping[str, str],
     ) -> None:
-        self.engine, self.gate, self.facts = engine, gate, facts
+        self.engine, self.gate, self.programs, self.facts = engine, gate, programs, facts
         self._generation, self._pooling = generation, pooling
 
     def generate(self, ask: Generate) -> Handle:
@@ -169,7 +171,8 @@ def build(settings: EngineSettings) -> EngineBackend:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = _device(settings.device)
-    programs, facts, generation, pooling = {}, {}, {}, {}
+    programs: dict[str, Program] = {}
+    facts, generation, pooling = {}, {}, {}
     for spec in settings.models:
         config = load_config(spec)
         kind = kind_of(spec, config)
@@ -200,7 +203,7 @@ def build(settings: EngineSettings) -> EngineBackend:
         record_timeline=False,
         **settings.options,
     )
-    backend = EngineBackend(engine, gate, facts, generation, pooling)
+    backend = EngineBackend(engine, gate, programs, facts, generation, pooling)
     try:
         _warm(backend)
     except BaseException:

@@ -12,6 +12,7 @@ from starlette.requests import Request
 
 from fpcompile.errors import FpcompileError
 from fpcompile.serving.server.bodies import Body
+from fpcompile.serving.server.engines import Engines
 from fpcompile.serving.server.failures import ApiError
 from fpcompile.serving.server.link import Link
 from fpcompile.serving.server.messages import Facts, Kind, Terms
@@ -31,10 +32,12 @@ _MILLISECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,6})?")
 class Front:
     """The state of one server. Belongs to one event loop."""
 
-    def __init__(self, settings: ServerSettings, tokenizers: Mapping[str, Any]) -> None:
+    def __init__(
+        self, settings: ServerSettings, tokenizers: Mapping[str, Any], engines: Engines | None = None
+    ) -> None:
         self.settings = settings
         self.tokenizers = {name: Tokenizer(tokenizer) for name, tokenizer in tokenizers.items()}
-        self.link = Link(settings.engine, buffered=settings.limits.buffered_tokens)
+        self.link: Engines = engines or Link(settings.engine, buffered=settings.limits.buffered_tokens)
         self.metrics = Metrics()
         self.created = int(time.time())
         self.draining = False

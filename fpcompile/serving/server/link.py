@@ -12,10 +12,11 @@ import itertools
 import logging
 import multiprocessing
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, final
+from typing import Any, final
 
 from fpcompile.errors import InternalError
 from fpcompile.serving.server.channel import Channel
+from fpcompile.serving.server.engines import State
 from fpcompile.serving.server.messages import (
     Answer,
     Ask,
@@ -45,7 +46,7 @@ class Link:
     """One worker. All methods belong to one event loop."""
 
     def __init__(self, settings: EngineSettings, *, buffered: int) -> None:
-        self.state: Literal["starting", "ready", "gone"] = "starting"
+        self.state: State = "starting"
         self.reason = "the engine is starting"
         self.facts: Mapping[str, Facts] = {}
         self.paused = False

@@ -43,7 +43,7 @@ from fpcompile.serving.server.messages import (
 )
 from fpcompile.serving.server.settings import EngineSettings
 
-__all__ = ["Backend", "run_worker"]
+__all__ = ["Backend", "record_of", "refusal_of", "run_worker"]
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ class _Worker:
         except Exception as error:
             del self._handles[ask.id]
             self._withdrawn.discard(ask.id)
-            self._channel.send(_refusal(ask.id, error, None))
+            self._channel.send(refusal_of(ask.id, error, None))
             return
         if ask.id in self._withdrawn:
             handle.cancel()
@@ -186,11 +186,11 @@ class _Worker:
                 vector = self._backend.vector(ask.program, await handle)
             metrics = handle.metrics
             reason = metrics.finish_reason if isinstance(ask, Generate) else "stop"
-            last = Ended(ask.id, reason, _record(metrics), vector)
+            last = Ended(ask.id, reason, record_of(metrics), vector)
         except RequestCancelledError:
-            last = Ended(ask.id, None, _record(handle.metrics))
+            last = Ended(ask.id, None, record_of(handle.metrics))
         except Exception as error:
-            last = _refusal(ask.id, error, _record(handle.metrics))
+            last = refusal_of(ask.id, error, record_of(handle.metrics))
         self._flush()
         del self._handles[ask.id]
         self._channel.send(last)
@@ -208,7 +208,8 @@ class _Worker:
             self._fresh.clear()
 
 
-def _record(metrics: Any) -> Record:
+def record_of(metrics: Any) -> Record:
+    """What the front is told of a handle's metrics."""
     return Record(
         state=metrics.state,
         arrival=metrics.arrival,
@@ -224,7 +225,8 @@ def _record(metrics: Any) -> Record:
     )
 
 
-def _refusal(name: str, error: Exception, record: Record | None) -> Refused:
+def refusal_of(name: str, error: Exception, record: Record | None) -> Refused:
+    """What the front is told when ``error`` ended a request; defects are logged here."""
     because: RefusedBecause = next((cause for kind, cause in _CAUSES if isinstance(error, kind)), "failed")
     if because == "failed":
         logger.error("request %s failed", name, exc_info=error)

@@ -34,9 +34,9 @@ from fpcompile.engine.engine import Engine
 from fpcompile.errors import BudgetWarning, RequestCancelledError, SegmentError
 from fpcompile.scheduler.job import RequestView
 from fpcompile.scheduler.policy import RankingPolicy
+from tests.cpu.memory_support import empty, ids
 from tests.cpu.support import Outcome, differences, finish, outcome, program_of
 from tests.cpu.test_engine_fakes import Clock
-from tests.cpu.test_memory import empty, ids
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::fpcompile.errors.BudgetWarning")]
 

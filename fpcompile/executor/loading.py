@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import safetensors
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -14,6 +15,7 @@ from fpcompile.executor.program import Program
 from fpcompile.executor.program_file import read_folder
 from fpcompile.executor.saving_parts import CODE, COMPILED, CONSTANTS, FUNCTIONS
 
+_BROKEN = (AttributeError, AssertionError, IndexError, KeyError, RecursionError, TypeError, ValueError)
 _OF_ROUTE = {"packed": (saving.PLAN, saving.CALLS), "generic": (saving_generic.VARIANTS,)}
 
 
@@ -35,7 +37,7 @@ def load(
         if not isinstance(model, PreTrainedModel):
             raise ProgramFileError("the program was saved for another model", got=type(model).__name__)
         return saving.load(where, manifest, files, model, trust_code)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (*_BROKEN, safetensors.SafetensorError) as error:
         if isinstance(error, ProgramFileError):
             raise
         raise ProgramFileError(

@@ -69,7 +69,7 @@ def read_folder(
         manifest = json.loads((path / MANIFEST).read_bytes())
         digests = dict(manifest["files"])
         stated = manifest.pop("sha256")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ProgramFileError(
             "the folder holds no complete program",
             expected=f"a {MANIFEST} written by Program.save",

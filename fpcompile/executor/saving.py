@@ -56,6 +56,7 @@ from fpcompile.passes import plan_text
 from fpcompile.passes.graph_text import read_value, write_value
 from fpcompile.passes.lower import renamed_functions
 from fpcompile.passes.partition import Partitioned
+from fpcompile.passes.prepack import PACKED, can_prepack
 
 PLAN, CALLS, COSTS = "plan.jsonl", "calls.json", "costs.json"
 
@@ -103,6 +104,14 @@ def load(
     functions, compiled = read_functions(files, device_of(model), trust_code)
     constants = safetensors.torch.load(files[CONSTANTS])
     bindings = _bindings(json.loads(files[CALLS]), constants, own)
+    for path_ in {p for s in plan.segments for part in s.parts for p in part.params if p.endswith(PACKED)}:
+        if not can_prepack(bindings.weights[path_.removesuffix(PACKED)][1]):
+            raise ProgramFileError(
+                "the program was saved with packed weights, which this processor does not have",
+                expected="a CPU with a bf16 matrix kernel",
+                got=path_,
+                remedy="compile the model here, with weights='shared'",
+            )
     budget = {name: manifest[name] for name in ("max_blocking_ms", "strict_budget")}
     program = plain = PackedProgram(Partitioned(plan, {**functions, **compiled}), bindings, model, **budget)
     if compiled:

@@ -2,13 +2,15 @@
 
 A record holds no code. Reading one makes a graph of operators that are named in tables here, or registered
 with torch in one of the listed namespaces, and arguments that are plain values; the code is then generated
-from that graph as it was the first time, and its key must be the one in the plan.
+from that graph as it was the first time, and its key must be the one in the plan. Names become part of that
+code: none that is more than an identifier is read.
 
 Word: a *record* is one function: names of its arguments, and for each node its name, operator, arguments.
 """
 
 from __future__ import annotations
 
+import keyword
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -65,11 +67,13 @@ def read_function(key: str, record: Record) -> Function:
     nodes: dict[str, fx.Node] = {}
     try:
         for name in record["inputs"]:
-            nodes[name] = graph.placeholder(name)
+            nodes[name] = graph.placeholder(_identifier(name))
         for name, target, args, kwargs in record["nodes"]:
-            found = _resolve(target)
+            found, named = _resolve(target), read_value(kwargs, nodes)
+            for key_word in named:
+                _identifier(key_word)
             nodes[name] = graph.create_node(
-                "call_function", found, read_value(args, nodes), read_value(kwargs, nodes), name=name
+                "call_function", found, read_value(args, nodes), named, name=_identifier(name)
             )
         graph.output(read_value(record["output"], nodes))
         got = key_of(graph, record["shapes"])
@@ -82,6 +86,15 @@ def read_function(key: str, record: Record) -> Function:
     if got != key:
         raise ProgramFileError("a function is not the one that its key says", expected=key, got=got)
     return function_of(graph, tuple(record["names"]), record["shapes"])
+
+
+def _identifier(name: Any) -> str:
+    """``name``, if it is one; whatever else it were would be executed as code."""
+    if isinstance(name, str) and name.isascii() and name.isidentifier() and not keyword.iskeyword(name):
+        return name
+    raise ProgramFileError(
+        "a function of the program has a wrong name", expected="an identifier", got=repr(name)
+    )
 
 
 def write_value(value: Any) -> Any:

@@ -28,6 +28,7 @@ from fpcompile.models.zoo import MAIN_ARCHS, sample_ids, tiny_model
 from fpcompile.passes.codegen import function_of, key_of
 from fpcompile.passes.expr_text import read_expr, write_expr
 from fpcompile.passes.graph_text import read_function, write_function, write_value
+from fpcompile.passes.prepack import can_prepack
 from tests.cpu.support import differences, finish, model_of, outcome, program_of, reference
 
 CASES = [*((arch, None) for arch in MAIN_ARCHS), ("llama", "dynamic"), ("phi3", "longrope")]
@@ -214,7 +215,7 @@ def test_a_damaged_folder_is_refused(name: str, damage: str, saved: Path) -> Non
         ("functions.json", "aten.rsqrt.default", "aten.from_file.default", "may not call"),
         ("functions.json", "aten.rsqrt.default", "os.system.default", "may not call"),
         ("functions.json", "aten.rsqrt.default", "operator.attrgetter", "may not call"),
-        ("functions.json", '"rsqrt"', '"__import__(1)"', "key says"),
+        ("functions.json", '"rsqrt"', '"__import__(1)"', "wrong name"),
         ("calls.json", "CausalLMOutputWithPast", "Path", "unknown type"),
         ("calls.json", 'model.layers.0.self_attn\\"', 'model.layers.9.self_attn\\"', "complete"),
         ("plan.jsonl", "aten", "aten", None),
@@ -481,6 +482,63 @@ def test_formulas_read_back_and_nothing_else_does() -> None:
     for bad in ("q", ["sin", "n"], ["__import__", 1], {"n": 1}, True, [["Add"], 1]):
         with pytest.raises((KeyError, TypeError, ValueError)):
             read_expr(bad, named.__getitem__)
+
+
+@pytest.mark.parametrize("place", ["input", "node", "argument"])
+@pytest.mark.parametrize(
+    "evil", ["x0, = [1]; __import__('os').abort(); x0", "x\n    raise SystemExit", "lambda", "", 7, "aé"]
+)
+def test_names_in_a_record_never_become_code(place: str, evil: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names are written into the generated code; whoever forges a record can compute its key as well."""
+    own = {"input": "x0", "node": "add", "argument": "alpha", place: evil}
+    record = {
+        "inputs": [own["input"]],
+        "nodes": [
+            [
+                own["node"],
+                "aten.add.Tensor",
+                {"tuple": [{"node": own["input"]}, 1]},
+                {"dict": {own["argument"]: 1}},
+            ]
+        ],
+        "output": {"tuple": [{"node": own["node"]}]},
+        "names": [],
+        "shapes": "",
+    }
+    monkeypatch.setattr("fpcompile.passes.graph_text.key_of", lambda graph, shapes: "key")
+    with pytest.raises(ProgramFileError, match=r"wrong name|cannot be read"):
+        read_function("key", json.loads(json.dumps(record)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("manifest.json", b"[]"),
+        ("manifest.json", b"[" * 100_000),
+        ("constants.safetensors", b"not tensors"),
+        ("functions.json", b"[" * 100_000),
+        ("calls.json", b"3"),
+        ("plan.jsonl", b"{}"),
+    ],
+)
+def test_rubbish_is_refused_with_a_typed_error(file: str, content: bytes, saved: Path) -> None:
+    (saved / file).write_bytes(content)
+    if file != "manifest.json":
+        _edit(saved, lambda manifest: None)
+    with pytest.raises(fpcompile.errors.FpcompileError):
+        fpcompile.load(saved, model_of("llama"))
+
+
+@pytest.mark.slow
+def test_packed_weights_need_their_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("qwen3", torch.bfloat16)
+    if not can_prepack(next(iter(model.parameters()))):
+        pytest.skip("this CPU has no bf16 matrix kernel")
+    fpcompile.segment(model, route="packed", weights="packed", verify=False).save(tmp_path / "program")
+    monkeypatch.setattr("fpcompile.executor.saving.can_prepack", lambda weight: False)
+    with pytest.raises(ProgramFileError, match="packed weights"):
+        fpcompile.load(tmp_path / "program", model)
 
 
 def test_values_of_arguments_read_back() -> None:

@@ -108,7 +108,8 @@ class RayEngines:
 
     async def _start(self) -> None:
         found = await asyncio.gather(*(handle.about.remote() for handle in self._handles))
-        self.facts, self._costs = found[0][0], [costs for _, costs in found]
+        self.facts = found[0][0]
+        self._costs: list[dict[str, list[float]]] = [costs for _, costs in found]
         self.state, self.reason = "ready", ""
 
     async def settled(self) -> None:

@@ -26,10 +26,14 @@ from typing import Any
 from benchmarks.compare_client import PeerEndpoint, is_ready
 from fpcompile.scheduler.events import Request
 
-__all__ = ["PEERS", "Peer", "Server", "ServerError", "Setting", "neighbour", "started", "versions_of"]
+__all__ = [
+    "PEERS", "Peer", "Server", "ServerError", "Setting", "neighbour", "started", "versions_of",
+    "write_classes",
+]  # fmt: skip
 
 LONGEST = 2048
 NAME = "small"
+CLASSES = "classes.toml"
 
 
 class ServerError(RuntimeError):
@@ -51,8 +55,8 @@ class Setting:
 class Peer:
     """``command(python, folder, port)``: without the setting's flags. ``ready``: the path that then says 200.
 
-    ``extra(setting, request, TBT SLO)``: fields of the body that only this server knows; ``slo``: whether the
-    TTFT SLO is told in the header.
+    ``extra(setting, request, TBT SLO)``: fields of the body that only this server knows; the SLO is None for
+    requests that are promised nothing.
     """
 
     name: str
@@ -62,7 +66,6 @@ class Peer:
     settings: tuple[Setting, ...]
     extra: Callable[[Setting, Request, float | None], Mapping[str, Any]]
     ready: str = "/health"
-    slo: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
     model: Callable[[Path], str] = lambda folder: NAME
 
@@ -107,17 +110,17 @@ def _fpcompile_command(python: Path, folder: Path, port: int) -> list[str]:
     return [
         str(python.parent / "fpcompile"), "serve", f"{NAME}={folder}", "--host", "127.0.0.1",
         "--port", str(port), "--device", "cpu", "--dtype", "bfloat16", "--threads", "1",
-        "--max-model-len", str(LONGEST), "--weights", "packed",
+        "--max-model-len", str(LONGEST), "--weights", "packed", "--config", str(folder / CLASSES),
     ]  # fmt: skip
 
 
 def _fpcompile_settings() -> Iterator[Setting]:
     for options in (
         ("fpcompile", "20 ms"),
-        ("s-edf", "20 ms"),
-        ("fpcompile:pack=512", "20 ms"),
-        ("fpcompile", "5 ms"),
         ("fpcompile", "20 ms", "inductor"),
+        ("fpcompile:pack=512", "20 ms"),
+        ("s-edf", "20 ms"),
+        ("fpcompile", "5 ms"),
         ("fpcompile:pack=512", "20 ms", "inductor"),
     ):
         policy, budget, *backend = options
@@ -126,13 +129,14 @@ def _fpcompile_settings() -> Iterator[Setting]:
 
 
 def _fpcompile_extra(setting: Setting, request: Request, tbt_slo: float | None) -> dict[str, Any]:
-    return {**_TO_THE_END, **({} if tbt_slo is None else {"tbt_slo": tbt_slo})}
+    """A class of the configuration holds both SLOs; who is promised nothing has none."""
+    return {**_TO_THE_END, **({} if tbt_slo is None else {"slo_class": request.klass})}
 
 
 PEERS = (
     Peer(
         "fpcompile", "fpcompile serve", ("fpcompile", "torch", "transformers", "fastapi", "uvicorn"),
-        _fpcompile_command, tuple(_fpcompile_settings()), _fpcompile_extra, "/ready", slo=True,
+        _fpcompile_command, tuple(_fpcompile_settings()), _fpcompile_extra, "/ready",
     ),
     Peer(
         "transformers", "transformers serve", ("transformers", "torch", "fastapi", "uvicorn"),
@@ -152,6 +156,12 @@ PEERS = (
     ),
 )  # fmt: skip
 """vLLM's first four settings are tried whatever the time: every N."""
+
+
+def write_classes(folder: Path, slos: Mapping[str, tuple[float, float]]) -> None:
+    """The SLO classes, as `fpcompile serve` reads them: class -> (first token, between tokens) in seconds."""
+    sections = [f"[classes.{klass}]\nttft = {ttft!r}\ntbt = {tbt!r}\n" for klass, (ttft, tbt) in slos.items()]
+    (folder / CLASSES).write_text("\n".join(sections), encoding="utf-8")
 
 
 def neighbour(best: Setting, rest: Sequence[Setting]) -> Setting:
@@ -214,7 +224,6 @@ class Server:
         return PeerEndpoint(
             self.url,
             self.peer.model(self.folder),
-            slo=self.peer.slo,
             extra=partial(self.peer.extra, self.setting),
         )
 

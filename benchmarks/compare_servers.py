@@ -64,6 +64,7 @@ from benchmarks.compare_peers import (
     neighbour,
     started,
     versions_of,
+    write_classes,
 )
 from benchmarks.compare_tables import markdown_of, put_into
 from fpcompile.scheduler.events import Request
@@ -126,7 +127,8 @@ class Bench:
         return asyncio.run(offer(server.endpoint, requests, promised, self.seed, patience))
 
     def cell(self, server: Server, mode: str, load: float, count: int) -> dict[str, Any]:
-        """One cell, and wait until the server is at rest again. Raises :class:`ServerError`."""
+        """One cell, from a server at rest. Raises :class:`ServerError`."""
+        self.rest(server)
         rate = load * self.capacity
         requests = requests_of(self.rows, rate, count, mode, self.slos, self.seed)
         patience = max(one.slo + self.slos[one.klass].tbt * (one.decode_tokens - 1) for one in requests)
@@ -136,7 +138,6 @@ class Bench:
             f"all {cell['overall']:.3f} errors {cell['errors']}",
             flush=True,
         )
-        self.rest(server)
         return cell
 
     def rest(self, server: Server) -> None:
@@ -178,6 +179,7 @@ def main() -> None:
             1 / fmean(_between(alone, row.tokens) for row in short), arguments.seed, arguments.start_seconds,
             begun + 60 * arguments.minutes,
         )  # fmt: skip
+        write_classes(Path(folder), {klass: (slo.ttft, slo.tbt) for klass, slo in bench.slos.items()})
         entries = {peer.name: _entry(peer, versions[peer.name], pythons[peer.name], bench) for peer in peers}
         _screen(bench, peers, pythons, entries, arguments)
         count = arguments.requests or _affordable(bench, len(peers))
@@ -402,6 +404,7 @@ def _serve(
             }
     if MODES[1] in modes:
         requests = requests_of(bench.rows, 1.0, BACKLOG, MODES[1], bench.slos, bench.seed)
+        bench.rest(server)
         together = [_patient(n, one.tokens, one.decode_tokens) for n, one in enumerate(requests)]
         seen = bench.offer(server, together, PATIENCE)
         entry["backlog"] = {"setting": str(server.setting), **backlog_of(seen)}

@@ -67,7 +67,7 @@ def _goodputs(report: Mapping[str, Any], mode: str) -> list[str]:
             continue
         rows.append(
             [
-                _title(entry, peer), done["setting"],
+                _title(entry, peer), "; then: ".join(filter(None, (done["setting"], entry.get("failure")))),
                 _rate(done, "goodput", report), _rate(done, "paper_goodput", report),
             ]
         )  # fmt: skip

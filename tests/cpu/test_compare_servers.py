@@ -32,6 +32,7 @@ from benchmarks.compare_cells import (
 from benchmarks.compare_client import PeerEndpoint, is_ready, offer, text_of, unfinished
 from benchmarks.compare_model import prompt_of, vocabulary
 from benchmarks.compare_peers import (
+    CLASSES,
     PEERS,
     Peer,
     Server,
@@ -40,13 +41,17 @@ from benchmarks.compare_peers import (
     neighbour,
     started,
     versions_of,
+    write_classes,
 )
 from benchmarks.compare_tables import BEGIN, END, markdown_of, put_into
 from fpcompile.scheduler.events import Request
 from fpcompile.scheduler.synthetic import synthetic_trace
 from fpcompile.serving.bench_client import Sent
+from fpcompile.serving.server.config_file import read_config
 
 SLOS = {"text": Slo(0.1, 0.02), "search": Slo(1.0, 0.05)}
+NOBODY: Any = None
+"""No process."""
 BY_NAME = {peer.name: peer for peer in PEERS}
 
 
@@ -114,8 +119,7 @@ def test_vllm_is_tried_with_every_combination_every_n_first() -> None:
 
 
 def body_for(peer: Peer, setting: Setting, what: Request, tmp_path: Path) -> dict[str, Any]:
-    process: Any = None
-    return Server(peer, setting, 1, tmp_path, process, (), 0.0).endpoint.body(what, 0, 0.02)
+    return Server(peer, setting, 1, tmp_path, NOBODY, (), 0.0).endpoint.body(what, 0, 0.02)
 
 
 def test_bodies_differ_only_in_what_each_server_knows(tmp_path: Path) -> None:
@@ -125,9 +129,18 @@ def test_bodies_differ_only_in_what_each_server_knows(tmp_path: Path) -> None:
     assert values[0] == values[1] == values[2]
     assert set(bodies["transformers"]) == {*common, "model"}  # it refuses fields that it does not know
     assert bodies["transformers"]["model"] == str(tmp_path)
-    assert bodies["fpcompile"]["tbt_slo"] == 0.02
-    assert BY_NAME["fpcompile"].slo
-    assert not BY_NAME["vllm"].slo
+    assert bodies["fpcompile"]["slo_class"] == "text"
+    patient = Server(BY_NAME["fpcompile"], BY_NAME["fpcompile"].settings[0], 1, tmp_path, NOBODY, (), 0.0)
+    assert "slo_class" not in patient.endpoint.body(request("patient"), 0, None)
+
+
+def test_the_server_reads_the_classes(tmp_path: Path) -> None:
+    write_classes(tmp_path, {"text": (0.1, 0.04), "search": (1.05, 0.0525)})
+    accounts, _ = read_config(tmp_path / CLASSES)
+    assert {name: (c.ttft, c.tbt) for name, c in accounts.classes.items()} == {
+        "text": (0.1, 0.04), "search": (1.05, 0.0525),
+    }  # fmt: skip
+    assert CLASSES in " ".join(BY_NAME["fpcompile"].command(Path("bin/python"), tmp_path, 1))
 
 
 def test_vllm_gets_priorities_where_it_takes_them_the_urgent_lowest(tmp_path: Path) -> None:

@@ -128,6 +128,7 @@ class Lane:
         try:
             token = generation.open(output)
         except Exception as error:
+            self._pilot.check(error)
             self._finish(ticket, "failed", error=error)
             return
         ticket.prefilled(generation)
@@ -234,6 +235,7 @@ class Lane:
                 _budgets(tickets),
             )
         except Exception as error:
+            self._pilot.check(error)
             self._next = None
             self._fail(tickets, error)
             return None
@@ -268,6 +270,7 @@ class Lane:
             output = generation.output()
             self._pilot.deliver(output)
         except Exception as error:
+            self._pilot.check(error)
             self._finish(ticket, "failed", error=error)
             return
         ticket.handle.put(token)

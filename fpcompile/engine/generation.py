@@ -145,7 +145,8 @@ class Generation:
     @property
     def nbytes(self) -> int:
         """Bytes that its sequence holds."""
-        return 0 if self.sequence is None else self.decoder.nbytes(self.sequence)
+        sequence = self.sequence  # asked by any thread: it may be released meanwhile
+        return 0 if sequence is None else self.decoder.nbytes(sequence)
 
     def took(self, token: int, now: float, deadline: float) -> None:
         """The next token is there; ``deadline`` is that of the first one."""

@@ -196,6 +196,8 @@ class Ticket:
             self.suspended += now - self._stopped
         self.state, self.ended, self.paused_bytes = outcome, now, 0
         self.run = self.load = None
+        if self.generation is not None:
+            self.generation.release()
 
     def snapshot(self) -> RequestMetrics:
         """The metrics so far."""

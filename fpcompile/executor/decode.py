@@ -29,6 +29,7 @@ from typing import Any, Final, Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 
 from fpcompile.errors import InvalidInputError
 from fpcompile.executor.cost_model import CostModel
@@ -149,6 +150,7 @@ class PackedDecoder(Decoder):
         for call in program.attention:
             spans = (self._spans.get(call.layer, call.mask.span), call.mask.span)
             self._spans[call.layer] = max(spans) if all(spans) else 0
+        self._turn = _turning_point(program)
         self._plans: dict[tuple[int, int, float], _Plan] = {}
         self._costs: CostModel | None = None
 
@@ -175,7 +177,16 @@ class PackedDecoder(Decoder):
     def sampler(self, begun: Begun, wishes: Wishes) -> Sampler:
         """As transformers would choose for this model."""
         past, limit = begun.context - int(begun.ids.shape[1]), self.program.max_tokens
-        return Sampler(self.program.bindings.model, wishes, begun.ids, past=past, limit=limit)
+        sampler = Sampler(self.program.bindings.model, wishes, begun.ids, past=past, limit=limit)
+        last = begun.context + sampler.max_new_tokens - 1
+        if (turn := self._turn) is not None and begun.context <= turn < last:
+            raise InvalidInputError(
+                "the generation crosses the length at which the model's rotary frequencies change",
+                expected=f"a prompt of more than {turn} tokens, or at most {turn} with what is generated",
+                got=f"{begun.context} tokens and max_new_tokens={sampler.max_new_tokens}",
+                remedy="submit in two parts: what was generated becomes a part of the next prompt",
+            )
+        return sampler
 
     def open(self, begun: Begun, output: Any) -> tuple[PackedSequence, Tensor]:
         """Take over the cache of the run."""
@@ -232,6 +243,14 @@ class PackedDecoder(Decoder):
                 self._plans.clear()
             self._plans[key] = plan
         return plan
+
+
+def _turning_point(program: PackedProgram) -> int | None:
+    """The length behind which ``generate`` drops the cache and begins anew: phi3 with longrope; else None."""
+    model: Any = program.bindings.model
+    usual = type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
+    limit = getattr(model.config, "original_max_position_embeddings", None)
+    return None if usual or not program.follows_length else limit
 
 
 def rounded_up(length: int) -> int:

@@ -133,6 +133,17 @@ def test_what_cannot_be_continued_is_refused(inputs: dict[str, Any], message: st
         decoder_of(program_of("qwen3")).begin(**inputs)
 
 
+@pytest.mark.slow
+def test_what_generate_would_begin_anew_is_refused() -> None:
+    """phi3 drops its cache where its rotary frequencies change, behind 32 tokens here."""
+    decoder = decoder_of(program_of("phi3", torch.float32, "operator", "longrope"))
+    for prompt, count in ((25, 8), (33, 20)):
+        decoder.sampler(decoder.begin(sample_ids(prompt)), Wishes(count))
+    for prompt, count in ((25, 9), (32, 2)):
+        with pytest.raises(InvalidInputError, match="crosses"):
+            decoder.sampler(decoder.begin(sample_ids(prompt)), Wishes(count))
+
+
 def test_a_step_keeps_the_budget() -> None:
     program = program_of("qwen3")
     decoder = decoder_of(program)

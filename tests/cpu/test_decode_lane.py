@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from fpcompile.errors import (
 )
 from fpcompile.executor.decode import Begun, Decoder, Generates, Step
 from fpcompile.scheduler.policy import Policy, make_policy
+from fpcompile.scheduler.record import outcomes_of, read_log
 from tests.cpu.test_engine_fakes import Clock, FakeProgram, FakeRun, drive, inline, raises
 
 VOCABULARY = 1000
@@ -415,6 +417,27 @@ def test_quotas_of_a_policy_hold_across_steps() -> None:
     drive(engine)
     assert [h.result(0) for h in others] == [100, 200]
     assert list(stream.tokens()) == counting(5, 50)
+
+
+def test_what_ended_holds_nothing() -> None:
+    engine, _, _ = engine_of()
+    handles = [engine.submit([n], max_new_tokens=5) for n in (100, 200)]
+    tickets = engine._registry.live()
+    until(engine, lambda: all(handle.metrics.state == "decoding" for handle in handles))
+    assert engine.statistics().decoding_bytes == 2 * 100
+    handles[1].cancel()
+    drive(engine)
+    assert [ticket.generation and ticket.generation.sequence for ticket in tickets] == [None, None]
+    assert engine.statistics().decoding_bytes == 0
+
+
+def test_the_log_of_decisions_knows_prompts_only(tmp_path: Path) -> None:
+    engine, _, _ = engine_of(record=tmp_path / "log.jsonl")
+    handles = [engine.submit([n], max_new_tokens=5, ttft_slo=50) for n in (100, 200)]
+    drive(engine)
+    engine.close()
+    outcomes = outcomes_of(read_log(tmp_path / "log.jsonl"))
+    assert [o.ttft for o in outcomes] == [handle.metrics.ttft for handle in handles]
 
 
 def test_the_timeline_shows_decode_steps() -> None:

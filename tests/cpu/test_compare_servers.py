@@ -7,8 +7,10 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import inf
 from pathlib import Path
@@ -43,9 +45,11 @@ from benchmarks.compare_peers import (
     versions_of,
     write_classes,
 )
+from benchmarks.compare_runs import Bench, measure_all, screen
 from benchmarks.compare_tables import BEGIN, END, markdown_of, put_into
 from fpcompile.scheduler.events import Request
 from fpcompile.scheduler.synthetic import synthetic_trace
+from fpcompile.scheduler.workload import TraceRow
 from fpcompile.serving.bench_client import Sent
 from fpcompile.serving.server.config_file import read_config
 
@@ -401,6 +405,91 @@ def test_versions_come_from_the_environment_of_the_peer() -> None:
     assert set(found) == {"python", "torch"}
     with pytest.raises(ServerError, match="no-such-package"):
         versions_of(Path(sys.executable), ("no-such-package",))
+
+
+# The measurements
+
+
+class FakeBench(Bench):
+    """Servers that are not there; a setting keeps up to the load that it names; ``broken`` does not start."""
+
+    @contextmanager
+    def start(self, peer: Peer, setting: Setting, python: Path) -> Iterator[Server]:
+        if "broken" in setting.options:
+            raise ServerError("it does not start\nlog")
+        yield Server(peer, setting, 1, self.folder, NOBODY, (), 3.0)
+
+    def warm(self, server: Server) -> None:
+        pass
+
+    def rest(self, server: Server) -> None:
+        pass
+
+    def offer(self, server: Server, requests: Sequence[Request], patience: float) -> list[Sent]:
+        return [replace(answered("text", 1.0, (0.5,)), request=one) for one in requests]
+
+    def cell(self, server: Server, mode: str, load: float, count: int) -> dict[str, Any]:
+        if "dies" in server.setting.options and load > 1.5:
+            raise ServerError("it is gone")
+        up_to = float(server.setting.options[0]) - (0.2 if mode == "tokens" else 0.0)
+        met = 1.0 if load <= up_to + 1e-9 else 0.5
+        rate = load * self.capacity
+        return {"rate": rate, "load": load, "worst": met, "overall": met, "ttft_mean": 1 / up_to}
+
+
+def fake(tmp_path: Path, seconds: float, *options: tuple[str, ...]) -> tuple[FakeBench, Peer, dict[str, Any]]:
+    rows = [TraceRow(0.1 * number, 4 + number, 0, "text") for number in range(40)]
+    bench = FakeBench(tmp_path, tmp_path, rows, SLOS, 10.0, 1, 1.0, time.monotonic() + seconds)
+    peer = replace(stand_in(""), settings=tuple(Setting(one, ()) for one in options))
+    return bench, peer, {peer.name: {"screened": {}, "untried": []}}
+
+
+def test_the_best_setting_is_bisected_in_both_modes(tmp_path: Path) -> None:
+    bench, peer, entries = fake(
+        tmp_path, 600.0, ("0.5",), ("broken",), ("1.3",), ("0.9",), ("1.1",), ("0.3",)
+    )
+    python = {peer.name: Path("python")}
+    screen(bench, [peer], python, entries, 20, None)
+    entry = entries[peer.name]
+    assert list(entry["screened"])[:4] == ["0.5", "broken", "1.3", "0.9"]
+    assert len(entry["screened"]) == 6
+    assert entry["screened"]["broken"] == {"failure": "it does not start\nlog"}
+    assert entry["untried"] == []
+    measure_all(bench, [peer], python, entries, 20)
+    assert entry["first"]["setting"] == entry["tokens"]["setting"] == "1.3"
+    assert entry["first"]["goodput"] == pytest.approx(13.0)
+    assert entry["first"]["goodput_narrowed"]
+    assert entry["tokens"]["goodput"] == pytest.approx(11.0)
+    assert (entry["backlog"]["requests"], entry["backlog"]["seconds"]) == (48, 1.5)
+
+
+def test_a_server_that_dies_keeps_what_was_measured(tmp_path: Path) -> None:
+    bench, peer, entries = fake(tmp_path, 600.0, ("2.0", "dies"))
+    python = {peer.name: Path("python")}
+    screen(bench, [peer], python, entries, 20, None)
+    measure_all(bench, [peer], python, entries, 20)
+    entry = entries[peer.name]
+    assert entry["failure"] == "it is gone"
+    assert [cell["load"] for cell in entry["first"]["cells"]] == [1.2]
+    assert (entry["first"]["goodput"], entry["first"]["goodput_narrowed"]) == (pytest.approx(12.0), False)
+    assert "tokens" not in entry
+    assert "backlog" not in entry
+
+
+def test_what_there_is_no_time_for_is_said(tmp_path: Path) -> None:
+    bench, peer, entries = fake(tmp_path, -1.0, ("0.5",), ("1.3",))
+    python = {peer.name: Path("python")}
+    screen(bench, [peer], python, entries, 20, None)
+    measure_all(bench, [peer], python, entries, 20)
+    assert entries[peer.name]["untried"] == ["0.5", "1.3"]
+    assert entries[peer.name]["failure"] == "no setting could be measured"
+
+
+def test_settings_can_be_limited(tmp_path: Path) -> None:
+    bench, peer, entries = fake(tmp_path, 600.0, *((f"{load}",) for load in (0.5, 0.6, 0.7, 0.8, 0.9)))
+    screen(bench, [peer], {peer.name: Path("python")}, entries, 20, 2)
+    assert list(entries[peer.name]["screened"]) == ["0.5", "0.6"]
+    assert entries[peer.name]["untried"] == ["0.7", "0.8", "0.9"]
 
 
 # The report

@@ -154,6 +154,7 @@ class RankedQueue(Queue):
 
     def _ranked(self, now: float, running: Job | None) -> Iterator[Job]:
         views = [*self.jobs.values(), running] if running is not None else list(self.jobs.values())
+        seen: set[str] = set()
         for name in self._policy.rank(views, now):
             job = self.jobs.get(name)
             if job is None and running is not None and name == running.request.id:
@@ -161,6 +162,10 @@ class RankedQueue(Queue):
             if job is None:
                 self._refuse(str(name), "suggested a run that is neither waiting nor paused nor running")
                 continue
+            if name in seen:
+                self._refuse(str(name), "suggested a run twice")
+                continue
+            seen.add(name)
             yield job
 
     def best(self, now: float) -> Job | None:

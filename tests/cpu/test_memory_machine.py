@@ -61,7 +61,7 @@ class Named(RankingPolicy):
 
     def rank(self, views: Sequence[RequestView], now: float) -> Iterable[str]:
         known = [view.request.id for view in views]
-        front = [name for name in self.first if name in known]
+        front = [name for name in dict.fromkeys(self.first) if name in known]
         return [*front, *(name for name in known if name not in front)]
 
     def wake(self, now: float) -> float:

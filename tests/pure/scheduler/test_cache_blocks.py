@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
 
 from fpcompile.errors import InvalidInputError
-from fpcompile.scheduler import Arrival, Request, Scheduler, make_policy, profile
+from fpcompile.scheduler import (
+    Arrival,
+    RankingPolicy,
+    Request,
+    RequestView,
+    Scheduler,
+    make_policy,
+    profile,
+)
 from fpcompile.scheduler.errors import UnknownRequestError
 from fpcompile.scheduler.events import Completed, Dropped, Evict, Launch, Pause, Restore, Yielded
 from fpcompile.scheduler.goodput import attainment
@@ -91,6 +100,27 @@ def test_a_run_that_begins_again_has_all_of_its_time_left() -> None:
         core.handle(Dropped(7.0, "nobody", 1.0))
     with pytest.raises(InvalidInputError):
         Dropped(7.0, "a", -1.0)
+
+
+class Stutter(RankingPolicy):
+    """Latest first, each of them twice."""
+
+    def rank(self, views: Sequence[RequestView], now: float) -> Iterable[str]:
+        latest = sorted(views, key=lambda view: -view.sequence)
+        return [view.request.id for view in latest for _ in range(2)]
+
+
+def test_a_run_that_is_suggested_twice_is_evicted_once() -> None:
+    core = Scheduler(Stutter(), kv_blocks=10)
+    core.handle(arrival("a", 0.0, 90.0, 5.0, 4))
+    core.handle(arrival("b", 1.0, 90.0, 5.0, 4))
+    core.handle(Yielded(1.0, "a", 4.0))
+    core.handle(arrival("c", 2.0, 90.0, 5.0, 10))
+    assert core.handle(Yielded(2.0, "b", 4.0)) == (Evict("a"), Evict("b"), Launch("c", ("c",)))
+    assert {(request, why) for _, _, request, why in core.refusals} <= {
+        (name, "suggested a run twice") for name in "abc"
+    }
+    core.validate()
 
 
 def test_asking_who_is_last_changes_nothing() -> None:

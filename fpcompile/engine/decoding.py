@@ -9,6 +9,7 @@ When a step begins
       ``now + step + one launch of the prefill >= due``, all predicted. So prefills run as far as the slack of
       the streams allows, and decode runs when it must.
     * Behind each step the prefill makes at least one launch, so that late streams do not starve it.
+    * A step for which there was no memory is made once more, when what is paused has made room.
     * ``decode_first=False``: a step waits if it would make a prefill late that is not late yet.
 
 A step that began is a run like others: it stops at its cuts, for a prefill that came meanwhile, if the
@@ -41,6 +42,7 @@ from fpcompile.engine.prices import Prices
 from fpcompile.engine.recorder import Recorder
 from fpcompile.engine.steps import TokenStep
 from fpcompile.errors import InternalError, InvalidInputError
+from fpcompile.executor.faults import forget_frames, out_of_memory
 
 __all__ = ["DecodeOptions", "Lane"]
 
@@ -88,6 +90,7 @@ class Lane:
         *,
         clock: Callable[[], float],
         finish: Finish,
+        make_room: Callable[[], object],
         recorder: Recorder | None,
     ) -> None:
         self.options = options
@@ -100,6 +103,8 @@ class Lane:
         self._next: tuple[list[Ticket], float, float] | None = None
         self._owes = False
         self._flies = False
+        self._again = False
+        self._make_room = make_room
 
     def __len__(self) -> int:
         return len(self._members)
@@ -212,8 +217,12 @@ class Lane:
             return
         self._step, self._next, self._owes = None, None, True
         if landing.error is not None:
-            self._fail(live, landing.error)
+            if out_of_memory(landing.error) and not self._again:
+                self._begin_again(step, landing.error)
+            else:
+                self._fail(live, landing.error)
             return
+        self._again = False
         self._learn(step)
         for ticket, token in zip(step.tickets, landing.value, strict=True):
             if ticket.ended is not None:
@@ -245,6 +254,14 @@ class Lane:
         self._owes = False
         self._step = TokenStep(tickets, made, due=due, seconds=seconds)
         return self._step
+
+    def _begin_again(self, step: TokenStep, error: Exception) -> None:
+        """There was no memory for it: what is paused makes room, and the next one is the same once more."""
+        self._again = True
+        forget_frames(error)
+        step.release()
+        step.undo()
+        self._make_room()
 
     def _learn(self, step: TokenStep) -> None:
         name = step.tickets[0].program

@@ -63,6 +63,7 @@ from fpcompile.scheduler.events import (
     SetTimer,
     Yielded,
 )
+from fpcompile.scheduler.states import State
 
 __all__ = ["Driver"]
 
@@ -100,8 +101,9 @@ class Driver(Hearing):
         self.prices = prices
         self.memory = memory
         self.lane = Lane(
-            self.pilot, decoding, programs.names, clock=clock, finish=self._finish, recorder=recorder
-        )
+            self.pilot, decoding, programs.names, clock=clock, finish=self._finish,
+            make_room=self._make_room, recorder=recorder,
+        )  # fmt: skip
         self.abandoned = False
         """Whether the engine is closed without waiting for its requests."""
         self._flight: Flight | None = None
@@ -319,7 +321,7 @@ class Driver(Hearing):
             if self.recorder is not None:
                 self.recorder.preempted(ticket, now)
         if self.memory.over:
-            self.memory.relieve(self.core.last_first(self._now()))
+            self.memory.relieve(self._last_first())
 
     def _failed(self, load: Load, error: Exception) -> None:
         """The run raised: that ends everybody in it, each with an error of its own."""
@@ -333,6 +335,15 @@ class Driver(Hearing):
         reason = f"{type(error).__name__}: {error}"
         self._hear(Failed(self._now(), load.name, reason), landed=load.tickets)
 
+    def _last_first(self) -> list[str]:
+        """Whose memory is moved first; by latest deadline when the policy fails to say."""
+        try:
+            return self.core.last_first(self._now())
+        except Exception:
+            logger.exception("policy %r failed to say who is last in line", self.core.policy.name)
+            waiting = sorted(self._known.values(), key=lambda ticket: -ticket.request.deadline)
+            return [ticket.id for ticket in waiting]
+
     def _begin_again(self, load: Load, error: Exception) -> bool:
         """Free what can be freed, and take the run back before its first launch; once for each run.
 
@@ -342,8 +353,7 @@ class Driver(Hearing):
             return False
         load.retried = True
         forget_frames(error)
-        self.memory.relieve(self.core.last_first(self._now()), 0.0)
-        self.pilot.device.free_cached()
+        self._make_room()
         if not self.memory.begin_again(load):
             if load.origin is None:
                 return False
@@ -355,6 +365,11 @@ class Driver(Hearing):
             journal.restarted(ticket, error)
         return True
 
+    def _make_room(self) -> None:
+        """Free what can be freed."""
+        self.memory.relieve(self._last_first(), 0.0)
+        self.pilot.device.free_cached()
+
     def _completed(self, load: Load, value: Any) -> None:
         """The run is done: hand out results; a step may leave requests that go on."""
         self.prices.learn(load.owner, load.tokens, load.whole(), load.executed)
@@ -362,7 +377,9 @@ class Driver(Hearing):
         for ticket, result in zip(load.tickets, load.results(value), strict=True):
             if ticket.ended is not None:
                 continue
-            if result is UNFINISHED:
+            if self.core.state(ticket.id) in (State.CANCELLING, State.CANCELLED):
+                self._cancelled(ticket)  # withdrawn while a step went on to its end for the others
+            elif result is UNFINISHED:
                 going_on.append(ticket)
             elif isinstance(result, Exception):
                 self._finish(ticket, "failed", error=result)
@@ -407,18 +424,28 @@ class Driver(Hearing):
     def _launch(self, command: Launch) -> None:
         now = self._now()
         tickets = [self._known[name] for name in command.requests if name in self._known]
+        error: Exception | None = None
         for ticket in tickets:
             if self.recorder is not None:
                 self.recorder.launched(ticket, now)
             if ticket.started is None:
                 self.registry.started()
-                if ticket.ready is not None:
-                    self.pilot.take(ticket.run, ticket.ready)
-                self.memory.seat(ticket)
+                error = self._seat(ticket) or error
             ticket.launched(now, tickets)
             journal.launched(ticket)
         load = load_of(command, tickets, self.programs[tickets[0].program], self.pilot.cost)
-        self._flight = Flight(load, command.max_segments, now, error=self._board(load))
+        self._flight = Flight(load, command.max_segments, now, error=error or self._board(load))
+
+    def _seat(self, ticket: Ticket) -> Exception | None:
+        """A request is launched first: its inputs are the device's, and it has its blocks."""
+        try:
+            if ticket.ready is not None:
+                self.pilot.take(ticket.run, ticket.ready)
+            self.memory.seat(ticket)
+        except Exception as error:
+            self.pilot.check(error)
+            return error
+        return None
 
     def _besides(self) -> list[Event]:
         now, core = self._now(), self.core

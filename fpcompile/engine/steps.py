@@ -135,6 +135,10 @@ class TokenStep:
         values = iter(torch.stack(tokens).tolist() if tokens else ())
         return [next(values) if isinstance(choice, Tensor) else choice for choice in self._choices]
 
+    def undo(self) -> None:
+        """Take the sequences back to before the step."""
+        self._step.undo()
+
     def suspend(self) -> None:
         """Drop what can be computed again."""
         self._step.run.suspend()

@@ -13,7 +13,7 @@ Typical use
 Invariants
     A step is built without checks: its tokens come out of the vocabulary, its sequences from ``open``.
     Sequences join and leave between steps. A step that failed, or was dropped half-way, has spoilt its
-    sequences: some layers hold the new token and others do not.
+    sequences, for some layers hold the new token and others do not, until it is undone.
     Alone, a sequence is continued by the kernels, shapes and masks of the unmodified model: its bits. Beside
     others, projections run at another number of rows: to rounding.
     What a step launches depends on its shape, with contexts rounded up, and on the budget.
@@ -34,7 +34,7 @@ from transformers import GenerationMixin
 from fpcompile.errors import InvalidInputError
 from fpcompile.executor.cost_model import CostModel
 from fpcompile.executor.inputs import Group, Layout
-from fpcompile.executor.kv import KV, GrowingKV, kv_bytes
+from fpcompile.executor.kv import GrowingKV, kv_bytes
 from fpcompile.executor.packed import PackedCall, PackedProgram
 from fpcompile.executor.run import Run
 from fpcompile.executor.sampling import Sampler, Wishes
@@ -65,13 +65,15 @@ class Begun:
 class Step:
     """A step: its ``run``, and ``logits()``, ``[sequences, vocabulary]``, once that is done.
 
-    ``cost()`` is what the next launch is predicted to take in seconds, ``seconds`` the whole step.
+    ``cost()`` is what the next launch is predicted to take in seconds, ``seconds`` the whole step. ``undo()``
+    takes the sequences back to before the step, wherever it failed; they can be stepped again.
     """
 
     run: Any
     logits: Callable[[], Tensor]
     cost: Callable[[], float]
     seconds: float
+    undo: Callable[[], None]
 
 
 class Decoder(abc.ABC):
@@ -125,7 +127,7 @@ class PackedSequence:
 
     __slots__ = ("kv", "past")
 
-    def __init__(self, kv: dict[int, KV], past: int) -> None:
+    def __init__(self, kv: dict[int, GrowingKV], past: int) -> None:
         self.kv, self.past = kv, past
 
 
@@ -191,7 +193,7 @@ class PackedDecoder(Decoder):
     def open(self, begun: Begun, output: Any) -> tuple[PackedSequence, Tensor]:
         """Take over the cache of the run."""
         (layers,) = begun.run.kv
-        kv: dict[int, KV] = {i: GrowingKV(layer, self._spans[i]) for i, layer in layers.items()}
+        kv = {i: GrowingKV(layer, self._spans[i]) for i, layer in layers.items()}
         return PackedSequence(kv, begun.context), output.logits[0, -1]
 
     def seconds(self, sequences: Sequence[PackedSequence], budgets: Budgets = ()) -> float:
@@ -214,14 +216,23 @@ class PackedDecoder(Decoder):
             "logits_to_keep": torch.arange(count, device=program.device),
         }
         values = {name: given[name] for name in program.live[0]}
-        run = Run(program, call, values, [sequence.kv for sequence in sequences], plan.launches)
+        caches: list[Any] = [sequence.kv for sequence in sequences]  # appending returns the same object
+        run = Run(program, call, values, caches, plan.launches)
 
         def logits() -> Tensor:
             for sequence in sequences:
                 sequence.past += 1
             return run.values[program.plan.output][0]
 
-        return Step(run, logits, lambda: plan.seconds[run.at], plan.total)
+        lengths = [sequence.past for sequence in sequences]
+
+        def undo() -> None:
+            for sequence, length in zip(sequences, lengths, strict=True):
+                sequence.past = length
+                for kv in sequence.kv.values():
+                    kv.crop(length)
+
+        return Step(run, logits, lambda: plan.seconds[run.at], plan.total, undo)
 
     def _plan(self, sequences: Sequence[PackedSequence], budgets: Budgets) -> _Plan:
         """The launches of a step of this shape, with its mean context rounded up, so that few are made."""

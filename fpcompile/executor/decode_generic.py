@@ -121,12 +121,17 @@ class GenericDecoder(Decoder):
 
         def logits() -> Tensor:
             output = run.result()
-            kwargs = self.model._update_model_kwargs_for_generation(output, sequence.kwargs)
+            kwargs = self.model._update_model_kwargs_for_generation(output, dict(sequence.kwargs))
             sequence.ids, sequence.kwargs = ids, kwargs
             last: Tensor = output.logits[:, -1]
             return last
 
-        return Step(run, logits, lambda: seconds / len(run.schedule), seconds)
+        before = sequence.ids, sequence.kwargs
+
+        def undo() -> None:
+            sequence.ids, sequence.kwargs = before
+
+        return Step(run, logits, lambda: seconds / len(run.schedule), seconds, undo)
 
     def _begin(self, ids: Tensor, inputs: dict[str, Any]) -> Begun:
         options = {n: inputs.pop(n) for n in ("max_blocking_ms", "strict_budget") if n in inputs}

@@ -153,6 +153,10 @@ class GrowingKV:
         self._stop = stop
         return self
 
+    def crop(self, end: int) -> None:
+        """Forget what was appended at position ``end`` and behind it, by the newest ``append`` at most."""
+        self._stop = min(self._stop, end - self._origin)
+
     def _move(self, new: int) -> None:
         """To memory of its own with room for ``new`` tokens and more; what is out of view stays behind."""
         seen = self._stop - self._first

@@ -103,6 +103,28 @@ def test_sequences_join_and_leave_between_steps(arch: str) -> None:
             assert relative_error(row, next_logits(model, caches[i], token)) < 1e-5
 
 
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("arch", ["qwen3", "gpt_oss"])
+def test_a_step_can_be_undone_wherever_it_stopped(arch: str) -> None:
+    decoder = decoder_of(program_of(arch))
+    prompts = [sample_ids(n, seed=n) for n in (14, 64)]
+    tokens = sample_ids(6, seed=3)[0].tolist()
+    expected = [opened(decoder, ids)[0] for ids in prompts]
+    rows = [stepped(decoder, expected, [token, token]) for token in tokens]
+    sequences = [opened(decoder, ids)[0] for ids in prompts]
+    launches = len(decoder.step(sequences, [1, 1]).run.schedule)
+    for place, token in enumerate(tokens):
+        failed = decoder.step(sequences, [token + 1, 3])
+        for _ in range(launches * place // 5):
+            failed.run.step()
+        if failed.run.done:
+            failed.logits()
+        failed.run.release()
+        failed.undo()
+        assert same_bits(stepped(decoder, sequences, [token, token]), rows[place])
+
+
 @torch.no_grad()
 def test_a_cache_can_be_continued_and_stays_as_it_was() -> None:
     model, decoder = model_of("qwen3"), decoder_of(program_of("qwen3"))

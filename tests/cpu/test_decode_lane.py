@@ -96,7 +96,12 @@ class FakeDecoder(Decoder):
         model = FakeProgram(2, seconds=self.seconds_each, clock=clock)
         run = FakeRun(model, [0], at)
         rows = torch.stack([self._after(token) for token in tokens])
-        return Step(run, lambda: rows, lambda: self.seconds_each, self.seconds(sequences))
+
+        def undo() -> None:
+            for sequence, token in zip(sequences, tokens, strict=True):
+                sequence["token"] = token - 1
+
+        return Step(run, lambda: rows, lambda: self.seconds_each, self.seconds(sequences), undo)
 
 
 class Generating(FakeProgram):
@@ -302,6 +307,26 @@ def test_a_step_that_raises_ends_its_members_and_nobody_else(plain: bool) -> Non
         errors.append(caught.value)
     assert errors[0] is not errors[1], "each has an error of its own"
     assert [h.metrics.state for h in doomed] == ["failed", "failed"]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_step_without_memory_is_made_once_more(times: int) -> None:
+    engine, program, _ = engine_of()
+    handles = [engine.submit([n], max_new_tokens=9) for n in (100, 200)]
+    until(engine, lambda: all(len(made(handle)) > 2 for handle in handles))
+    failures = iter(range(times))
+
+    def short(run: FakeRun) -> None:
+        program.decodes.at = {0: short}
+        if next(failures, None) is not None:
+            raise MemoryError("no memory")
+
+    program.decodes.at = {1: short}
+    drive(engine)
+    if times == 1:
+        assert [list(h.tokens()) for h in handles] == [counting(n, 9) for n in (100, 200)]
+    else:
+        assert [h.metrics.state for h in handles] == ["failed", "failed"]
 
 
 def test_a_step_that_cannot_be_made_ends_its_members() -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -50,6 +51,7 @@ from fpcompile.serving.bench_real import paper_slos, scaled
 def main() -> None:
     """Measure, and write the report."""
     arguments = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server that runs is ended, too
     warn_if_busy()
     before = os.getloadavg()[0]
     begun = time.monotonic()

@@ -27,5 +27,9 @@ step backends-compile-time "$python" "$here/backends.py" "${options[@]}" --compi
 step cost-model "$python" "$here/cost_model.py" "${options[@]}"
 step blocking "$python" "$here/blocking.py" "${options[@]}"
 step preemption "$python" "$here/preemption.py" "${options[@]}"
+step many-programs "$python" "$here/many_programs.py" "${options[@]}"
+step checkpoint-rate "$python" "$here/checkpoint_rate.py" "${options[@]}"
+step dispatch "$python" "$here/dispatch.py" "${options[@]}"
+step soak "$python" "$here/soak.py" "${options[@]}"
 step scheduler-cost "$python" "$here/scheduler_cost.py" --json "$out/scheduler_cost.json"
 summary

@@ -38,7 +38,15 @@ from fpcompile.engine.programs import Programs
 from fpcompile.engine.recorder import Recorder
 from fpcompile.errors import InternalError, InvalidInputError
 from fpcompile.executor.device import Device
-from fpcompile.executor.offload import Origin, Parking, caches_of, own_bytes, storage_bytes
+from fpcompile.executor.offload import (
+    Flying,
+    Origin,
+    Parking,
+    caches_of,
+    own_bytes,
+    settle,
+    storage_bytes,
+)
 from fpcompile.executor.packed import PackedCall
 from fpcompile.executor.pool import KVPool, PooledKV, Room
 from fpcompile.executor.prefix import go_on_behind, prompt_keys, reusable
@@ -125,6 +133,7 @@ class Memory:
         self._seats: dict[str, _Seat] = {}
         self._held: dict[str, _Held] = {}
         self._dropped: list[tuple[Load, float]] = []
+        self._flying: Flying = []
         self._rate = copy_rate(device, clock) if self.active else 1.0
         self._counts = {"offloads": 0, "recomputations": 0, "copied_bytes": 0, "reused_tokens": 0}
         self.paused_bytes = 0
@@ -210,6 +219,7 @@ class Memory:
 
         Whether it begins again, so that its launches may be others.
         """
+        settle(self._flying)
         held = self._of(load)
         if held is None:
             self._hold(load)
@@ -229,14 +239,13 @@ class Memory:
                 if held.parked:
                     held.parking.bring_back()
         held.paused = held.evicted = held.dropped = False
-        held.parking.settle()
         self._note(held)
         return again
 
     def _hold(self, load: Load) -> None:
         seats = [self._seats[t.id] for t in load.tickets if t.id in self._seats]
         if seats and not load.slices:  # the members of a step are never moved
-            held = self._held[load.name] = _Held(load, seats, Parking(self._device))
+            held = self._held[load.name] = _Held(load, seats, Parking(self._device, self._flying))
             for seat in seats:
                 seat.held = held
 
@@ -408,6 +417,7 @@ class Memory:
 
     def release(self, tickets: Sequence[Ticket]) -> None:
         """Nobody executes these requests any more: their blocks and copies are free. Again is no mistake."""
+        settle(self._flying)
         for ticket in tickets:
             seat = self._seats.pop(ticket.id, None)
             if seat is None:
@@ -440,8 +450,6 @@ class Memory:
 
     def validate(self, free: float) -> None:
         """Check the invariants; ``free``: blocks that the scheduler believes free."""
-        for held in self._held.values():
-            held.parking.settle()
         sums = (sum(h.device for h in self._held.values()), sum(h.host for h in self._held.values()))
         if sums != (self.paused_bytes, self.host_bytes) or self.host_bytes > self.options.host_limit:
             raise InternalError(

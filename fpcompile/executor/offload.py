@@ -14,7 +14,7 @@ Typical use
 Invariants
     Storages, offsets, sizes and strides come back as they were, so the run goes on with the same bits. A
     parked run must not be stepped. On an asynchronous device nothing here waits: copies run on the copy
-    stream behind what was launched, their sources are kept until they are complete (``settle``), and what is
+    stream behind what was launched, their sources are kept until they are complete (``flying``), and what is
     launched after ``bring_back`` or ``restore`` is ordered behind the copies that it needs. Small tensors
     travel together.
 """
@@ -36,11 +36,18 @@ from fpcompile.executor.run import Run
 from fpcompile.executor.slices import Chunks, Sliced
 from fpcompile.executor.together import Together
 
-__all__ = ["Origin", "Parking", "caches_of", "own_bytes", "storage_bytes"]
+__all__ = ["Flying", "Origin", "Parking", "caches_of", "own_bytes", "settle", "storage_bytes"]
 
 _TOGETHER = 1 << 20  # bytes: smaller tensors are copied in one piece with others
 
 Shelf = MutableMapping[Any, Tensor]
+Flying = list[tuple[Event, list[Tensor]]]
+"""Copies under way, and their sources, which must live as long."""
+
+
+def settle(flying: Flying) -> None:
+    """Let go of the sources of copies that are complete."""
+    flying[:] = [(event, kept) for event, kept in flying if not event.done()]
 
 
 def caches_of(run: Any) -> list[dict[int, KV]]:
@@ -107,14 +114,14 @@ class Parking:
 
     __slots__ = ("_copied", "_device", "_flying", "_partial", "_placed", "_storages", "parked")
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, flying: Flying | None = None) -> None:
         self._device = device
         self.parked = False
         self._storages: list[Tensor] = []  # host copies, flat bytes
         self._copied: dict[int, tuple[StorageWeakRef, Tensor]] = {}  # by storage on the device
         self._partial: list[bool] = []  # of the host copies: outputs of which some tiles are written
         self._placed: list[tuple[Any, Any, Any]] = []  # (shelf, name, placement or placements)
-        self._flying: list[tuple[Event, list[Tensor]]] = []
+        self._flying: Flying = [] if flying is None else flying
 
     # ---- what it costs
 
@@ -200,10 +207,6 @@ class Parking:
         self._copied, self._storages, self._placed, self.parked = {}, [], [], False
         for room in rooms:
             room.stash.pieces.clear()
-
-    def settle(self) -> None:
-        """Let go of the sources of copies that are complete."""
-        self._flying = [(event, kept) for event, kept in self._flying if not event.done()]
 
     def _to_host(self, tensors: Sequence[Tensor], *, fresh: bool = False) -> list[Tensor]:
         """Copies on the host, in order. ``fresh``: nobody else has these contiguous tensors."""

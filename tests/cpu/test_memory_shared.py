@@ -215,6 +215,8 @@ def test_an_urgent_request_does_not_wait_for_the_copy_to_the_host() -> None:
     drain(engine)
     device.synchronize()
     assert device.violations == []
+    engine._memory.release([])
+    assert engine._memory._flying == [], "nothing keeps what was copied"
     assert differences(outcome(urgent.result(0)), finish(program.start(ids(45)))) == []
     empty(engine)
 

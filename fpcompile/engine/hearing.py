@@ -145,8 +145,9 @@ class Hearing(abc.ABC):
 
     def _timed_out(self) -> list[Event]:
         """Withdraw those whose time is over: for the scheduler that is a cancel."""
-        tickets = [self.registry.get(name) for name in self._timeouts.due(self.clock())]
-        overdue = [ticket for ticket in tickets if ticket is not None]
+        now = self.clock()
+        tickets = [self.registry.get(name) for name in self._timeouts.due(now)]
+        overdue = [t for t in tickets if t is not None and t.request.arrival + t.timeout <= now]  # ids return
         for ticket in overdue:
             ticket.timed_out = True
         return [Cancelled(self._now(), ticket.id) for ticket in overdue]

@@ -69,7 +69,7 @@ class Load:
         self.tokens, self.seconds, self.cost = tokens, seconds, cost
         self.shared, self.slices = shared, slices
         self.executed = 0.0
-        self.origin: Origin | None = None
+        self.origin: Origin | Sliced | None = None
         """The run of one request as it was before its first launch, where that is small."""
         self.retried = False
         """Whether it was begun again because memory ran out."""
@@ -141,8 +141,9 @@ def alone(ticket: Ticket, program: ProgramLike, price: Price) -> Load:
         ticket.id, [ticket], run, program,
         tokens=run.tokens, seconds=ticket.predicted, cost=price(program, run), shared=False,
     )  # fmt: skip
-    if isinstance(run, Run) and (origin := Origin(run)).plain:
-        load.origin = origin
+    core = run.sliced.run if isinstance(run, Chunks) else run
+    if isinstance(core, Run) and (origin := Origin(core)).plain:
+        load.origin = run.sliced if isinstance(run, Chunks) else origin
     return load
 
 

@@ -225,16 +225,19 @@ class Memory:
             self._hold(load)
             return False
         again = held.dropped
-        if held.evicted:
-            for room in held.rooms:
+        moved = held.evicted
+        for room in held.rooms if moved else ():
+            if room.parked:  # not one that was taken before an earlier attempt failed
                 room.take()
         if again:
             for seat in held.seats:
                 _install(seat)
+            if isinstance(load.run, Together):
+                load.run.again()  # who asked it meanwhile has joined it without its blocks
             load.begin_again()
-        elif held.evicted or held.parked:
+        elif moved or held.parked:
             with self._copying(held, "restored"):
-                if held.evicted:
+                if moved:
                     held.parking.restore(held.rooms)
                 if held.parked:
                     held.parking.bring_back()
@@ -412,7 +415,8 @@ class Memory:
         seat = self._seats.get(ticket.id)
         if seat is not None and len(seat.rooms) == 1 and not seat.rooms[0].parked:
             room = seat.rooms[0]
-            for block, key in zip(room.blocks, ticket.prompt.keys, strict=False):
+            written = _written(seat.run, room) // room.pool.block_tokens
+            for block, key in zip(room.blocks[:written], ticket.prompt.keys, strict=False):
                 room.pool.blocks.file(block, key)
 
     def release(self, tickets: Sequence[Ticket]) -> None:
@@ -491,6 +495,14 @@ def _contexts(run: Any) -> list[tuple[int, int]]:
     call = run.call
     assert isinstance(call, PackedCall)
     return [(group.batch, group.context) for group in call.layout.groups]
+
+
+def _written(run: Any, room: Room) -> int:
+    """Tokens at the beginning of a room that the run has written in every layer."""
+    (cache,) = caches_of(run)
+    caches = [cache.get(layer) for layer, *_ in room.pool.layout.entries]
+    lengths = [kv.length if isinstance(kv, PooledKV) and kv.room is room else 0 for kv in caches]
+    return min(lengths, default=0)
 
 
 def _install(seat: _Seat, reused: int = 0) -> None:

@@ -276,10 +276,17 @@ class GenericProgram(Program):
         flat, tensors = pack((tree[0], self._plain(tree[1])), self.device)
         if not flat.tensors:
             raise InvalidInputError("the call has no tensor", expected="the model's inputs", got="none")
+        seen = tuple(self.variants)
+        for variant in seen:  # without the lock: nobody waits for what others compile
+            values = variant.captured.guards.bind(flat, tensors)
+            if values is not None:
+                return variant, tensors, values
         with self._lock:
             for variant in self.variants:
-                values = variant.captured.guards.bind(flat, tensors)
-                if values is not None:
+                if (
+                    variant not in seen
+                    and (values := variant.captured.guards.bind(flat, tensors)) is not None
+                ):
                     return variant, tensors, values
             promised = promises(self.model, flat, self.dynamic_shapes)
             if self.variants:

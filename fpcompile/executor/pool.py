@@ -90,7 +90,12 @@ class KVPool:
         room takes over the references to them.
         """
         per = self.needed(tokens)
-        return Room(self, batch, per, [*shared, *self.blocks.take(batch * per - len(shared))])
+        try:
+            own = self.blocks.take(batch * per - len(shared))
+        except Exception:
+            self.blocks.give(shared)
+            raise
+        return Room(self, batch, per, [*shared, *own])
 
 
 class Stash:

@@ -148,6 +148,13 @@ class Sampler:
         if not self._sample:
             return scores.argmax(dim=-1)
         probabilities = nn.functional.softmax(scores, dim=-1)
+        if not bool(torch.isfinite(probabilities).all()):  # on CUDA a draw would end the device's context
+            raise InvalidInputError(
+                "there is no token to choose from",
+                expected="at least one finite score behind the processors",
+                got="scores that are NaN, or all -inf",
+                remedy="look at logits_processor and at the model's weights",
+            )
         return torch.multinomial(probabilities, num_samples=1, generator=self._generator).squeeze(1)
 
     def took(self, token: int) -> None:

@@ -250,7 +250,7 @@ class Chunks:
             while not part.done:
                 part.step()
         except BaseException:
-            self.release()
+            part.release()  # the slices before it are as they were: this one may be taken again
             raise
         self.sliced.put(part)
 

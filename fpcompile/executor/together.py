@@ -163,7 +163,8 @@ class Together:
 
     def suspend(self) -> None:
         """Drop what can be computed again."""
-        self.joined.suspend()
+        if self._joined is not None:
+            self._joined.suspend()
 
     def again(self) -> None:
         """Back to the beginning: what was computed is dropped, the members are joined anew when asked for."""

@@ -258,7 +258,7 @@ def soak(compiled: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
     """Run it, and say what was found; ``problems`` is empty when all is well."""
     expected = {(name, n): compiled[name](prompt(n))[0] for name in compiled for n in LENGTHS}
     gc.collect()
-    threads, files, begun = threading.active_count(), handles(), time.monotonic()
+    threads, files = threading.active_count(), handles()
     engine = Engine(
         compiled,
         policy=options.policy,
@@ -269,6 +269,7 @@ def soak(compiled: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
         deterministic=True,
     )
     traffic = Traffic(engine, expected)
+    begun = time.monotonic()
     until = begun + options.seconds
     memory: list[float] = []
     broken: list[str] = []

@@ -23,7 +23,7 @@ NEW = 60
 def main() -> None:
     """Serve two streams and a long prompt, and show what became of the time between tokens."""
     model: Any = small_model()
-    program = fpcompile.segment(model, max_blocking_ms=5.0)
+    program = fpcompile.segment(model, max_blocking_ms=50.0)
     with fpcompile.Engine(program, tbt_slo=0.1) as engine:
         greedy = engine.submit(prompt(48), max_new_tokens=NEW, ttft_slo=1.0, request_id="greedy")
         drawn = GenerationConfig(do_sample=True, temperature=0.8, top_p=0.9)  # type: ignore[no-untyped-call]

@@ -33,6 +33,7 @@ def test_asyncio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert lines[2].endswith("bits equal: True")
 
 
+@pytest.mark.filterwarnings("ignore::fpcompile.errors.BudgetWarning")  # of a machine that is busy
 def test_generate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     lines = _run("generate.py", monkeypatch, capsys)
     assert [line.split()[0] for line in lines] == ["greedy", "sampled", "long", "120"]

@@ -18,6 +18,8 @@ from fpcompile.serving.server.settings import EngineSettings, ServerSettings
 from tests.cpu.server_brittle import FAILING, ROOM
 from tests.cpu.server_support import PATIENCE
 
+WAITING = 4
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 
 
@@ -33,13 +35,13 @@ def client(log: Path) -> Iterator[TestClient]:
         policy="brittle",
         threads=1,
         max_blocking_ms=None,  # each segment is a launch
-        options={"record": str(log)},
+        options={"record": str(log), "max_queue": WAITING},
         factory="tests.cpu.server_brittle:build",
     )
     accounts = Accounts(
         {}, {digest_of("k-good"): Account("good"), digest_of("k-bad"): Account("brittle")}, None
     )
-    settings = ServerSettings(engine, accounts=accounts)
+    settings = ServerSettings(engine, accounts=accounts, admin_digest=digest_of("k-admin"))
     with TestClient(make_app(settings), headers={"Authorization": "Bearer k-good"}) as made:
         until = time.monotonic() + PATIENCE
         while made.get("/ready").status_code != 200:
@@ -78,6 +80,28 @@ def test_a_policy_that_raises_costs_what_it_knew(client: TestClient) -> None:
     assert _ask(client, 5, key="k-bad").status_code == 500
     assert _ask(client, 20).json()["choices"] == before
     assert client.get("/health").json() == {"status": "ok", "reason": ""}
+
+
+def test_a_full_queue_says_when_to_come_back(client: TestClient) -> None:
+    """The device is held: one request may have it, some wait, the others are turned away at once."""
+    admin = {"Authorization": "Bearer k-admin"}
+    assert client.post("/pause", headers=admin).json() == {"paused": True}
+    answers: list[Any] = []
+    threads = [threading.Thread(target=lambda: answers.append(_ask(client, 20))) for _ in range(4 * WAITING)]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + PATIENCE
+    while len(answers) < 3 * WAITING - 1:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    refused = list(answers)
+    assert {answer.status_code for answer in refused} == {429}
+    assert all(int(answer.headers["Retry-After"]) >= 1 for answer in refused)
+    assert {answer.json()["error"]["code"] for answer in refused} == {"queue_full"}
+    assert client.post("/resume", headers=admin).json() == {"paused": False}
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert sorted(answer.status_code for answer in answers).count(200) >= WAITING
 
 
 def test_a_full_disk_ends_the_log_of_decisions_and_nothing_else(client: TestClient, log: Path) -> None:

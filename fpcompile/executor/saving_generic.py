@@ -5,8 +5,8 @@ it was traced for and of what it returns (:mod:`fpcompile.models.tree_text`), it
 which are small graphs, and the signatures of its opaque leaves. Nothing is traced when a program is read;
 it compiles a variant, as any program of the route, when a call of a new kind comes.
 
-Invariant: each variant read has the fingerprint of the one saved, and gives the same bits. Formulas of sizes in
-its plan have the same values; sympy may write some in another form.
+Invariant: each variant read has the fingerprint of the one saved, and gives the same bits. Formulas of sizes
+in its plan have the same values; sympy may write some in another form.
 """
 
 from __future__ import annotations

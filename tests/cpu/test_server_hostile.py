@@ -205,7 +205,7 @@ def test_nothing_is_left_and_the_server_serves(server: Served, client: httpx.Cli
     assert not [line for line in server.lines if "Traceback" in line]
 
 
-def test_a_server_that_is_killed_gives_an_error_and_leaves_nobody(
+def test_a_killed_server_gives_an_error_and_can_be_started_again(
     server: Served, client: httpx.Client
 ) -> None:
     worker = psutil.Process(server.worker())

@@ -1,10 +1,10 @@
 """From tokens to text as they come: incremental detokenising, and stop strings.
 
-A token may end in the middle of a character, and a character's beginning decodes to U+FFFD. Text is given
-out when it can no longer change: everything but a trailing U+FFFD. Text that may be the beginning of a stop
-string is held back until it is not.
+A token may end in the middle of a character, and a character's beginning decodes to U+FFFD, in some
+tokenizers to one for each byte. Text is given out when it can no longer change: everything but what is U+FFFD
+at the end. Text that may be the beginning of a stop string is held back until it is not.
 
-Invariant: the pieces, joined, are the text of all the tokens (up to a stop string).
+Invariant: the pieces, joined, are the text of all tokens (up to a stop string), where their bytes are text.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _LONGEST: Final = 64  # tokens of a window; invalid text beyond it is given out 
 class Detokenizer:
     """``decode`` gives the text of a list of ids.
 
-    Decoded is a window: the tokens since the text was last complete, and those before them back to the time
-    before, since what a token gives may depend on the one before it (leading spaces).
+    Decoded is a window: the tokens since the text was last complete, and those before them that have a text
+    together, since what a token gives may depend on there being one before it (leading spaces).
     """
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
@@ -31,6 +31,8 @@ class Detokenizer:
         self._window: list[int] = []
         self._context = 0
         """How many ids of the window are only there for those behind them."""
+        self._known = ""
+        """Their text."""
         self._given = 0
         """How many characters of the window's text have been given out."""
 
@@ -38,15 +40,26 @@ class Detokenizer:
         """The text that is certain now and was not before."""
         self._window.append(token)
         text = self._decode(self._window)
-        complete = not text.endswith(_UNFINISHED) or len(self._window) > _LONGEST
-        certain = text if complete else text[:-1]
+        complete = not text.endswith(_UNFINISHED) or len(self._window) - self._context > _LONGEST
+        certain = text if complete else text.rstrip(_UNFINISHED)
         piece = certain[self._given :]
         self._given = max(self._given, len(certain))
         if complete:
-            self._window = self._window[self._context :]
-            self._context = len(self._window)
-            self._given = len(self._decode(self._window))
+            self._advance(text)
         return piece
+
+    def _advance(self, text: str) -> None:
+        """The window's ``text`` is given out: its last tokens are the context of what comes."""
+        if self._known and text == self._known:  # they add nothing: special tokens
+            del self._window[self._context :]
+            return
+        for start in range(self._context, -1, -1):
+            context = self._window[start:][-_LONGEST:]
+            self._known = self._decode(context)
+            if self._known:
+                break
+        self._window = context
+        self._context, self._given = len(context), len(self._known)
 
     def flush(self) -> str:
         """What is left: an unfinished character."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections.abc import Sequence
 from typing import Any, Final, final
@@ -20,7 +21,7 @@ class Tokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._backend = getattr(tokenizer, "backend_tokenizer", None)  # Rust: safe in several threads
+        self._backend = _whole(getattr(tokenizer, "backend_tokenizer", None))  # Rust: safe in several threads
         self._lock = threading.Lock()
 
     async def encode(self, text: str, *, special: bool = True) -> list[int]:
@@ -68,3 +69,13 @@ class Tokenizer:
             return ids
         with self._lock:
             return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def _whole(backend: Any) -> Any:
+    """``backend``, or a copy without the padding and truncation that its file may ask for."""
+    if backend is None or (backend.padding is None and backend.truncation is None):
+        return backend
+    backend = copy.deepcopy(backend)
+    backend.no_padding()
+    backend.no_truncation()
+    return backend

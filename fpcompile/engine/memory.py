@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fpcompile.engine.loads import Load
 from fpcompile.engine.memory_facts import NOTHING, MemoryStatistics, Prompt
-from fpcompile.engine.memory_options import MemoryOptions, copy_rate, make_pools
+from fpcompile.engine.memory_options import USUAL_RATE, MemoryOptions, copy_rate, make_pools
 from fpcompile.engine.metrics import Ticket
 from fpcompile.engine.prices import seconds_left
 from fpcompile.engine.programs import Programs
@@ -134,7 +134,7 @@ class Memory:
         self._held: dict[str, _Held] = {}
         self._dropped: list[tuple[Load, float]] = []
         self._flying: Flying = []
-        self._rate = copy_rate(device, clock) if self.active else 1.0
+        self._rate = copy_rate(device, clock) if self.active else USUAL_RATE
         self._counts = {"offloads": 0, "recomputations": 0, "copied_bytes": 0, "reused_tokens": 0}
         self.paused_bytes = 0
         """Bytes on the device that paused runs hold, besides blocks."""
@@ -143,7 +143,7 @@ class Memory:
 
     @property
     def active(self) -> bool:
-        """Whether anything is to be done but counting."""
+        """Whether memory is limited; else it is moved only when the device has none left."""
         return bool(self._pools) or self.options.memory_budget is not None
 
     @property
@@ -192,7 +192,7 @@ class Memory:
         run, prompt = ticket.run, ticket.prompt
         core = _core(run) if isinstance(run, (Run, Chunks, Sliced)) else None
         pool = self._pools.get(ticket.program) if prompt.blocks else None
-        if core is None or not self.active:
+        if core is None:
             return
         sliced = run.sliced if isinstance(run, Chunks) else run
         origin = sliced if isinstance(sliced, Sliced) else Origin(core)

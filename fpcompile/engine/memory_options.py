@@ -20,10 +20,10 @@ from fpcompile.executor.packed import PackedProgram
 from fpcompile.executor.pool import KVPool, Layout, layout_of
 from fpcompile.scheduler.policy import Policy, StepPolicy
 
-__all__ = ["MemoryOptions", "copy_rate", "make_pools"]
+__all__ = ["USUAL_RATE", "MemoryOptions", "copy_rate", "make_pools"]
 
 _PROBE: Final = 8 << 20  # bytes that are copied to learn how fast that is
-_USUAL_RATE: Final = 8e9  # bytes per second, where the clock says nothing
+USUAL_RATE: Final = 8e9  # bytes per second, where the clock says nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +172,7 @@ def copy_rate(device: Device, clock: Callable[[], float]) -> float:
         _, event = device.copy_to_host([source])
         event.wait()
         seconds = clock() - begin
-    return _PROBE / seconds if seconds > 0 else _USUAL_RATE
+    return _PROBE / seconds if seconds > 0 else USUAL_RATE
 
 
 def _whole(name: str, value: Any, least: int) -> None:

@@ -127,10 +127,11 @@ def test_the_failed_attempts_tensors_are_gone_before_the_next(
     assert seen == [True]
 
 
-def test_paused_runs_make_room(program: fpcompile.Program, faults: list[Fault]) -> None:
-    """With a budget their tensors go to the host first, and all results have their bits."""
+@pytest.mark.parametrize("options", [{}, {"memory_budget": 1 << 30}], ids=["unlimited", "budget"])
+def test_paused_runs_make_room(options: Any, program: fpcompile.Program, faults: list[Fault]) -> None:
+    """Their tensors go to the host first, and all results have their bits."""
     faults[:] = [Fault(7, 3, EXHAUSTED[0], 1)]
-    engine = Engine(program, device_thread=False, policy="s-edf", memory_budget=1 << 30)
+    engine = Engine(program, device_thread=False, policy="s-edf", **options)
     long = engine.submit(sample_ids(40), ttft_slo=1000.0)
     for _ in range(4):
         engine.turn(1)

@@ -286,8 +286,6 @@ def test_programs_that_cannot_share_are_refused(policy: str) -> None:
     else:
         with pytest.raises(InvalidInputError, match="several programs"):
             Engine(both, policy=policy, device_thread=False)
-    with pytest.raises(InvalidInputError, match="kv_blocks is not supported"):
-        Engine(program, policy=policy, kv_blocks=10)
 
 
 def test_a_ticket_of_a_step_keeps_its_slices() -> None:

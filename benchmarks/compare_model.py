@@ -42,7 +42,7 @@ def save_model(folder: Path) -> None:
     model = build_model(None)
     model.config.architectures = [type(model).__name__]
     model.config.eos_token_id = model.config.bos_token_id = model.config.pad_token_id = None
-    model.generation_config = GenerationConfig(do_sample=False)
+    model.generation_config = GenerationConfig(do_sample=False)  # type: ignore[no-untyped-call]
     model.save_pretrained(folder)
     _tokenizer(int(model.config.vocab_size), int(model.config.max_position_embeddings)).save_pretrained(
         folder

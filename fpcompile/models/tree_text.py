@@ -3,7 +3,7 @@
 A spec names classes of containers, caches and outputs. Reading one makes objects of these classes when a
 program runs, so only plain containers and classes of transformers, or of the model's own modules, are read
 back: none is imported for it, outputs and tuples are built from their fields, caches without their
-``__init__``. """
+``__init__``."""
 
 from __future__ import annotations
 

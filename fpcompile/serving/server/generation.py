@@ -95,7 +95,7 @@ def _check_limits(front: Front, body: CompletionBody | ChatBody) -> None:
 
 async def _prompts(front: Front, tokenizer: Tokenizer, body: CompletionBody | ChatBody) -> list[list[int]]:
     if isinstance(body, ChatBody):
-        messages = [{"role": message.role, "content": message.text} for message in body.messages]
+        messages = [message.plain for message in body.messages]
         return [await tokenizer.encode(tokenizer.chat(messages), special=False)]
     return await tokenizer.encode_all(body.prompt)
 

@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 
 from fpcompile.api import segment
 from fpcompile.engine.engine import Engine
+from fpcompile.engine.generation import DEFAULT_TBT_SLO
 from fpcompile.engine.handle import Handle
 from fpcompile.errors import InvalidInputError
 from fpcompile.executor.program import Program
@@ -71,7 +72,9 @@ class EngineBackend:
         facts: Mapping[str, Facts],
         generation: Mapping[str, GenerationConfig],
         pooling: Mapping[str, str],
+        tbt_slo: float = DEFAULT_TBT_SLO,
     ) -> None:
+        self._tbt_slo = tbt_slo
         self.engine, self.gate, self.programs, self.facts = engine, gate, programs, facts
         self._generation, self._pooling = generation, pooling
 
@@ -92,9 +95,13 @@ class EngineBackend:
             max_new_tokens=ask.max_new_tokens,
             seed=ask.sampling.seed,
             logits_processor=processors or None,
-            tbt_slo=ask.terms.tbt_slo,
+            tbt_slo=self._between_tokens(ask.terms),
             **_terms(ask.terms),
         )
+
+    def _between_tokens(self, terms: Terms) -> float:
+        """Asking for nothing gets no more than asking for the floor."""
+        return max(self._tbt_slo, terms.min_tbt) if terms.tbt_slo is None else terms.tbt_slo
 
     def embed(self, ask: Embed) -> Handle:
         """Submit; the vector is :meth:`vector` of the result."""
@@ -203,7 +210,8 @@ def build(settings: EngineSettings) -> EngineBackend:
         record_timeline=False,
         **settings.options,
     )
-    backend = EngineBackend(engine, gate, programs, facts, generation, pooling)
+    tbt_slo = settings.options.get("tbt_slo", DEFAULT_TBT_SLO)
+    backend = EngineBackend(engine, gate, programs, facts, generation, pooling, tbt_slo)
     try:
         _warm(backend)
     except BaseException:

@@ -1,7 +1,8 @@
 """One end of the pipe between front and worker: a reading and a writing thread around an event loop.
 
 ``send`` never waits: what is to be sent is queued, and the writing thread sends all that has gathered as one
-pickle. What arrives is handed to the loop in order. When the other side is gone, ``on_end`` is called once.
+pickle. What arrives is handed to the loop in order. When the other side is gone, or what was sent or received
+is no message, ``on_end`` is called, perhaps twice.
 The pipe is private to two processes of one program, so that pickles on it are trusted.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -16,6 +18,8 @@ from multiprocessing.connection import Connection
 from typing import Any, final
 
 __all__ = ["Channel"]
+
+logger = logging.getLogger(__name__)
 
 
 @final
@@ -54,26 +58,39 @@ class Channel:
             self._connection.close()
 
     def _read(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+        try:
             while True:
-                try:
-                    messages = self._connection.recv()
-                except (EOFError, OSError):
-                    break
-                self._loop.call_soon_threadsafe(self._on_messages, messages)
-            self._loop.call_soon_threadsafe(self._on_end)
+                self._call(self._on_messages, self._connection.recv())
+        except (EOFError, OSError):
+            pass
+        except Exception:
+            if not self._closing:
+                logger.exception("what came over the pipe cannot be read")
+        finally:
+            self._call(self._on_end)
+
+    def _call(self, what: Callable[..., object], *arguments: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(what, *arguments)
 
     def _write(self) -> None:
+        try:
+            self._write_all()
+        except OSError:
+            pass
+        except Exception:
+            logger.exception("a message cannot be sent")
+        if not self._closing:
+            self._call(self._on_end)
+
+    def _write_all(self) -> None:
         while True:
             batch = [self._out.get()]
             with contextlib.suppress(queue.Empty):
                 while True:
                     batch.append(self._out.get_nowait())
             last = None in batch
-            try:
-                if messages := [message for message in batch if message is not None]:
-                    self._connection.send(messages)
-            except OSError:
-                return  # the reader hears of the end
+            if messages := [message for message in batch if message is not None]:
+                self._connection.send(messages)
             if last:
                 return

@@ -41,6 +41,8 @@ class Front:
         self.metrics = Metrics()
         self.created = int(time.time())
         self.draining = False
+        self.drained_by = 0.0
+        """When draining ends, on the monotonic clock."""
 
     def account(self, request: Request) -> Account:
         """Whose key it is. Raises :class:`ApiError` 401."""
@@ -67,7 +69,8 @@ class Front:
         """Raise :class:`ApiError` when no request can be taken now."""
         if self.draining:
             self.metrics.refused("draining")
-            raise ApiError(503, "the server is shutting down", code="draining", retry_after=5)
+            left = self.drained_by - time.monotonic()
+            raise ApiError(503, "the server is shutting down", code="draining", retry_after=left)
         if self.link.state != "ready":
             self.metrics.refused("unavailable")
             raise ApiError(503, self.link.reason, code="engine_unavailable", retry_after=5)
@@ -110,7 +113,12 @@ class Front:
             tenant=account.tenant,
             slo_class=promise.slo_class,
             timeout=self.settings.limits.request_s,
+            min_tbt=account.min_tbt,
         )
+
+    def longest(self, facts: Facts) -> int:
+        """Tokens of prompt and answer that the model takes."""
+        return min(x for x in (facts.max_tokens, self.settings.limits.tokens, 1 << 30) if x is not None)
 
     def check_length(self, facts: Facts, ids: list[int], new: int | None) -> int:
         """New tokens behind ``ids``: ``new``, or as many as fit. Raises :class:`ApiError`."""
@@ -118,7 +126,7 @@ class Front:
             raise ApiError(400, "the prompt has no tokens", code="empty_prompt")
         if (worst := max(ids)) >= facts.vocabulary:
             raise ApiError(400, f"token {worst} is not in the vocabulary of {facts.vocabulary}")
-        longest = min(x for x in (facts.max_tokens, self.settings.limits.tokens, 1 << 30) if x is not None)
+        longest = self.longest(facts)
         room = longest - len(ids)
         if room < (0 if facts.kind == "embed" else 1) or (new is not None and new > room):
             asked = "" if new is None else f" and {new} new ones"
@@ -136,6 +144,14 @@ class Front:
     async def close(self) -> None:
         """End the worker."""
         await self.link.close()
+
+    async def ready(self) -> tuple[bool, str]:
+        """Whether requests are taken, and come to an end."""
+        if self.draining:
+            return False, "draining"
+        if self.link.state != "ready":
+            return False, self.link.reason
+        return await self.healthy()
 
     async def healthy(self) -> tuple[bool, str]:
         """Whether the worker lives and its engine comes to cuts."""

@@ -46,7 +46,7 @@ async def answer(
     _check_limits(front, body)
     terms = front.terms(request, account, body, body.tbt_slo)
     tokenizer = front.tokenizers[body.model]
-    prompts = await _prompts(front, tokenizer, body)
+    prompts = await _prompts(tokenizer, body, front.longest(facts))
     wanted = _new_tokens(body)
     asks = []
     for number, ids in enumerate(prompts):
@@ -93,11 +93,11 @@ def _check_limits(front: Front, body: CompletionBody | ChatBody) -> None:
         raise ApiError(400, f"at most {limits.choices} choices are taken: n x prompts", param="n")
 
 
-async def _prompts(front: Front, tokenizer: Tokenizer, body: CompletionBody | ChatBody) -> list[list[int]]:
+async def _prompts(tokenizer: Tokenizer, body: CompletionBody | ChatBody, most: int) -> list[list[int]]:
     if isinstance(body, ChatBody):
         messages = [message.plain for message in body.messages]
-        return [await tokenizer.encode(tokenizer.chat(messages), special=False)]
-    return await tokenizer.encode_all(body.prompt)
+        return [await tokenizer.encode(await tokenizer.chat(messages), special=False, most=most)]
+    return await tokenizer.encode_all(body.prompt, most=most)
 
 
 def _new_tokens(body: CompletionBody | ChatBody) -> int | None:
@@ -159,7 +159,7 @@ class _Choice:
             usage.completion += 1
             text = self._stops.push(self._detokenizer.push(token))
             if self._stops.found:
-                self.stream.cancel()
+                self.stream.cancel("stop")
                 yield _Piece(self.index, text, "stop")
                 return
             yield _Piece(self.index, text, None)

@@ -2,15 +2,20 @@
 
 States: ``starting`` until the worker is warm, ``ready``, ``gone`` when its process has ended or could not
 start. When it is gone every stream fails at once; nobody waits for a process that is not there.
+
+A stream whose reader has gone, or whose time is over, is *departed*: not live any more, whenever the worker
+comes to say how its request ended.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import itertools
 import logging
 import multiprocessing
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
@@ -54,6 +59,7 @@ class Link:
         """Why the worker could not start."""
         self._settings, self._buffered = settings, buffered
         self._streams: dict[str, Stream] = {}
+        self._departed: dict[str, Stream] = {}
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._numbers = itertools.count(1)
         self._changed = asyncio.Event()
@@ -66,6 +72,7 @@ class Link:
             target=run_worker, args=(self._settings, theirs), name="fpcompile-engine", daemon=True
         )
         self.process.start()
+        atexit.register(self.process.kill)  # no signal ends it: not even multiprocessing's own at the exit
         theirs.close()
         loop = asyncio.get_running_loop()
         self._channel = Channel(mine, loop, self._hear, self._lost)
@@ -86,16 +93,20 @@ class Link:
         """Send it; the stream tells the rest. Raises :class:`EngineGoneError`."""
         if self.state != "ready":
             raise EngineGoneError(self.reason)
-        if ask.id in self._streams:
+        if ask.id in self._streams or ask.id in self._departed:
             raise InternalError("two requests have one id", got=ask.id)
         stream = Stream(ask.id, bound=self._buffered, cancel=self.cancel, watch=watch)
         self._streams[ask.id] = stream
         self._channel.send(ask)
+        if (seconds := ask.terms.timeout) is not None:
+            left = ask.terms.arrival + seconds - time.monotonic()
+            stream.limit(left, f"the request has not ended within {seconds:g} s of its arrival")
         return stream
 
     def cancel(self, request_id: str) -> None:
-        """End a request at the next cut."""
-        if request_id in self._streams and self.state == "ready":
+        """End a request at the next cut; it is not live any more."""
+        if self.state == "ready" and (stream := self._streams.pop(request_id, None)) is not None:
+            self._departed[request_id] = stream
             self._channel.send(Cancel(request_id))
 
     def cancel_all(self, reason: str) -> None:
@@ -151,21 +162,31 @@ class Link:
                         if (stream := self._streams.get(name)) is not None:
                             stream.put(made)
                 case Ended():
-                    if (stream := self._streams.pop(message.id, None)) is not None:
+                    if (stream := self._last(message.id)) is not None:
                         stream.finish(message)
                 case Refused():
-                    if (stream := self._streams.pop(message.id, None)) is not None:
+                    if (stream := self._last(message.id)) is not None:
                         stream.fail(RefusedError(message))
-                case Answer(number, value):
-                    future = self._answers.get(number)
-                    if future is not None and not future.done():
-                        future.set_result(value)
+                case Answer():
+                    self._answered(message)
                 case Ready(models):
                     self.facts, self.state, self.reason = models, "ready", ""
                     self._changed.set()
                 case Unready(reason):
                     self.unready = reason
                     self._gone(reason)
+
+    def _last(self, request_id: str) -> Stream | None:
+        return self._streams.pop(request_id, None) or self._departed.pop(request_id, None)
+
+    def _answered(self, answer: Answer) -> None:
+        future = self._answers.get(answer.number)
+        if future is None or future.done():
+            return
+        if answer.error is None:
+            future.set_result(answer.value)
+        else:
+            future.set_exception(EngineGoneError(f"the engine does not answer: {answer.error}"))
 
     def _lost(self) -> None:
         """The pipe has ended."""
@@ -179,8 +200,9 @@ class Link:
             return
         self.state, self.reason = "gone", reason
         logger.log(logging.INFO if reason == "the server has ended" else logging.CRITICAL, "%s", reason)
-        streams, self._streams = self._streams, {}
-        for stream in streams.values():
+        streams = [*self._streams.values(), *self._departed.values()]
+        self._streams, self._departed = {}, {}
+        for stream in streams:
             stream.fail(EngineGoneError(reason))
         for future in self._answers.values():
             if not future.done():

@@ -40,6 +40,7 @@ RefusedBecause = Literal["invalid", "full", "closed", "rejected", "timeout", "fa
 class Terms:
     """What is promised, and to whom: ``ttft_slo`` and ``tbt_slo`` None when nothing is.
 
+    ``min_tbt``: who is promised nothing between tokens gets the engine's default, but never less than this.
     ``timeout``: seconds from ``arrival`` in which the request must have ended; None for any time.
     """
 
@@ -49,6 +50,7 @@ class Terms:
     tenant: str = ""
     slo_class: str | None = None
     timeout: float | None = None
+    min_tbt: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +185,8 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """To an :class:`Ask`: plain data."""
+    """To an :class:`Ask`: plain data, or why there is none."""
 
     number: int
     value: Any
+    error: str | None = None

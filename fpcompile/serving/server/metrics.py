@@ -145,6 +145,7 @@ class RequestWatch:
         self._last: float | None = None
         self._count = 0
         self._late = False
+        self._left = False
         self.ttft: float | None = None
         self.record: Record | None = None
         metrics.prompt.labels(model).inc(prompt)
@@ -165,28 +166,38 @@ class RequestWatch:
             self._count += 1
         metrics.generated.labels(self._model).inc(count)
 
+    def left(self, reason: str | None) -> None:
+        """The reader went; with a ``reason`` it has got what it wanted."""
+        self._left = True
+        if reason is None:
+            self._metrics.cancelled.inc()
+        else:
+            self._succeeded(reason)
+
     def ended(self, ended: Ended) -> None:
         """It ended well, or was cancelled."""
         metrics, labels = self._metrics, (self._model, self._class)
         self.record = record = ended.record
-        now = time.monotonic()
-        if self._vector and ended.vector is not None:
-            self._first(now)
+        if self._vector and ended.vector is not None and not self._left:
+            self._first(time.monotonic())
         if record.queued is not None:
             metrics.queue.labels(*labels).observe(record.queued)
             if record.ttft is not None:
                 metrics.prefill.labels(*labels).observe(max(record.ttft - record.queued, 0.0))
         metrics.suspended.labels(*labels).observe(record.suspended)
-        if ended.finish_reason is None:
+        if self._left:
+            pass  # counted when it went
+        elif ended.finish_reason is None:
             metrics.cancelled.inc()
         else:
-            metrics.e2e.labels(*labels).observe(now - self._terms.arrival)
-            metrics.success.labels(self._model, ended.finish_reason).inc()
+            self._succeeded(ended.finish_reason)
         if self._terms.tbt_slo is not None and self._count > 1:
             metrics.judge(*labels, "tbt", not self._late)
 
     def failed(self, error: Exception) -> None:
         """It ended otherwise."""
+        if self._left:
+            return
         because = error.refused.because if isinstance(error, RefusedError) else "gone"
         if isinstance(error, SlowReaderError):
             self._metrics.cancelled.inc()
@@ -197,6 +208,10 @@ class RequestWatch:
             self._metrics.failed.labels(because).inc()
         if self._last is None and self._terms.ttft_slo is not None and because != "invalid":
             self._metrics.judge(self._model, self._class, "ttft", False)
+
+    def _succeeded(self, reason: str) -> None:
+        self._metrics.e2e.labels(self._model, self._class).observe(time.monotonic() - self._terms.arrival)
+        self._metrics.success.labels(self._model, reason).inc()
 
     def _first(self, now: float) -> None:
         self.ttft = now - self._terms.arrival

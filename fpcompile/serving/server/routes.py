@@ -90,7 +90,7 @@ async def _embed(front: Front, request: Request, account: Account, body: Embeddi
     if several and not 0 < len(body.input) <= limit:
         raise ApiError(400, f"1 to {limit} inputs are taken", param="input")
     terms = front.terms(request, account, body, None)
-    inputs = await front.tokenizers[body.model].encode_all(body.input)
+    inputs = await front.tokenizers[body.model].encode_all(body.input, most=front.longest(facts))
     for ids in inputs:
         front.check_length(facts, ids, None)
     streams: list[Stream] = []
@@ -133,9 +133,8 @@ def _operations(front: Front) -> APIRouter:
 
     @router.get("/ready")
     async def ready() -> Response:
-        """200 when models are warm and requests are taken."""
-        taken = front.link.state == "ready" and not front.draining
-        reason = "draining" if front.draining else front.link.reason
+        """200 when models are warm, requests are taken, and the engine is well."""
+        taken, reason = await front.ready()
         return JSONResponse({"ready": taken, "reason": reason}, 200 if taken else 503)
 
     @router.get("/metrics")

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import signal
 import sys
+import time
 from types import FrameType
 from typing import Any, final
 
@@ -64,7 +65,7 @@ class Server(uvicorn.Server):
             self.force_exit = True
         self.should_exit = True
         if not self.front.draining:
-            self.front.draining = True
+            self.front.draining, self.front.drained_by = True, time.monotonic() + self._drain_s
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(self._drain)
 

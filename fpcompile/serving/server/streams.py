@@ -1,7 +1,8 @@
 """The front's end of one request: what the worker sends, until it ends, for one reader.
 
 A stream holds at most ``bound`` tokens that nobody has read. Beyond, the reader is too slow: the request is
-cancelled, and the reader finds :class:`SlowReaderError` behind what is held.
+cancelled, and the reader finds :class:`SlowReaderError` behind what is held. A stream with a time limit ends
+when that is over, whether or not the engine comes to a cut.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ class Watch(Protocol):
 
     def tokens(self, count: int) -> None:
         """So many have come together."""
+
+    def left(self, reason: str | None) -> None:
+        """The reader has had enough, and goes; ``reason``: why this is a good end, None when it is none."""
 
     def ended(self, ended: Ended) -> None:
         """A good end, or a cancelled request."""
@@ -60,6 +64,8 @@ class Stream:
         self._tokens: deque[int] = deque()
         self._error: Exception | None = None
         self._news = asyncio.Event()
+        self._left = False
+        self._timer: asyncio.TimerHandle | None = None
 
     # ---- for the reader
 
@@ -97,12 +103,34 @@ class Stream:
         """Whether nothing more will come."""
         return self.ended is not None or self._error is not None
 
-    def cancel(self) -> None:
-        """The reader has gone: end the request at the next cut. Void when it has ended."""
-        if not self.over:
-            self._cancel(self.id)
+    def cancel(self, reason: str | None = None) -> None:
+        """The reader goes: end the request at the next cut. Void when it has ended.
+
+        ``reason``: the finish reason, where the reader has all that it wants.
+        """
+        if self.over or self._left:
+            return
+        self._left = True
+        self._stop_timer()
+        if self._watch is not None:
+            self._watch.left(reason)
+        self._cancel(self.id)
 
     # ---- for the link
+
+    def limit(self, seconds: float, message: str) -> None:
+        """End it with ``message`` unless it is over in so many seconds."""
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(max(seconds, 0.0), self._late, message)
+
+    def _late(self, message: str) -> None:
+        if not self.over:
+            self._cancel(self.id)
+            self.fail(RefusedError(Refused(self.id, "timeout", message)))
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
     def put(self, tokens: tuple[int, ...]) -> None:
         """Tokens have come."""
@@ -121,6 +149,7 @@ class Stream:
     def finish(self, ended: Ended) -> None:
         """It has ended well."""
         if not self.over:
+            self._stop_timer()
             self.ended = ended
             if self._watch is not None:
                 self._watch.ended(ended)
@@ -129,6 +158,7 @@ class Stream:
     def fail(self, error: Exception) -> None:
         """It has ended otherwise; the first error counts."""
         if not self.over:
+            self._stop_timer()
             self._error = error
             if self._watch is not None:
                 self._watch.failed(error)

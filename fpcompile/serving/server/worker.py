@@ -11,7 +11,7 @@ import importlib
 import logging
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, final
 
@@ -91,7 +91,8 @@ class Backend(Protocol):
 
 def run_worker(settings: EngineSettings, connection: Connection[Any, Any]) -> None:
     """The main function of the process: serve over ``connection`` until its other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the front says when to end
+    for number in (signal.SIGINT, signal.SIGTERM):  # they go to the whole group; the front says when to end
+        signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     module, _, function = settings.factory.partition(":")
     try:
@@ -138,10 +139,17 @@ class _Worker:
                     self._begin(message)
                 case Cancel(name):
                     self._cancel(name)
-                case Ask(number, about):
-                    self._channel.send(Answer(number, getattr(self._backend, about)()))
+                case Ask():
+                    self._channel.send(self._answer(message))
                 case Close():
                     self._over.set()
+
+    def _answer(self, ask: Ask) -> Answer:
+        try:
+            return Answer(ask.number, getattr(self._backend, ask.about)())
+        except Exception as error:  # the other messages of the batch do not depend on it
+            logger.exception("no answer about %s", ask.about)
+            return Answer(ask.number, None, f"{type(error).__name__} about {ask.about}")
 
     def _begin(self, ask: Generate | Embed) -> None:
         self._handles[ask.id] = None
@@ -158,7 +166,7 @@ class _Worker:
         except Exception as error:
             del self._handles[ask.id]
             self._withdrawn.discard(ask.id)
-            self._channel.send(refusal_of(ask.id, error, None))
+            self._channel.send(refusal_of(ask.id, error, None, self._backlog))
             return
         if ask.id in self._withdrawn:
             handle.cancel()
@@ -190,10 +198,18 @@ class _Worker:
         except RequestCancelledError:
             last = Ended(ask.id, None, record_of(handle.metrics))
         except Exception as error:
-            last = refusal_of(ask.id, error, record_of(handle.metrics))
+            last = refusal_of(ask.id, error, record_of(handle.metrics), self._backlog)
         self._flush()
         del self._handles[ask.id]
         self._channel.send(last)
+
+    def _backlog(self) -> float:
+        """Predicted seconds until those who wait now have their first tokens."""
+        seconds = 0.0
+        for handle in self._handles.values():
+            if handle is not None and (now := handle.metrics).ended is None and now.ttft is None:
+                seconds += max(now.predicted_ttft - now.executed, 0.0)
+        return seconds
 
     def _token(self, name: str, token: int) -> None:
         self._fresh.setdefault(name, []).append(token)
@@ -225,11 +241,18 @@ def record_of(metrics: Any) -> Record:
     )
 
 
-def refusal_of(name: str, error: Exception, record: Record | None) -> Refused:
-    """What the front is told when ``error`` ended a request; defects are logged here."""
+def refusal_of(
+    name: str, error: Exception, record: Record | None, backlog: Callable[[], float] = float
+) -> Refused:
+    """What the front is told when ``error`` ended a request; defects are logged here.
+
+    ``backlog``: predicted seconds of what is before whoever was rejected.
+    """
     because: RefusedBecause = next((cause for kind, cause in _CAUSES if isinstance(error, kind)), "failed")
     if because == "failed":
         logger.error("request %s failed", name, exc_info=error)
     after = error.retry_after if isinstance(error, QueueFullError) else None
+    if because == "rejected":
+        after = backlog()
     text = " ".join(str(error).split())
     return Refused(name, because, text, after, record)

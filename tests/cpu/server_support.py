@@ -29,16 +29,24 @@ COMMAND = [sys.executable, "-c", "from fpcompile.cli import main; main()", "serv
 
 
 class Served:
-    """A running server. ``url`` without a slash at the end; ``lines``: its log so far."""
+    """A running server. ``url`` without a slash at the end; ``lines``: its log so far.
+
+    ``group``: its processes are a group of their own.
+    """
 
     def __init__(
-        self, *arguments: str, key: str | None = None, environment: dict[str, str] | None = None
+        self,
+        *arguments: str,
+        key: str | None = None,
+        environment: dict[str, str] | None = None,
+        group: bool = False,
     ) -> None:
         self._key = key
         known = {**os.environ, "OMP_NUM_THREADS": "1", "FPCOMPILE_CACHE": _COSTS.name, **(environment or {})}
         self.process = subprocess.Popen(
-            [*COMMAND, "--port", "0", *arguments], cwd=ROOT, env=known, stderr=subprocess.PIPE, text=True
-        )
+            [*COMMAND, "--port", "0", *arguments], cwd=ROOT, env=known, stderr=subprocess.PIPE, text=True,
+            start_new_session=group,
+        )  # fmt: skip
         self.lines: list[str] = []
         self._news = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
+from transformers import GenerationConfig
 
 from fpcompile.serving.server.app import make_app
 from fpcompile.serving.server.build import EngineBackend
 from fpcompile.serving.server.channel import Channel
+from fpcompile.serving.server.failures import ApiError
+from fpcompile.serving.server.front import Front
 from fpcompile.serving.server.link import Link
 from fpcompile.serving.server.messages import Facts, Generate, Sampling, Terms
 from fpcompile.serving.server.metrics import Metrics, RequestWatch
@@ -151,19 +154,15 @@ def test_who_asks_for_nothing_gets_no_more_than_the_floor(
     seen: dict[str, Any] = {}
     engine: Any = SimpleNamespace(submit=lambda ids, **options: seen.update(options))
     gate: Any = None
-    from transformers import GenerationConfig
-
-    backend = EngineBackend(
-        engine, gate, {}, {"tiny": Facts("generate", 260, 4096)}, {"tiny": GenerationConfig()}, {}, 0.3
-    )
+    config: Any = GenerationConfig
+    facts = {"tiny": Facts("generate", 260, 4096)}
+    backend = EngineBackend(engine, gate, {}, facts, {"tiny": config()}, {}, 0.3)
     terms = Terms(0.0, ttft_slo=1.0, tbt_slo=asked, min_tbt=floor)
     backend.generate(Generate("r", "tiny", (1,), 3, Sampling(), terms))
     assert seen["tbt_slo"] == told
 
 
 def test_the_front_passes_the_floor_on() -> None:
-    from fpcompile.serving.server.front import Front
-
     account = Account("t", min_tbt=1.0)
     front = Front(ServerSettings(_engine(), accounts=Accounts(anonymous=account)), {})
     request: Any = SimpleNamespace(headers={}, state=SimpleNamespace(facts={}, arrival=0.0))
@@ -173,9 +172,6 @@ def test_the_front_passes_the_floor_on() -> None:
 
 
 def test_draining_says_for_how_long() -> None:
-    from fpcompile.serving.server.failures import ApiError
-    from fpcompile.serving.server.front import Front
-
     front = Front(ServerSettings(_engine()), {})
     front.draining, front.drained_by = True, time.monotonic() + 1e6
     with pytest.raises(ApiError) as caught:

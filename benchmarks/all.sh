@@ -5,6 +5,8 @@
 #   bash benchmarks/all.sh [OPTIONS]        options that all have: --model, --dtype, --device, --seed
 #   OUTPUT=folder PYTHON=.venv/bin/python bash benchmarks/all.sh
 #
+# Not among them: compare_servers.py, which needs other servers installed (docs/comparison.md).
+#
 # JSON, plots and logs go to OUTPUT (default: benchmarks/results). The last lines name the targets that were
 # missed, which is no failure. Exit code 1 when a benchmark failed: a result differs from the model's.
 set -uo pipefail
@@ -30,6 +32,7 @@ step preemption "$python" "$here/preemption.py" "${options[@]}"
 step many-programs "$python" "$here/many_programs.py" "${options[@]}"
 step checkpoint-rate "$python" "$here/checkpoint_rate.py" "${options[@]}"
 step dispatch "$python" "$here/dispatch.py" "${options[@]}"
+step serve-mixed "$python" "$here/serve_mixed.py" --json "$out/serve_mixed.json"
 step soak "$python" "$here/soak.py" "${options[@]}"
 step scheduler-cost "$python" "$here/scheduler_cost.py" --json "$out/scheduler_cost.json"
 summary

@@ -128,6 +128,18 @@ def test_a_chat_uses_the_models_template(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == expected
 
 
+def test_a_conversation_goes_on_with_the_clients_own_answers(client: openai.OpenAI) -> None:
+    """The usual loop: what came is appended as it is."""
+    talk: list[Any] = [{"role": "user", "content": "Hello", "name": "ann"}]
+    for _ in range(2):
+        got = client.chat.completions.create(model="tiny", messages=talk, max_tokens=4, temperature=0)
+        talk += [got.choices[0].message, {"role": "user", "content": "more"}]
+    plain = [m if isinstance(m, dict) else {"role": "assistant", "content": m.content} for m in talk]
+    ids = byte_tokenizer().apply_chat_template(plain, add_generation_prompt=True, return_tensors="pt")
+    got = client.chat.completions.create(model="tiny", messages=talk, max_tokens=4, temperature=0)
+    assert got.choices[0].message.content == continued(getattr(ids, "input_ids", ids), 4)
+
+
 def test_embeddings_are_the_models(client: openai.OpenAI) -> None:
     texts = ["one", "a longer text", "x"]
     got = client.embeddings.create(model="tiny-embed", input=texts)

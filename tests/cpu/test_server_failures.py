@@ -15,7 +15,7 @@ from fpcompile.serving.server.app import make_app
 from fpcompile.serving.server.models import parse_models
 from fpcompile.serving.server.promises import Account, Accounts, digest_of
 from fpcompile.serving.server.settings import EngineSettings, ServerSettings
-from tests.cpu.server_brittle import FAILING, ROOM
+from tests.cpu.server_brittle import FAILING, HOPELESS, HOPELESS_LATER, ROOM
 from tests.cpu.server_support import PATIENCE
 
 WAITING = 4
@@ -73,6 +73,18 @@ def test_a_failing_segment_ends_its_own_request_only(client: TestClient) -> None
     beside.join(PATIENCE)
     assert other[0].json()["usage"]["completion_tokens"] == 200
     assert _ask(client, FAILING, stream=True).status_code == 500
+
+
+def test_what_leaves_no_token_to_choose_is_the_requests_mistake(client: TestClient) -> None:
+    for tokens in (HOPELESS, HOPELESS_LATER):
+        refused = _ask(client, tokens, 8, temperature=1)
+        assert refused.status_code == 400
+        assert "no token to choose from" in refused.json()["error"]["message"]
+    assert _ask(client, HOPELESS, 8, temperature=1, stream=True).status_code == 400
+    begun = _ask(client, HOPELESS_LATER, 8, temperature=1, stream=True)
+    assert begun.status_code == 200
+    assert '"type":"invalid_request_error"' in begun.text
+    assert _ask(client, HOPELESS - 2, 8, temperature=1).status_code == 200
 
 
 def test_a_policy_that_raises_costs_what_it_knew(client: TestClient) -> None:

@@ -247,9 +247,20 @@ class GenericProgram(Program):
 
     @property
     def max_tokens(self) -> int | None:
-        """``max_position_embeddings`` of the configuration, None when it has none."""
+        """How many positions tokens can have, None when the configuration has no ``max_position_embeddings``.
+
+        Where the table of positions has a row for padding (RoBERTa's family), tokens begin behind it.
+        """
         limit = getattr(self.config, "max_position_embeddings", None)
-        return int(limit) if limit and limit > 0 else None
+        if not limit or limit <= 0:
+            return None
+        tables = [m for name, m in self.model.named_modules() if name.endswith("position_embeddings")]
+        usable = [
+            t.num_embeddings - t.padding_idx - 1
+            for t in tables
+            if getattr(t, "padding_idx", None) is not None
+        ]
+        return int(min([limit, *usable]))
 
     def kv_heads(self) -> Sequence[int]:
         """No stage is an attention call of the executor."""

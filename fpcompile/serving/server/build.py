@@ -14,6 +14,7 @@ from typing import Any, final
 
 import torch
 from transformers import GenerationConfig
+from transformers.utils.hub import cached_file
 
 from fpcompile.api import segment
 from fpcompile.engine.engine import Engine
@@ -28,6 +29,11 @@ from fpcompile.serving.server.settings import EngineSettings, ModelSpec
 
 __all__ = ["EngineBackend", "Gate", "build", "pooled"]
 
+_POOLINGS = {
+    "mean_tokens": "mean", "mean": "mean", "mean_sqrt_len_tokens": "mean", "cls_token": "cls", "cls": "cls",
+    "lasttoken": "last",
+}  # fmt: skip
+"""sentence-transformers' names; vectors get length 1, so that mean_sqrt_len is mean."""
 _WARM = 16  # tokens of the prompts that warm a program up
 
 
@@ -192,7 +198,8 @@ def build(settings: EngineSettings) -> EngineBackend:
             weights=settings.weights,
             backend=settings.backend,
         )
-        longest = getattr(model.config, "max_position_embeddings", None)
+        positions = (getattr(model.config, "max_position_embeddings", None), programs[spec.name].max_tokens)
+        longest = min((limit for limit in positions if limit is not None), default=None)
         embeddings: Any = model.get_input_embeddings()
         vocabulary = int(embeddings.weight.shape[0])
         if kind == "generate":
@@ -230,14 +237,38 @@ def _device(name: str) -> torch.device:
 
 
 def _pooling_of(spec: ModelSpec) -> str:
-    """What a folder of sentence-transformers says; mean without one."""
-    path = Path(spec.source).expanduser() / "1_Pooling" / "config.json"
-    if not path.is_file():
+    """What a repository or folder of sentence-transformers says; mean for any other.
+
+    Raises :class:`InvalidInputError` for a mode that is not served, and where nobody can say.
+    """
+    if spec.random_weights:
         return "mean"
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    if fields.get("pooling_mode_cls_token"):
-        return "cls"
-    return "last" if fields.get("pooling_mode_lasttoken") else "mean"
+    try:
+        path = cached_file(
+            str(Path(spec.source).expanduser()) if spec.source.startswith("~") else spec.source,
+            "1_Pooling/config.json",
+            _raise_exceptions_for_missing_entries=False,
+        )
+        fields = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(
+            f"how model {spec.source!r} pools is not known",
+            expected="its 1_Pooling/config.json, or the news that it has none",
+            got=" ".join(str(error).split()),
+            remedy="say --pooling mean, cls or last",
+        ) from error
+    modes = [
+        name.removeprefix("pooling_mode_") for name, on in fields.items() if on is True and "mode" in name
+    ]
+    modes += [mode for mode in (fields.get("pooling_mode"),) if isinstance(mode, str)]
+    if path is None or (len(modes) == 1 and modes[0] in _POOLINGS):
+        return _POOLINGS[modes[0]] if modes else "mean"
+    raise InvalidInputError(
+        f"model {spec.source!r} pools in a way that is not served",
+        expected=f"one of {', '.join(_POOLINGS)}",
+        got=", ".join(modes) or "none",
+        remedy="say --pooling mean, cls or last, if that is what you want",
+    )
 
 
 def _warm(backend: EngineBackend) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import MPNetConfig, RobertaConfig
 
 from fpcompile.errors import InvalidInputError
@@ -57,20 +58,24 @@ def test_pooling_is_the_models_or_refused(on: list[str], pooling: str | None, tm
 
 def test_pooling_of_a_hub_id_comes_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = _folder(tmp_path, {"pooling_mode_cls_token": True})
-    asked = []
+    own: dict[str, str | Exception] = {
+        "org/cls": f"{spec.source}/1_Pooling/config.json",
+        "org/plain": EntryNotFoundError("404"),
+    }
 
-    def cached(source: str, name: str, **options: Any) -> str | None:
-        asked.append(source)
-        if source == "org/unreachable":
-            raise OSError("no connection")
-        return str(Path(spec.source) / name) if source == "org/cls" else None
+    def download(source: str, name: str) -> str:
+        assert name == "1_Pooling/config.json"
+        found = own.get(source, LocalEntryNotFoundError("no connection"))
+        if isinstance(found, Exception):
+            raise found
+        return found
 
-    monkeypatch.setattr(builder, "cached_file", cached)
+    monkeypatch.setattr(builder, "hf_hub_download", download)
+    monkeypatch.setattr(builder, "try_to_load_from_cache", lambda source, name: None)
     assert builder._pooling_of(ModelSpec("e", "org/cls")) == "cls"
     assert builder._pooling_of(ModelSpec("e", "org/plain")) == "mean"
     with pytest.raises(InvalidInputError, match="--pooling"):
         builder._pooling_of(ModelSpec("e", "org/unreachable"))
-    assert asked == ["org/cls", "org/plain", "org/unreachable"]
 
 
 def test_a_folder_without_pooling_means(tmp_path: Path) -> None:

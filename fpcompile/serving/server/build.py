@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import GenerationConfig
-from transformers.utils.hub import cached_file
 
 from fpcompile.api import segment
 from fpcompile.engine.engine import Engine
@@ -236,6 +237,22 @@ def _device(name: str) -> torch.device:
         raise InvalidInputError("unknown device", expected="auto, cpu, cuda or cuda:N", got=name) from error
 
 
+def _pooling_file(source: str) -> Path | None:
+    """Of a folder or hub id, None when it has none; raises OSError when the hub does not say."""
+    name = "1_Pooling/config.json"
+    folder = Path(source).expanduser()
+    if folder.exists():
+        return folder / name if (folder / name).is_file() else None
+    try:
+        return Path(hf_hub_download(source, name))
+    except LocalEntryNotFoundError as error:  # no connection: perhaps it was not there when there was one
+        if try_to_load_from_cache(source, name) is _CACHED_NO_EXIST:
+            return None
+        raise OSError(str(error)) from error
+    except EntryNotFoundError:
+        return None
+
+
 def _pooling_of(spec: ModelSpec) -> str:
     """What a repository or folder of sentence-transformers says; mean for any other.
 
@@ -244,12 +261,8 @@ def _pooling_of(spec: ModelSpec) -> str:
     if spec.random_weights:
         return "mean"
     try:
-        path = cached_file(
-            str(Path(spec.source).expanduser()) if spec.source.startswith("~") else spec.source,
-            "1_Pooling/config.json",
-            _raise_exceptions_for_missing_entries=False,
-        )
-        fields = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+        path = _pooling_file(spec.source)
+        fields = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InvalidInputError(
             f"how model {spec.source!r} pools is not known",

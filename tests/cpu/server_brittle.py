@@ -1,8 +1,8 @@
 """A worker in which things fail.
 
-Prompts of 13 tokens fail in their third launch, the policy for the tenant "brittle"; prompts of 14 tokens have
-no first token, those of 15 no fourth one; and files may grow no longer than :data:`ROOM` bytes, as on a disk
-that is full then.
+Prompts of 13 tokens fail in their third launch, the policy for the tenant "brittle"; prompts of 14 tokens
+have no first token, those of 15 no fourth one; and files may grow no longer than :data:`ROOM` bytes, as on a
+disk that is full then.
 """
 
 from __future__ import annotations

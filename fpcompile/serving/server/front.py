@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
 
 from starlette.requests import Request
@@ -41,6 +42,8 @@ class Front:
         self.metrics = Metrics()
         self.created = int(time.time())
         self.draining = False
+        self._seats = 0
+        """Places that are kept for what is not submitted yet."""
         self.drained_by = 0.0
         """When draining ends, on the monotonic clock."""
 
@@ -74,9 +77,24 @@ class Front:
         if self.link.state != "ready":
             self.metrics.refused("unavailable")
             raise ApiError(503, self.link.reason, code="engine_unavailable", retry_after=5)
-        if self.link.live >= self.settings.limits.live:
+
+    @contextlib.contextmanager
+    def seats(self, count: int) -> Iterator[None]:
+        """For a block that ends by submitting ``count`` asks: places are kept for them from its beginning on.
+
+        Raises :class:`ApiError` 429 when there are not so many.
+        """
+        most = self.settings.limits.live
+        if count > most:
+            raise ApiError(400, f"at most {most} requests are served at once; this body has {count}")
+        if self.link.live + self._seats + count > most:
             self.metrics.refused("live")
             raise ApiError(429, "too many requests are being served", code="too_many_requests", retry_after=1)
+        self._seats += count
+        try:
+            yield
+        finally:
+            self._seats -= count
 
     def facts(self, model: str, kind: Kind) -> Facts:
         """Of a model that does this. Raises :class:`ApiError` 404, or 400 for a model of the other kind."""
@@ -120,7 +138,7 @@ class Front:
         """Tokens of prompt and answer that the model takes."""
         return min(x for x in (facts.max_tokens, self.settings.limits.tokens, 1 << 30) if x is not None)
 
-    def check_length(self, facts: Facts, ids: list[int], new: int | None) -> int:
+    def check_length(self, facts: Facts, ids: Sequence[int], new: int | None) -> int:
         """New tokens behind ``ids``: ``new``, or as many as fit. Raises :class:`ApiError`."""
         if not ids:
             raise ApiError(400, "the prompt has no tokens", code="empty_prompt")

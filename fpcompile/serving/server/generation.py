@@ -43,19 +43,20 @@ async def answer(
     """The whole way of one request."""
     front.check_open()
     facts = front.facts(body.model, "generate")
-    _check_limits(front, body)
+    count = _check_limits(front, body)
     terms = front.terms(request, account, body, body.tbt_slo)
     tokenizer = front.tokenizers[body.model]
-    prompts = await _prompts(tokenizer, body, front.longest(facts))
     wanted = _new_tokens(body)
-    asks = []
-    for number, ids in enumerate(prompts):
-        new = front.check_length(facts, ids, wanted)
-        for copy in range(body.n or 1):
-            name = f"{request.state.unique}-{number * (body.n or 1) + copy}"
-            sampling = _sampling(body, copy, facts.vocabulary)
-            asks.append(Generate(name, body.model, tuple(ids), new, sampling, terms))
-    choices = _Choices(front, asks, tokenizer, body.stops, sum(map(len, prompts)))
+    with front.seats(count):
+        prompts = [tuple(ids) for ids in await _prompts(tokenizer, body, front.longest(facts))]
+        asks = []
+        for number, ids in enumerate(prompts):
+            new = front.check_length(facts, ids, wanted)
+            for copy in range(body.n or 1):
+                name = f"{request.state.unique}-{number * (body.n or 1) + copy}"
+                sampling = _sampling(body, copy, facts.vocabulary)
+                asks.append(Generate(name, body.model, ids, new, sampling, terms))
+        choices = _Choices(front, asks, tokenizer, body.stops, sum(map(len, prompts)))
     request.state.facts.update(prompt_tokens=choices.usage.prompt)
     if front.settings.log_prompts:
         logger.info("id=%s prompts=%s", request.state.request_id, [tokenizer.decode(ids) for ids in prompts])
@@ -74,7 +75,8 @@ async def answer(
     return SseResponse(events, write_s=front.settings.limits.write_s, ended=choices.cancel)
 
 
-def _check_limits(front: Front, body: CompletionBody | ChatBody) -> None:
+def _check_limits(front: Front, body: CompletionBody | ChatBody) -> int:
+    """How many choices there will be. Raises :class:`ApiError`."""
     limits = front.settings.limits
     if len(body.stops) > limits.stops:
         raise ApiError(400, f"at most {limits.stops} stop strings are taken", param="stop")
@@ -91,6 +93,7 @@ def _check_limits(front: Front, body: CompletionBody | ChatBody) -> None:
         count *= 1 if isinstance(body.prompt[0], int) else len(body.prompt)
     if count > limits.choices:
         raise ApiError(400, f"at most {limits.choices} choices are taken: n x prompts", param="n")
+    return count
 
 
 async def _prompts(tokenizer: Tokenizer, body: CompletionBody | ChatBody, most: int) -> list[list[int]]:

@@ -90,15 +90,16 @@ async def _embed(front: Front, request: Request, account: Account, body: Embeddi
     if several and not 0 < len(body.input) <= limit:
         raise ApiError(400, f"1 to {limit} inputs are taken", param="input")
     terms = front.terms(request, account, body, None)
-    inputs = await front.tokenizers[body.model].encode_all(body.input, most=front.longest(facts))
-    for ids in inputs:
-        front.check_length(facts, ids, None)
     streams: list[Stream] = []
     try:
-        for number, ids in enumerate(inputs):
-            ask = Embed(f"{request.state.unique}-{number}", body.model, tuple(ids), terms)
-            watch = RequestWatch(front.metrics, body.model, terms, len(ids), vector=True)
-            streams.append(front.link.submit(ask, watch))
+        with front.seats(len(body.input) if several else 1):
+            inputs = await front.tokenizers[body.model].encode_all(body.input, most=front.longest(facts))
+            for ids in inputs:
+                front.check_length(facts, ids, None)
+            for number, ids in enumerate(inputs):
+                ask = Embed(f"{request.state.unique}-{number}", body.model, tuple(ids), terms)
+                watch = RequestWatch(front.metrics, body.model, terms, len(ids), vector=True)
+                streams.append(front.link.submit(ask, watch))
         vectors = await or_gone(request, _vectors(streams))
     finally:
         for stream in streams:

@@ -118,7 +118,7 @@ def main() -> None:
     made.add_argument("--json", type=Path)
     arguments = made.parse_args()
     with server(arguments) as url:
-        endpoint = Endpoint(url, arguments.model, slo=True)
+        endpoint = Endpoint(url, arguments.model, slo=True, ignore_eos=True)
         sent, seconds = asyncio.run(
             run_load(endpoint, requests(arguments), tbt_slos={"stream": arguments.tbt_slo})
         )

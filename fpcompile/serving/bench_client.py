@@ -37,6 +37,7 @@ _WORDS = (
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """Where and how to ask. ``form``: what prompts are. ``slo``: whether promises are told to the server.
+    ``ignore_eos``: answers go on to their length; not every server takes the field.
 
     ``tokens``: the range [low, high) that ids are drawn from.
     """
@@ -49,6 +50,7 @@ class Endpoint:
     slo: bool = False
     key: str = "none"
     timeout: float = 600.0
+    ignore_eos: bool = False
 
     @property
     def path(self) -> str:
@@ -68,10 +70,11 @@ class Endpoint:
             "model": self.model,
             "max_tokens": max(request.decode_tokens, 1),
             "temperature": 0,
-            "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if self.ignore_eos:
+            body["ignore_eos"] = True
         if self.slo and tbt_slo is not None:
             body["tbt_slo"] = tbt_slo
         if self.api == "chat":
@@ -135,8 +138,11 @@ async def ask(
                     done = True
                     break
                 fields = json.loads(event)
+                if not isinstance(fields, dict):
+                    raise ValueError(f"an event is no object: {event[:80]!r}")
                 if "error" in fields:
-                    sent.error = str(fields["error"].get("message", fields["error"]))[:200]
+                    error = fields["error"]
+                    sent.error = str(error.get("message", error) if isinstance(error, dict) else error)[:200]
                     return
                 if (usage := fields.get("usage")) is not None:
                     sent.input_tokens = usage["prompt_tokens"]
@@ -162,11 +168,17 @@ async def ask(
 
 
 def _has_token(fields: Mapping[str, Any]) -> bool:
-    """Whether a chunk stands for a token: not the one that names the role, not the one of the counts."""
+    """Whether a chunk stands for a token, perhaps one with no text yet.
+
+    Those that name the role, have the counts, or only say why the answer ended, do not.
+    """
     if not fields.get("choices"):
         return False
     choice = fields["choices"][0]
-    return "text" in choice or "role" not in choice.get("delta", {}) or bool(choice["delta"].get("content"))
+    delta = choice.get("delta") or {}
+    if choice.get("text") or delta.get("content"):
+        return True
+    return "role" not in delta and choice.get("finish_reason") is None
 
 
 def _ends(fields: Mapping[str, Any]) -> bool:

@@ -174,6 +174,7 @@ def run_bench_serve(
         "burstiness": load.burstiness,
         "max_concurrency": load.max_concurrency,
         "slo_told": endpoint.slo,
+        "ignore_eos": endpoint.ignore_eos,
     }
     if json_path is not None:
         Path(json_path).write_text(json.dumps(report, indent=1) + "\n")

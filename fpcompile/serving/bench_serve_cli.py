@@ -78,6 +78,10 @@ def serve(
     tell_slo: Annotated[
         bool, typer.Option("--tell-slo", help="Send the SLOs along: x-slo-ttft-ms and tbt_slo.")
     ] = False,
+    ignore_eos: Annotated[
+        bool,
+        typer.Option("--ignore-eos", help="Answers go on to their length, where the server knows the field."),
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
 ) -> None:
     """Goodput, attainment and latencies of a running OpenAI-compatible server, open loop."""
@@ -97,6 +101,7 @@ def serve(
             Endpoint(
                 base_url.rstrip("/"), model, cast(Literal["completions", "chat"], endpoint),
                 cast(Literal["ids", "text"], prompts), (int(low), int(high)), tell_slo, api_key,
+                ignore_eos=ignore_eos,
             ),
             Load(
                 trace=trace, rates=tuple(parse_numbers(rates)), num_prompts=num_prompts, seeds=seeds,

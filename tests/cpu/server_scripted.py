@@ -31,7 +31,7 @@ class Handle:
     """Of one request."""
 
     def __init__(self, ask: Generate) -> None:
-        self._what, self._count = ask.ids[0], ask.max_new_tokens
+        self._what, self._count = ask.ids[0], ask.max_new_tokens  # other tokens are as QUICK
         self._made = 0
 
     async def __aiter__(self) -> Any:

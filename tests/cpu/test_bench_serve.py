@@ -25,6 +25,9 @@ class Scripted:
         self.hold = threading.Event()
         self.hold.set()
         self.breaks: set[int] = set()
+        self.error: Any = {"message": "cut short"}
+        self.chat = False
+        self.ends = False  # a chunk without text says why the answer ended
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[str] = []
         self.port = 0
@@ -47,11 +50,19 @@ class Scripted:
             writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
             while not self.hold.is_set():
                 await asyncio.sleep(0.001)
-            size = len(body["prompt"])
-            for _ in range(body["max_tokens"]):
-                self._event(writer, {"choices": [{"text": "x"}]})
+            size = len(body["messages"][0]["content"].split() if self.chat else body["prompt"])
+            if self.chat:
+                self._event(writer, {"choices": [{"delta": {"role": "assistant", "content": ""}}]})
+            for number in range(body["max_tokens"]):  # the first token has no text yet
+                text = "x" if number else ""
+                delta = {"content": text} if text else {}
+                choice: dict[str, Any] = {"delta": delta} if self.chat else {"text": text}
+                self._event(writer, {"choices": [{**choice, "finish_reason": None}]})
+            if self.ends:
+                choice = {"delta": {}} if self.chat else {"text": ""}
+                self._event(writer, {"choices": [{**choice, "finish_reason": "length"}]})
             if size in self.breaks:
-                self._event(writer, {"error": {"message": "cut short"}})
+                self._event(writer, {"error": self.error})
             else:
                 usage = {"prompt_tokens": size, "completion_tokens": body["max_tokens"]}
                 self._event(writer, {"choices": [], "usage": usage})
@@ -132,6 +143,35 @@ def test_an_answer_that_breaks_off_is_a_miss(scripted: Scripted) -> None:
     sent, _ = asyncio.run(run_load(endpoint, [_request("a", 0.0, 5), _request("b", 0.0, 15)]))
     assert [one.completed for one in sent] == [False, True]
     assert sent[0].error == "cut short"
+
+
+@pytest.mark.parametrize(
+    "error", ["cut short", {"message": "cut short"}, {"text": "cut short"}, ["cut short"]]
+)
+def test_an_error_has_any_shape(scripted: Scripted, error: Any) -> None:
+    scripted.breaks, scripted.error = {5}, error
+    endpoint = Endpoint(f"http://127.0.0.1:{scripted.port}", "m")
+    sent, _ = asyncio.run(run_load(endpoint, [_request("a", 0.0, 5)]))
+    assert not sent[0].completed
+    assert "cut short" in sent[0].error
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["completions", "chat"])
+@pytest.mark.parametrize("ends", [False, True], ids=["bare", "finish chunk"])
+def test_a_chunk_that_only_ends_the_answer_is_no_token(scripted: Scripted, chat: bool, ends: bool) -> None:
+    scripted.chat, scripted.ends = chat, ends
+    api: Any = "chat" if chat else "completions"
+    endpoint = Endpoint(f"http://127.0.0.1:{scripted.port}", "m", api, "text" if chat else "ids")
+    sent, _ = asyncio.run(run_load(endpoint, [_request("a", 0.0, 5, output=4)]))
+    assert sent[0].completed
+    assert (len(sent[0].gaps), sent[0].output_tokens) == (3, 4)
+
+
+def test_only_who_asks_for_it_goes_on_behind_the_end(scripted: Scripted) -> None:
+    url = f"http://127.0.0.1:{scripted.port}"
+    for endpoint in (Endpoint(url, "m"), Endpoint(url, "m", ignore_eos=True)):
+        asyncio.run(run_load(endpoint, [_request("a", 0.0, 5)]))
+    assert [body.get("ignore_eos") for body in scripted.bodies] == [None, None, True, True]
 
 
 def test_a_report_has_both_goodputs_and_the_usual_keys(scripted: Scripted) -> None:

@@ -410,7 +410,7 @@ def test_going_away_before_the_answer_cancels_too(server: Served) -> None:
 
 
 def test_the_load_generator_measures_it(server: Served) -> None:
-    endpoint = Endpoint(server.url, "tiny", slo=True, key="k-main")
+    endpoint = Endpoint(server.url, "tiny", slo=True, key="k-main", ignore_eos=True)
     load = Load(rates=(20.0, 40.0), num_prompts=12, max_input=40, output_len=5, slos={"": Slo(60.0, 20.0)})
     report = run_bench_serve(endpoint, load)
     entry = report["policies"]["server"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import multiprocessing
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -68,6 +69,23 @@ def test_a_request_ends_in_its_time_though_the_engine_comes_to_no_cut() -> None:
         metrics = client.get("/metrics").text
         assert "fpcompile:num_requests_live 0.0" in metrics
         assert 'fpcompile:requests_failed_total{reason="timeout"} 3.0' in metrics
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_usage_is_null_until_it_comes_where_it_is_asked_for(path: str) -> None:
+    body = {"model": "tiny", "max_tokens": 3, "stream": True}
+    more = {"messages": [{"role": "user", "content": "x"}]} if "chat" in path else {"prompt": [QUICK]}
+    with _serving(ServerSettings(_engine())) as client:
+        for options in ({}, {"stream_options": {"include_usage": True}}):
+            text = client.post(path, json={**body, **more, **options}).text
+            chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+            assert len(chunks) >= 4
+            if options:
+                assert all(chunk["usage"] is None for chunk in chunks[:-1])
+                assert chunks[-1]["usage"]["completion_tokens"] == 3
+            else:
+                assert not any("usage" in chunk for chunk in chunks)
 
 
 @pytest.mark.slow

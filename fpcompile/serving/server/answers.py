@@ -33,18 +33,22 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What completions and chat completions differ in. ``id``: of the whole answer."""
+    """What completions and chat completions differ in. ``id``: of the whole answer.
+
+    ``counted``: the last chunk has the usage, and each other one says that it has none.
+    """
 
     kind: Kind
     id: str
     model: str
     created: int
+    counted: bool = False
 
     @classmethod
-    def new(cls, kind: Kind, request_id: str, model: str) -> Shape:
+    def new(cls, kind: Kind, request_id: str, model: str, *, counted: bool = False) -> Shape:
         """For an answer that begins now."""
         prefix = "cmpl" if kind == "completion" else "chatcmpl"
-        return cls(kind, f"{prefix}-{request_id}", model, int(time.time()))
+        return cls(kind, f"{prefix}-{request_id}", model, int(time.time()), counted)
 
     def whole(self, texts: Sequence[tuple[str, str]], usage: Usage) -> dict[str, Any]:
         """An answer that is not streamed; ``texts``: (text, finish reason) of each choice."""
@@ -68,7 +72,7 @@ class Shape:
         if self.kind == "chat":
             return self._chunk(index, {"content": text} if text else {}, reason)
         choice = {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
-        return {**self._head("text_completion"), "choices": [choice]}
+        return {**self._head("text_completion"), "choices": [choice], **self._none_yet()}
 
     def counts(self, usage: Usage) -> dict[str, Any]:
         """The last chunk, where it was asked for."""
@@ -77,7 +81,10 @@ class Shape:
 
     def _chunk(self, index: int, delta: dict[str, Any], reason: str | None) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": None}
-        return {**self._head("chat.completion.chunk"), "choices": [choice]}
+        return {**self._head("chat.completion.chunk"), "choices": [choice], **self._none_yet()}
+
+    def _none_yet(self) -> dict[str, None]:
+        return {"usage": None} if self.counted else {}
 
     def _head(self, name: str) -> dict[str, Any]:
         return {"id": self.id, "object": name, "created": self.created, "model": self.model}

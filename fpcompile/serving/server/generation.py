@@ -60,18 +60,21 @@ async def answer(
     request.state.facts.update(prompt_tokens=choices.usage.prompt)
     if front.settings.log_prompts:
         logger.info("id=%s prompts=%s", request.state.request_id, [tokenizer.decode(ids) for ids in prompts])
+    counted = body.stream_options is not None and body.stream_options.include_usage
     shape = Shape.new(
-        "chat" if isinstance(body, ChatBody) else "completion", request.state.unique, body.model
+        "chat" if isinstance(body, ChatBody) else "completion",
+        request.state.unique,
+        body.model,
+        counted=counted,
     )
     if not body.stream:
         return await _at_once(request, choices, shape)
-    counted = body.stream_options is not None and body.stream_options.include_usage
     try:
         await or_gone(request, choices.started())
     except BaseException:
         choices.cancel()
         raise
-    events = _events(request, choices, shape, counted)
+    events = _events(request, choices, shape)
     return SseResponse(events, write_s=front.settings.limits.write_s, ended=choices.cancel)
 
 
@@ -283,9 +286,7 @@ async def _at_once(request: Request, choices: _Choices, shape: Shape) -> Respons
         choices.tell(request, outcome)
 
 
-async def _events(
-    request: Request, choices: _Choices, shape: Shape, counted: bool
-) -> AsyncGenerator[bytes, None]:
+async def _events(request: Request, choices: _Choices, shape: Shape) -> AsyncGenerator[bytes, None]:
     begun: set[int] = set()
     outcome = "gone"
     try:
@@ -296,7 +297,7 @@ async def _events(
                     if (first := shape.first(piece.index)) is not None:
                         yield event(ascii_json(first))
                 yield event(ascii_json(shape.piece(piece.index, piece.text, piece.reason)))
-        if counted:
+        if shape.counted:
             yield event(ascii_json(shape.counts(choices.usage)))
         outcome = "complete"
         yield DONE

@@ -8,10 +8,9 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.requests import Request
-from starlette.responses import Response
 
 from fpcompile.serving.server.engines import Engines
-from fpcompile.serving.server.failures import api_error, error_response, install_handlers
+from fpcompile.serving.server.failures import install_handlers
 from fpcompile.serving.server.front import Front
 from fpcompile.serving.server.gate import Gate
 from fpcompile.serving.server.models import load_tokenizer
@@ -47,10 +46,10 @@ def make_app(
     app.state.front = front
     install_handlers(app)
 
-    async def defect(request: Request, error: Exception) -> Response:
-        return error_response(api_error(error))
+    def admit(request: Request) -> None:
+        if request.scope["path"].startswith("/v1/"):
+            front.account(request)
 
-    app.add_exception_handler(Exception, defect)
-    app.add_middleware(Gate, body_bytes=settings.limits.body_bytes)
+    app.add_middleware(Gate, body_bytes=settings.limits.body_bytes, admit=admit)
     add_routes(app, front)
     return app

@@ -77,6 +77,7 @@ def serve(
     max_choices: Annotated[int, typer.Option(min=1, help="n x prompts of a request.")] = 16,
     max_body_bytes: Annotated[int, typer.Option(min=1024, help="Size of a request's body.")] = 4 << 20,
     max_live: Annotated[int, typer.Option(min=1, help="Requests in the server at once.")] = 1024,
+    max_connections: Annotated[int, typer.Option(min=1, help="Connections at once.")] = 2048,
     max_buffered_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens kept for a slow reader before its request is ended.")
     ] = 4096,
@@ -131,6 +132,7 @@ def serve(
                 tokens=max_model_len,
                 choices=max_choices,
                 live=max_live,
+                connections=max_connections,
                 buffered_tokens=max_buffered_tokens,
                 request_s=request_timeout,
             ),

@@ -1,8 +1,9 @@
-"""What every request passes first: its id and trace, its size, its line in the log.
+"""What every request passes first: its id and trace, its key, its size, its line in the log.
 
-An ASGI middleware, outside of everything else. The body is read here, up to the limit, and passed on whole;
-the time of arrival, which deadlines count from, is when it is complete: a client that sends slowly gains
-nothing. The log has no prompts.
+An ASGI middleware, outside of everything else. Who may not ask is told so before a body is read; then it is
+read here, up to the limit, and passed on whole. The time of arrival, which deadlines count from, is when it
+is complete: a client that sends slowly gains nothing. A defect behind the gate is answered here, so that
+every answer has an id. The log has no prompts, and no character that a terminal would obey.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any, Final, final
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fpcompile.serving.server.failures import ApiError, error_response
+from fpcompile.serving.server.failures import ApiError, api_error, error_response
 
 __all__ = ["Gate", "trace_of"]
 
@@ -27,6 +30,8 @@ _ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _TRACE: Final = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
 )
+_CONTROL: Final = re.compile(r"[^ -~]|\\")
+_OTHERS: Final = 4096  # bytes of a body for what is not under /v1/: nothing there has one
 _BODY_S: Final = 60.0  # seconds in which a body must have come
 
 
@@ -39,10 +44,13 @@ def trace_of(header: str | None) -> str | None:
 @final
 class Gate:
     """The middleware. ``request.state`` gets ``request_id`` (the client's, if it names one), ``unique``
-    (ours), ``arrival`` and ``facts`` (for the log)."""
+    (ours), ``arrival`` and ``facts`` (for the log). ``admit`` raises :class:`ApiError` for a request whose
+    body is not worth reading."""
 
-    def __init__(self, app: ASGIApp, *, body_bytes: int) -> None:
-        self._app, self._limit = app, body_bytes
+    def __init__(
+        self, app: ASGIApp, *, body_bytes: int, admit: Callable[[Request], object] = lambda request: None
+    ) -> None:
+        self._app, self._limit, self._admit = app, body_bytes, admit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -66,7 +74,9 @@ class Gate:
         scope.setdefault("state", {}).update(request_id=name, unique=uuid.uuid4().hex, facts=facts)
         try:
             try:
-                body = await self._body(headers, receive)
+                self._admit(Request(scope))
+                limit = self._limit if scope["path"].startswith("/v1/") else min(self._limit, _OTHERS)
+                body = await _body(headers, receive, limit)
             except ApiError as error:  # the rest of the body may still come: no request can follow it
                 response = error_response(error)
                 response.headers["Connection"] = "close"
@@ -77,32 +87,36 @@ class Gate:
         except asyncio.CancelledError:
             facts["gone"] = True
             raise
+        except Exception as error:
+            failed = error_response(api_error(error))
+            if status:  # too late for another
+                raise
+            await failed(scope, receive, answer)
         finally:
             _log(scope, name, status, time.monotonic() - begun, facts)
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes:
-        length = headers.get("content-length", "")
-        if length.isascii() and length.isdigit() and int(length[:20]) > self._limit:
-            raise self._too_large()
-        parts, size = [], 0
-        try:
-            async with asyncio.timeout(_BODY_S):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ApiError(400, "the client went away before the body was complete")
-                    part = message.get("body", b"")
-                    size += len(part)
-                    if size > self._limit:
-                        raise self._too_large()
-                    parts.append(part)
-                    if not message.get("more_body", False):
-                        return b"".join(parts)
-        except TimeoutError:
-            raise ApiError(408, f"the body did not come within {_BODY_S:g} s", code="timeout") from None
 
-    def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body is larger than {self._limit} bytes", code="body_too_large")
+async def _body(headers: Headers, receive: Receive, limit: int) -> bytes:
+    too_large = ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+    length = headers.get("content-length", "")
+    if length.isascii() and length.isdigit() and int(length[:20]) > limit:
+        raise too_large
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(_BODY_S):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ApiError(400, "the client went away before the body was complete")
+                part = message.get("body", b"")
+                size += len(part)
+                if size > limit:
+                    raise too_large
+                parts.append(part)
+                if not message.get("more_body", False):
+                    return b"".join(parts)
+    except TimeoutError:
+        raise ApiError(408, f"the body did not come within {_BODY_S:g} s", code="timeout") from None
 
 
 @final
@@ -120,10 +134,14 @@ class _Replay:
         return await self._receive()
 
 
+def _escaped(found: re.Match[str]) -> str:
+    return found.group().encode("unicode_escape").decode("ascii")
+
+
 def _log(scope: Scope, name: str, status: int, seconds: float, facts: dict[str, Any]) -> None:
     if not access.isEnabledFor(logging.INFO):
         return
-    path = scope["path"].encode("ascii", "backslashreplace").decode("ascii").replace("\n", "\\n")[:200]
+    path = _CONTROL.sub(_escaped, scope["path"])[:200]
     known = " ".join(f"{key}={value}" for key, value in facts.items() if value is not None)
     client = (scope.get("client") or ("-",))[0]
     access.info("%s %s %s %d %.3f s id=%s %s", client, scope["method"], path, status, seconds, name, known)

@@ -18,6 +18,7 @@ import uvicorn
 
 from fpcompile.errors import UsageError
 from fpcompile.serving.server.app import make_app
+from fpcompile.serving.server.connections import protocol_for
 from fpcompile.serving.server.front import Front
 from fpcompile.serving.server.settings import ServerSettings
 
@@ -36,6 +37,7 @@ class Server(uvicorn.Server):
                 app,
                 host=settings.host,
                 port=settings.port,
+                http=protocol_for(settings.limits.connections, settings.limits.head_s),
                 log_config=None,
                 access_log=False,
                 server_header=False,

@@ -73,8 +73,9 @@ class EngineSettings:
 class Limits:
     """What a single request may ask for, and how many there may be.
 
-    ``buffered_tokens``: tokens that wait for a slow reader before its request is ended. ``write_s``: seconds
-    that one write to a client may take. ``request_s``: seconds that a request may take, None for ever.
+    ``buffered_tokens``: tokens that wait for a slow reader before its request is ended. Seconds: ``write_s``
+    for one write to a client, ``head_s`` for the head of a request to come, ``request_s`` for a request, None for
+    ever.
     """
 
     body_bytes: int = 4 << 20
@@ -85,8 +86,10 @@ class Limits:
     inputs: int = 256
     messages: int = 1024
     live: int = 1024
+    connections: int = 2048
     buffered_tokens: int = 4096
     write_s: float = 30.0
+    head_s: float = 20.0
     request_s: float | None = None
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -41,14 +42,14 @@ def write_folder(path: Path, head: Mapping[str, Any], files: Mapping[str, bytes]
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     manifest = {"format": FORMAT, "files": digests, **head}
     manifest["sha256"] = _digest(manifest)
-    fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    fresh = path.parent / f".{path.name}.{secrets.token_hex(8)}"
+    fresh.mkdir()  # not mkdtemp, whose folders are private: who may read the program is for the umask to say
     try:
         for name, content in {**files, MANIFEST: json.dumps(manifest, indent=1).encode()}.items():
             with open(fresh / name, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        fresh.chmod(0o755)
         _swap(fresh, path)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)

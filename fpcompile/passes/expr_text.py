@@ -1,6 +1,7 @@
 """Formulas and conditions on lengths as JSON data: a tree of named classes; no text is evaluated.
 
 An integer stands for itself, a text for a symbol, and ``[class, argument, ...]`` for anything else.
+What is read is bounded, since making an expression works it out: powers, numbers and nesting have a limit.
 ``read_expr(write_expr(e), symbols) == e`` for symbols that are the ones in ``e``.
 """
 
@@ -51,6 +52,11 @@ _CONSTANTS: dict[str, Any] = {
 }
 
 
+_DEEPEST = 100
+_BITS = 4096
+_HIGHEST = 64
+
+
 def write_expr(expr: Any) -> Any:
     """``expr`` as JSON data. Raises :class:`ProgramFileError` for a class that is not known."""
     if isinstance(expr, (int, sympy.Integer)) and not isinstance(expr, bool):
@@ -73,22 +79,40 @@ def write_expr(expr: Any) -> Any:
     return [name, *map(write_expr, expr.args)]
 
 
-def read_expr(data: Any, symbols: Symbols) -> Any:
+def read_expr(data: Any, symbols: Symbols, depth: int = 0) -> Any:
     """Read back what :func:`write_expr` gave; ``symbols`` gives the symbol of a name.
 
-    Raises ValueError, KeyError or TypeError for other data.
+    Raises ValueError, KeyError or TypeError for other data, and for what is beyond the limits.
     """
+    if depth > _DEEPEST:
+        raise ValueError(f"a formula is nested more than {_DEEPEST} times")
     if isinstance(data, bool) or not isinstance(data, (int, str, list)):
         raise ValueError(f"{data!r} is no formula")
     if isinstance(data, int):
-        return sympy.Integer(data)
+        return _bounded(sympy.Integer(data))
     if isinstance(data, str):
         return symbols(data)
     name, *arguments = data
     if name in _CONSTANTS and not arguments:
         return _CONSTANTS[name]
     if name == "Rational":
-        return sympy.Rational(int(arguments[0]), int(arguments[1]))
+        return _bounded(sympy.Rational(int(arguments[0]), int(arguments[1])))
     if name == "Float":
         return sympy.Float(float(arguments[0]))
-    return _CLASSES[name](*(read_expr(a, symbols) for a in arguments))
+    read = [read_expr(argument, symbols, depth + 1) for argument in arguments]
+    if name in ("Pow", "torch.PowByNatural"):
+        _check_power(read[-1])
+    return _bounded(_CLASSES[name](*read))
+
+
+def _bounded(expr: Any) -> Any:
+    if isinstance(expr, sympy.Rational) and max(expr.p.bit_length(), expr.q.bit_length()) > _BITS:
+        raise ValueError(f"a number has more than {_BITS} bits")
+    if isinstance(expr, sympy.Pow):
+        _check_power(expr.exp)
+    return expr
+
+
+def _check_power(exponent: Any) -> None:
+    if exponent.is_number and not abs(exponent) <= _HIGHEST:
+        raise ValueError(f"a power is higher than {_HIGHEST}")

@@ -484,9 +484,51 @@ def test_formulas_read_back_and_nothing_else_does() -> None:
             read_expr(bad, named.__getitem__)
 
 
+def _nested(depth: int, kind: str, inner: Any, *more: Any) -> Any:
+    for _ in range(depth):
+        inner = [kind, inner, *more]
+    return inner
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        ["Pow", 10, 10**12],
+        ["Pow", 10, ["Pow", 10, 12]],
+        ["torch.PowByNatural", 10, 10**12],
+        ["Pow", "n", 10**12],
+        _nested(20, "Pow", 9, 64),
+        _nested(20, "Pow", "n", 64),
+        ["torch.PowByNatural", "n", 10**12],
+        ["Pow", 2, -(10**12)],
+        1 << 5000,
+        ["Rational", 1, 1 << 5000],
+        _nested(5000, "Not", "n"),
+    ],
+)
+def test_a_forged_formula_does_not_work_for_ever(bomb: Any) -> None:
+    n = sympy.Symbol("n", integer=True, positive=True)
+    with pytest.raises(ValueError, match=r"more than|higher than"):
+        read_expr(bomb, {"n": n}.__getitem__)
+
+
+def test_who_may_read_a_saved_program_is_for_the_umask_to_say(tmp_path: Path) -> None:
+    for mask in (0o022, 0o077, 0o002):
+        before = os.umask(mask)
+        try:
+            program_file.write_folder(tmp_path / "program", {}, {"a": b"1"})
+        finally:
+            os.umask(before)
+        folder = tmp_path / "program"
+        assert folder.stat().st_mode & 0o777 == 0o777 & ~mask
+        assert (folder / "a").stat().st_mode & 0o777 == 0o666 & ~mask
+    assert [path.name for path in tmp_path.iterdir()] == ["program"]
+
+
 @pytest.mark.parametrize("place", ["input", "node", "argument"])
 @pytest.mark.parametrize(
-    "evil", ["x0, = [1]; __import__('os').abort(); x0", "x\n    raise SystemExit", "lambda", "", 7, "aé"]
+    "evil",
+    ["x0, = [1]; __import__('os').abort(); x0", "x\n    raise SystemExit", "lambda", "", 7, "aé", "a=f(), b"],
 )
 def test_names_in_a_record_never_become_code(place: str, evil: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names are written into the generated code; whoever forges a record can compute its key as well."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from fpcompile.errors import RequestRejectedError
 from fpcompile.serving.server.messages import Embed, Facts, Generate
 from fpcompile.serving.server.settings import EngineSettings
 
-__all__ = ["FIRST", "QUICK", "REJECTED", "STUCK", "build"]
+__all__ = ["FIRST", "QUICK", "REJECTED", "STUCK", "build", "never"]
 
 QUICK = 1
 """Gives all of its tokens."""
@@ -93,3 +94,9 @@ class Backend:
 def build(settings: EngineSettings) -> Backend:
     """The factory."""
     return Backend(settings)
+
+
+def never(settings: EngineSettings) -> Backend:
+    """A factory that goes on until it is killed."""
+    while True:
+        time.sleep(60)

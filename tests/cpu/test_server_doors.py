@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -14,12 +15,15 @@ import pytest
 import uvicorn
 from starlette.testclient import TestClient
 
+from fpcompile.errors import UsageError
 from fpcompile.serving.server.app import make_app
 from fpcompile.serving.server.connections import protocol_for
 from fpcompile.serving.server.failures import ApiError
 from fpcompile.serving.server.gate import Gate
+from fpcompile.serving.server.link import Link
 from fpcompile.serving.server.models import parse_models
 from fpcompile.serving.server.promises import Account, Accounts, digest_of
+from fpcompile.serving.server.run import bound, serve
 from fpcompile.serving.server.settings import EngineSettings, ServerSettings
 from tests.cpu.server_support import PATIENCE
 
@@ -108,6 +112,41 @@ def test_one_connection_too_many_is_told_so_and_the_others_go_on() -> None:
     asyncio.run(scene())
 
 
+# ---- beginnings
+
+
+def test_a_port_in_use_is_told_before_anything_is_loaded() -> None:
+    nothing = EngineSettings(parse_models(["/no/such/model"]))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(UsageError, match=f"cannot listen on 127.0.0.1, port {port}"):
+            serve(ServerSettings(nothing, port=port))
+    with pytest.raises(UsageError, match="cannot listen"):
+        bound("no.such.host.invalid", 0)
+
+
+def test_a_name_with_several_addresses_has_one_port_on_all() -> None:
+    sockets = bound("localhost", 0)
+    assert len({sock.getsockname()[1] for sock in sockets}) == 1
+    for sock in sockets:
+        sock.close()
+
+
+@pytest.mark.slow
+def test_an_engine_that_has_not_started_is_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    settings = EngineSettings(parse_models([], ["tiny"]), factory="tests.cpu.server_scripted:never")
+
+    async def scene() -> Link:
+        link = Link(settings, buffered=1)
+        link.start()
+        await link.close(timeout=0.5)
+        return link
+
+    link = asyncio.run(scene())
+    assert link.process.exitcode == -signal.SIGKILL
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 # ---- the gate
 
 
@@ -151,6 +190,7 @@ def test_what_has_no_body_gets_no_large_one() -> None:
     assert _through(gate, "/pause", large)[0]["status"] == 413
 
 
+@pytest.mark.slow
 def test_the_front_looks_at_the_key_before_the_body() -> None:
     settings = ServerSettings(
         EngineSettings(parse_models([], ["tiny"])), accounts=Accounts({}, {digest_of("k"): Account()}, None)

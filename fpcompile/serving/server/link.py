@@ -140,8 +140,10 @@ class Link:
         self.paused = False
 
     async def close(self, timeout: float = 15.0) -> None:
-        """End the process; kill it when it does not end within ``timeout`` seconds."""
-        if self.state != "gone":
+        """End the process; kill it when it does not end within ``timeout`` seconds, or has not begun."""
+        if self.state == "starting":
+            self.process.kill()  # it does not listen before it is ready, and nothing is live
+        elif self.state != "gone":
             self._channel.send(Close())
         self._gone("the server has ended")
         await asyncio.to_thread(self._end, timeout)

@@ -1,5 +1,6 @@
-"""Run the server: uvicorn around the application, and a graceful end.
+"""Run the server: an address, uvicorn around the application, and a graceful end.
 
+The address is taken before anything is loaded: a port that is in use is told at once.
 On SIGTERM or SIGINT no connection is taken any more, and what is live may finish within ``drain_timeout``
 seconds; what is live then is told that the server ends. A second SIGINT ends at once.
 """
@@ -7,8 +8,11 @@ seconds; what is live then is told that the server ends. A second SIGINT ends at
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import logging
 import signal
+import socket
 import sys
 import time
 from types import FrameType
@@ -22,7 +26,7 @@ from fpcompile.serving.server.connections import protocol_for
 from fpcompile.serving.server.front import Front
 from fpcompile.serving.server.settings import ServerSettings
 
-__all__ = ["Server", "serve"]
+__all__ = ["Server", "bound", "serve"]
 
 logger = logging.getLogger("fpcompile.server")
 
@@ -77,7 +81,41 @@ class Server(uvicorn.Server):
         self._loop.call_later(self._drain_s, self.front.drain_is_over)
 
 
-async def _run(settings: ServerSettings) -> str | None:
+def bound(host: str, port: int) -> list[socket.socket]:
+    """Sockets on every address that ``host`` has, all on one port. Raises :class:`UsageError`."""
+    sockets: list[socket.socket] = []
+    error: OSError | None = None
+    with contextlib.ExitStack() as undo:
+        try:
+            found = socket.getaddrinfo(
+                host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+            for family, kind, protocol, _, address in dict.fromkeys(found):
+                try:
+                    sock = socket.socket(family, kind, protocol)
+                    undo.callback(sock.close)
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    if family == socket.AF_INET6:
+                        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                    taken = sockets[0].getsockname()[1] if sockets else port
+                    sock.bind((address[0], taken, *address[2:]))
+                except OSError as one:
+                    if one.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                        raise
+                    error = one  # a machine without IPv6 may still have a name for it
+                    continue
+                sockets.append(sock)
+        except OSError as other:
+            error, sockets = other, []
+        if not sockets:
+            raise UsageError(
+                f"cannot listen on {host}, port {port}", got=str(error), remedy="--port 0 takes a free one"
+            ) from error
+        undo.pop_all()
+    return sockets
+
+
+async def _run(settings: ServerSettings, sockets: list[socket.socket]) -> str | None:
     """Serve until a signal; why the engine could not start, if it could not."""
     app = make_app(settings)
     server = Server(settings, app)
@@ -95,17 +133,22 @@ async def _run(settings: ServerSettings) -> str | None:
 
     watching = asyncio.create_task(watch())
     try:
-        await server.serve()
+        await server.serve(sockets)
     finally:
         watching.cancel()
     return front.link.unready
 
 
 def serve(settings: ServerSettings) -> None:
-    """Serve until a signal says otherwise. Raises :class:`UsageError` when the engine cannot be made."""
+    """Serve until a signal says otherwise.
+
+    Raises :class:`UsageError` when the address cannot be had, or the engine cannot be made.
+    """
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    reason = asyncio.run(_run(settings))
+    with contextlib.ExitStack() as sockets:
+        taken = [sockets.enter_context(sock) for sock in bound(settings.host, settings.port)]
+        reason = asyncio.run(_run(settings, taken))
     if reason is not None:
         raise UsageError("the engine cannot be made", got=reason)

@@ -74,8 +74,8 @@ class Limits:
     """What a single request may ask for, and how many there may be.
 
     ``buffered_tokens``: tokens that wait for a slow reader before its request is ended. Seconds: ``write_s``
-    for one write to a client, ``head_s`` for the head of a request to come, ``request_s`` for a request, None for
-    ever.
+    for one write to a client, ``head_s`` for the head of a request to come, ``request_s`` for a request, None
+    for ever.
     """
 
     body_bytes: int = 4 << 20

@@ -18,15 +18,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import time
+from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, final
 
 import ray
 from ray import serve
 
+from fpcompile.errors import RequestCancelledError
 from fpcompile.serving.server.app import make_app
 from fpcompile.serving.server.engines import State
 from fpcompile.serving.server.messages import Embed, Ended, Facts, Generate, Refused, Subject
+from fpcompile.serving.server.metrics import newer
 from fpcompile.serving.server.models import parse_models
 from fpcompile.serving.server.settings import EngineSettings, ServerSettings
 from fpcompile.serving.server.streams import EngineGoneError, RefusedError, Stream, Watch
@@ -34,6 +38,8 @@ from fpcompile.serving.server.worker import record_of, refusal_of
 
 APP = "fpcompile"
 LENGTHS = (16, 256, 2048)
+REORDERED = 60.0  # seconds by which one call of a replica may overtake another
+NEWEST = 4096  # blocking times that are kept
 
 
 class Replica:
@@ -44,6 +50,8 @@ class Replica:
 
         self._backend = build(settings)
         self._handles: dict[str, Any] = {}
+        self._withdrawn: dict[str, float] = {}
+        """When requests were cancelled that were not known: their calls may come later."""
 
     async def about(self) -> tuple[dict[str, Facts], dict[str, list[float]]]:
         """The models, and the predicted seconds of prompts of :data:`LENGTHS` tokens."""
@@ -58,15 +66,23 @@ class Replica:
         handle = None
         try:
             if isinstance(ask, Generate):
-                handle = self._handles[ask.id] = self._backend.generate(ask)
+                handle = self._backend.generate(ask)
+            else:
+                handle = await asyncio.to_thread(self._backend.embed, ask)
+            self._handles[ask.id] = handle
+            if self._withdrawn.pop(ask.id, None) is not None:
+                handle.cancel()
+            if isinstance(ask, Generate):
                 async for token in handle:
                     yield int(token)
                 await handle
                 yield Ended(ask.id, handle.metrics.finish_reason, record_of(handle.metrics))
             else:
-                handle = self._handles[ask.id] = await asyncio.to_thread(self._backend.embed, ask)
                 vector = self._backend.vector(ask.program, await handle)
                 yield Ended(ask.id, "stop", record_of(handle.metrics), vector)
+        except RequestCancelledError:
+            assert handle is not None
+            yield Ended(ask.id, None, record_of(handle.metrics))
         except Exception as error:
             yield refusal_of(ask.id, error, None if handle is None else record_of(handle.metrics))
         finally:
@@ -75,9 +91,13 @@ class Replica:
             self._handles.pop(ask.id, None)
 
     async def cancel(self, name: str) -> None:
-        """End a request at the next cut."""
+        """End a request at the next cut, also one that is not here yet."""
         if (handle := self._handles.get(name)) is not None:
             handle.cancel()
+            return
+        now = time.monotonic()
+        self._withdrawn = {n: when for n, when in self._withdrawn.items() if now - when < REORDERED}
+        self._withdrawn[name] = now
 
     async def ask(self, about: Subject) -> Any:
         """As the worker's backend answers."""
@@ -99,6 +119,8 @@ class RayEngines:
         self.sent = [0] * len(names)
         self._names, self._buffered = names, buffered
         self._streams: dict[str, Stream] = {}
+        self._blocking: deque[float] = deque(maxlen=NEWEST)
+        self._seen: list[Sequence[float]] = [() for _ in names]
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
@@ -107,13 +129,18 @@ class RayEngines:
         self._starting = asyncio.create_task(self._start())
 
     async def _start(self) -> None:
-        found = await asyncio.gather(*(handle.about.remote() for handle in self._handles))
+        try:
+            found = await asyncio.gather(*(handle.about.remote() for handle in self._handles))
+        except Exception as error:
+            self.reason = self.unready = f"a replica cannot start: {type(error).__name__}: {error}"[:500]
+            self.state = "gone"
+            return
         self.facts = found[0][0]
         self._costs: list[dict[str, list[float]]] = [costs for _, costs in found]
         self.state, self.reason = "ready", ""
 
     async def settled(self) -> None:
-        """Replicas have answered."""
+        """Replicas have answered, or one of them has failed."""
         await self._starting
 
     @property
@@ -143,12 +170,16 @@ class RayEngines:
             ask.id, bound=self._buffered, watch=watch, cancel=lambda name: self._cancel(replica, name)
         )
         self._streams[ask.id] = stream
+        if (seconds := ask.terms.timeout) is not None:
+            left = ask.terms.arrival + seconds - time.monotonic()
+            stream.limit(left, f"the request has not ended within {seconds:g} s of its arrival")
         task = asyncio.create_task(self._follow(replica, ask, stream))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return stream
 
     def _cancel(self, replica: int, name: str) -> None:
+        self._streams.pop(name, None)  # nobody waits for it: it is not live
         self._handles[replica].cancel.remote(name)
 
     async def _follow(self, replica: int, ask: Generate | Embed, stream: Stream) -> None:
@@ -178,8 +209,15 @@ class RayEngines:
 
     async def ask(self, about: Subject, timeout: float = 2.0) -> Any:
         """Of all replicas: the worst health; statistics added up."""
-        async with asyncio.timeout(timeout):
-            answers = await asyncio.gather(*(handle.ask.remote(about) for handle in self._handles))
+        if self.state != "ready":
+            raise EngineGoneError(self.reason)
+        try:
+            async with asyncio.timeout(timeout):
+                answers = await asyncio.gather(*(handle.ask.remote(about) for handle in self._handles))
+        except TimeoutError:
+            raise
+        except Exception as error:
+            raise EngineGoneError(f"a replica does not answer: {type(error).__name__}") from error
         if about == "health":
             return next((answer for answer in answers if not answer[0]), answers[0])
         if about != "statistics":
@@ -191,7 +229,15 @@ class RayEngines:
                     total[name] = max(total[name] or 0.0, value or 0.0)
                 else:
                     total[name] = total[name] + value
+        total["blocking"] = self._merged([answer["blocking"] for answer in answers])
         return total
+
+    def _merged(self, series: Sequence[Sequence[float]]) -> tuple[float, ...]:
+        """One growing series out of each replica's own: what is new in any of them comes last."""
+        for replica, now in enumerate(series):
+            self._blocking.extend(newer(self._seen[replica], now))
+            self._seen[replica] = now
+        return tuple(self._blocking)
 
     async def pause(self) -> None:
         """Hold all devices."""

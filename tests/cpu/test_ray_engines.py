@@ -143,8 +143,9 @@ class Handle:
         self.cancelled.set()
 
     async def __aiter__(self) -> Any:
-        if await self.cancelled.wait():
-            raise RequestCancelledError("r")
+        await self.cancelled.wait()
+        for error in (RequestCancelledError("r"),):
+            raise error
         yield 1
 
 

@@ -101,7 +101,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """Everything. ``port`` 0 takes a free one. ``log_prompts``: prompts and answers go into the log.
+    """Everything. ``port`` 0 takes a free one. ``log_prompts``: prompts go into the log.
 
     Without ``admin_key``, /pause and /resume are off, and /metrics answers on loopback only.
     Raises :class:`UsageError` for an address that others can reach without keys, unless ``open``.

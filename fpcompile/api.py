@@ -183,6 +183,12 @@ def _design(
         raise InvalidInputError(
             "design_tokens has a wrong value", expected="a positive int", got=repr(tokens)
         )
+    if granularity == Granularity.AUTO and budget is None and (rates is not None or tokens is not None):
+        raise InvalidInputError(
+            "design_tokens and rates say how a budget is met",
+            expected="max_blocking_ms besides",
+            got="granularity='auto' without a budget, whose cuts are those of 'operator'",
+        )
     if granularity != Granularity.AUTO or budget is None:
         return None
     parameter = next(model.parameters(), None)

@@ -185,8 +185,9 @@ class Program(abc.ABC):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Digest of the segments and of the model's configuration: equal where the same code is executed in
-        the same order. Some numbers (a rotary factor, an expert's activation) are in the configuration only.
+        """Digest of the segments, their stages and the model's configuration: equal where the same code is
+        executed in the same order. Some numbers (a rotary factor, an expert's activation) are in the
+        configuration only; whether experts are a stage of their own depends on the machine's kernels.
         """
         digest = hashlib.sha256(settings(self.config).encode())
         for segment in self.segments:
@@ -194,6 +195,8 @@ class Program(abc.ABC):
                 digest.update(
                     repr((segment.index, p.function, p.inputs, p.params, p.lengths, p.outputs)).encode()
                 )
+        for stage in self.stages:
+            digest.update(repr((stage.segment, stage.over, len(stage.steps), stage.experts)).encode())
         return digest.hexdigest()
 
     @property

@@ -45,10 +45,23 @@ def identity_of(model: nn.Module) -> dict[str, Any]:
 
 
 def _kind(module: nn.Module) -> str:
-    """A module's class and the hooks that are called with its forward: both are part of what is traced."""
+    """What of a module is traced besides its weights: class, hooks around its forward, plain attributes."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     names = [getattr(hook, "__qualname__", type(hook).__qualname__) for hook in hooks]
-    return " + ".join([f"{type(module).__module__}.{type(module).__qualname__}", *names])
+    plain = [f"{name}={value!r}" for name, value in sorted(vars(module).items()) if _traced(name, value)]
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    return " + ".join([f"{kind}({', '.join(plain)})", *names])
+
+
+_ELSEWHERE = ("training", "name_or_path")
+
+
+def _traced(name: str, value: Any) -> bool:
+    """Whether an attribute may have become a constant of the graph; what forward keeps there is none."""
+    if name.startswith("_") or name.endswith("_cached") or name in _ELSEWHERE:
+        return False
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return all(v is None or isinstance(v, (bool, int, float, str, torch.dtype)) for v in values)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -103,6 +103,8 @@ class Division:
             for start, stop in ((0, middle), (middle, self.experts)):
                 self.add(state, tensors, start, stop)
             return torch.equal(self.result(state, tensors), whole)
+        except torch.OutOfMemoryError:
+            raise  # says nothing about the code, and another process would find another plan
         except (RuntimeError, TypeError, ValueError, IndexError):
             return False  # the module's code does not take rows of one choice
 

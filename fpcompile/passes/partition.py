@@ -146,7 +146,9 @@ class Partitioner:
     def _leaf_key(self, node: fx.Node) -> str:
         leaf = self.ctx.capture.leaves[int(node.args[1])]  # type: ignore[arg-type]
         shapes = [_spec(n, self.names) for n in node.all_input_nodes]
-        return f"leaf[{leaf.kind},{','.join(shapes)}]"
+        division = leaf.division
+        ranges = "" if division is None else f",{division.experts},{division.width},{division.adding}"
+        return f"leaf[{leaf.kind},{','.join(shapes)}{ranges}]"
 
 
 def weight(expr: sympy.Expr) -> float:

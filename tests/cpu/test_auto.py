@@ -138,6 +138,8 @@ def test_without_a_budget_cuts_are_those_of_operator() -> None:
         ({"granularity": "auto", "design_tokens": 0}, InvalidInputError, "design_tokens"),
         ({"granularity": "auto", "design_tokens": True}, InvalidInputError, "design_tokens"),
         ({"design_tokens": 64}, InvalidInputError, "of no use"),
+        ({"granularity": "auto", "design_tokens": 64}, InvalidInputError, "how a budget is met"),
+        ({"granularity": "auto", "rates": "measured"}, InvalidInputError, "how a budget is met"),
         ({"granularity": "layer", "rates": "measured"}, InvalidInputError, "of no use"),
         ({"granularity": "auto", "max_blocking_ms": -1.0}, InvalidInputError, "max_blocking_ms"),
     ],

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fpcompile
+from fpcompile.errors import CheckpointError
 from fpcompile.executor.schedule import MIN_ROWS, SKEW, Launch, Shape, by_budget, launch_seconds
 from fpcompile.executor.stages import Stage, Step
 from fpcompile.ir import Cost, Part, PartKind
@@ -160,6 +161,28 @@ def test_a_run_over_ranges_of_experts_has_the_models_bits(arch: str, tmp_path: P
     run = program.start(ids)
     run.schedule = tuple(schedule)
     assert differences(relay(program, run, through_file(tmp_path / "run.ckpt")), expected) == []
+
+
+@pytest.mark.slow
+def test_a_checkpoint_does_not_go_on_where_experts_are_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether they are depends on the machine's kernels, and launches are numbered by stages."""
+    model = tiny_model("mixtral")
+    divided = fpcompile.segment(model, route="packed", granularity="model", verify=False)
+    monkeypatch.setattr(Division, "agrees", lambda self: False)
+    whole = fpcompile.segment(model, route="packed", granularity="model", verify=False)
+    assert len(divided.stages) > len(whole.stages)
+    checkpoint = divided.start(sample_ids(9)).checkpoint()
+    with pytest.raises(CheckpointError, match="another program"):
+        whole.resume(checkpoint)
+
+
+def test_memory_that_runs_out_while_kernels_are_compared_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(Division, "add", exhausted)
+    with pytest.raises(torch.OutOfMemoryError):
+        fpcompile.segment(tiny_model("mixtral"), route="packed", verify=False)
 
 
 @pytest.mark.slow

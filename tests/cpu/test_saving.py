@@ -159,6 +159,30 @@ def _hooked(model: nn.Module) -> nn.Module:
     return model
 
 
+class Padded(nn.Module):
+    """Numbers that tracing makes constants, and that no configuration and no weight shows."""
+
+    def __init__(self, padding: int, factor: float) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 3, padding=padding)
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scaled: torch.Tensor = self.conv(x) * self.factor
+        return scaled
+
+
+@pytest.mark.parametrize(("padding", "factor"), [(2, 1.0), (1, 3.0)])
+def test_attributes_that_were_traced_belong_to_the_model(padding: int, factor: float, tmp_path: Path) -> None:
+    first, other = Padded(1, 1.0).eval(), Padded(padding, factor).eval()
+    other.load_state_dict(first.state_dict())
+    x = torch.randn(1, 4, 10)
+    fpcompile.segment(first, example_inputs=(x,)).save(tmp_path / "program")
+    with pytest.raises(ProgramFileError, match="another modules"):
+        fpcompile.load(tmp_path / "program", other)
+    torch.testing.assert_close(fpcompile.load(tmp_path / "program", first)(x), first(x), rtol=0, atol=0)
+
+
 @pytest.mark.slow
 def test_what_no_record_shows_is_found_by_the_self_check(saved: Path) -> None:
     model = tiny_model("llama")
@@ -437,7 +461,7 @@ def test_code_that_is_not_trusted_is_compiled_again(
         code.write_bytes(b"cposix\nsystem\n(S'touch /nonexistent'\ntR.")  # must never be looked at
     _edit(tmp_path / "program", lambda manifest: None)
     monkeypatch.setattr(
-        "fpcompile.executor.saving.load_artifact", lambda content: pytest.fail("untrusted code was loaded")
+        "fpcompile.executor.saving_parts.load_artifact", lambda content: pytest.fail("untrusted code was loaded")
     )
     model = _shallow()
     model.load_state_dict(load_file(folder / "model.safetensors"))
@@ -458,7 +482,7 @@ def test_code_for_another_processor_is_refused(
     compiled: tuple[fpcompile.Program, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, folder = compiled
-    monkeypatch.setattr("fpcompile.executor.saving.target_of", lambda devices: "neon")
+    monkeypatch.setattr("fpcompile.executor.saving_parts.target_of", lambda devices: "neon")
     with pytest.raises(ProgramFileError, match="another processor"):
         fpcompile.load(folder / "program", _shallow(), trust_code=True)
 

@@ -461,7 +461,8 @@ def test_code_that_is_not_trusted_is_compiled_again(
         code.write_bytes(b"cposix\nsystem\n(S'touch /nonexistent'\ntR.")  # must never be looked at
     _edit(tmp_path / "program", lambda manifest: None)
     monkeypatch.setattr(
-        "fpcompile.executor.saving_parts.load_artifact", lambda content: pytest.fail("untrusted code was loaded")
+        "fpcompile.executor.saving_parts.load_artifact",
+        lambda content: pytest.fail("untrusted code was loaded"),
     )
     model = _shallow()
     model.load_state_dict(load_file(folder / "model.safetensors"))

@@ -42,7 +42,6 @@ from fpcompile.errors import UsageError
 from fpcompile.executor.device import Device, make_device
 from fpcompile.executor.loop import Outcome, advance
 from fpcompile.executor.runahead import RunAhead
-from fpcompile.ir import Granularity
 
 
 def arguments() -> argparse.Namespace:
@@ -51,7 +50,7 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--tokens", type=int, default=4096, help="length of the prefill")
     made.add_argument("--requests", type=int, default=60, help="mean number of requests per prefill")
     made.add_argument("--prefills", type=int, default=3, help="prefills per plan")
-    made.add_argument("--granularities", nargs="+", default=[str(g) for g in Granularity])
+    made.add_argument("--granularities", nargs="+", default=["operator", "layer", "model"])
     made.add_argument(
         "--max-blocking-ms", type=float, nargs="*", default=[20.0], help="budgets for tiles at operator cuts"
     )

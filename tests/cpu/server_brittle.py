@@ -31,7 +31,7 @@ HOPELESS_LATER = 15
 ROOM = 4096
 
 
-@register("brittle")
+@register("test-brittle")
 class Brittle(Edf):
     """Raises when it is asked about one tenant."""
 

@@ -32,7 +32,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(log: Path) -> Iterator[TestClient]:
     engine = EngineSettings(
         parse_models([], ["tiny"]),
-        policy="brittle",
+        policy="test-brittle",
         threads=1,
         max_blocking_ms=None,  # each segment is a launch
         options={"record": str(log), "max_queue": WAITING},

@@ -193,6 +193,6 @@ def test_a_source_reads_well(source: Source, text: str) -> None:
 
 
 def test_names_are_words_for_people() -> None:
-    assert [str(g) for g in Granularity] == ["operator", "layer", "model"]
+    assert [str(g) for g in Granularity] == ["operator", "layer", "model", "auto"]
     assert [str(r) for r in Route] == ["packed", "generic"]
     assert all(str(reason).islower() for reason in CutReason)

@@ -147,20 +147,22 @@ class MooreHodgson(RankingPolicy):
         self._share.spend(now, bool(self._late))
         accepted, aside, slack = self._select(now)
         self._slack = slack
-        running = self._running
-        contended = bool(accepted or aside)
-        if self._late and contended:
+        running = None if self._running is None else self._running.request.id
+        first = None
+        if self._late and (accepted or aside):
             if running is None and self._share.take(slack):
-                yield next(iter(self._late))
-            elif running is not None and running.request.id in self._late and self._share.left:
-                yield running.request.id
-        for view in accepted:
+                first = next(iter(self._late))
+            elif running in self._late and self._share.left:
+                first = running
+        if first is not None:
+            yield first
+        for view in (*accepted, *aside):
             yield view.request.id
-        for view in aside:
-            yield view.request.id
-        if running is not None and running.request.id in self._late:
-            yield running.request.id
-        yield from self._late
+        if running is not None and running in self._late and running != first:
+            yield running
+        for name in self._late:
+            if name != first and name != running:
+                yield name
 
     def spares(self, victims: Sequence[tuple[RequestView, float]], now: float) -> RequestView | None:
         left, _, view, move = min((view.remaining(now), view.sequence, view, move) for view, move in victims)

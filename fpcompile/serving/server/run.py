@@ -145,8 +145,10 @@ def serve(settings: ServerSettings) -> None:
     Raises :class:`UsageError` when the address cannot be had, or the engine cannot be made.
     """
     logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    for told in ("fpcompile", "uvicorn"):  # what torch and others say besides is for their developers
+        logging.getLogger(told).setLevel(logging.INFO)
     with contextlib.ExitStack() as sockets:
         taken = [sockets.enter_context(sock) for sock in bound(settings.host, settings.port)]
         reason = asyncio.run(_run(settings, taken))

@@ -355,11 +355,7 @@ class Driver(Hearing):
         forget_frames(error)
         self._make_room()
         if not self.memory.begin_again(load):
-            if load.origin is None:
-                return False
-            load.origin.again()
-            for ticket in load.served:
-                ticket.recomputations += 1
+            return False
         load.executed = 0.0
         for ticket in load.served:
             journal.restarted(ticket, error)

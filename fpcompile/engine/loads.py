@@ -16,7 +16,6 @@ from typing import Any, Final, final
 from fpcompile.engine.metrics import Ticket
 from fpcompile.engine.prices import next_cost, seconds_left, seconds_whole
 from fpcompile.engine.programs import ProgramLike, RunLike
-from fpcompile.executor.offload import Origin
 from fpcompile.executor.program import Program
 from fpcompile.executor.run import Run
 from fpcompile.executor.slices import Chunks, Sliced
@@ -40,7 +39,6 @@ class Load:
         "cost",
         "executed",
         "name",
-        "origin",
         "program",
         "retried",
         "run",
@@ -69,8 +67,6 @@ class Load:
         self.tokens, self.seconds, self.cost = tokens, seconds, cost
         self.shared, self.slices = shared, slices
         self.executed = 0.0
-        self.origin: Origin | Sliced | None = None
-        """The run of one request as it was before its first launch, where that is small."""
         self.retried = False
         """Whether it was begun again because memory ran out."""
 
@@ -137,14 +133,10 @@ def load_of(command: Launch, tickets: Sequence[Ticket], program: ProgramLike, pr
 def alone(ticket: Ticket, program: ProgramLike, price: Price) -> Load:
     """The run of one request."""
     run = ticket.run
-    load = Load(
+    return Load(
         ticket.id, [ticket], run, program,
         tokens=run.tokens, seconds=ticket.predicted, cost=price(program, run), shared=False,
     )  # fmt: skip
-    core = run.sliced.run if isinstance(run, Chunks) else run
-    if isinstance(core, Run) and (origin := Origin(core)).plain:
-        load.origin = run.sliced if isinstance(run, Chunks) else origin
-    return load
 
 
 def pack(name: str, tickets: Sequence[Ticket], program: ProgramLike, price: Price) -> Load:

@@ -119,12 +119,13 @@ class Served:
 
     def worker(self) -> int:
         """Process id of the engine."""
+        return int(self.wait_for("the engine's process is").rpartition(" ")[2])
+
+    def children(self) -> list[Any]:
+        """All processes that the front has started."""
         import psutil
 
-        children = psutil.Process(self.process.pid).children()
-        engines = [child.pid for child in children if "spawn_main" in " ".join(child.cmdline())]
-        assert len(engines) == 1, [child.cmdline() for child in children]
-        return int(engines[0])
+        return list(psutil.Process(self.process.pid).children(recursive=True))
 
     def end(self) -> int:
         """End the process, if it has not ended; its exit code."""

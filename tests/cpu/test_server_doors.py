@@ -44,7 +44,7 @@ Open = Callable[[], Any]
 @contextlib.asynccontextmanager
 async def _listening(most: int, head_s: float) -> AsyncIterator[Open]:
     """How to connect to a server."""
-    config = uvicorn.Config(_hello, http=protocol_for(most, head_s), lifespan="off", log_config=None)
+    config = uvicorn.Config(_hello, http=protocol_for(most, head_s, 600.0), lifespan="off", log_config=None)
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as sock:
         port = sock.getsockname()[1]

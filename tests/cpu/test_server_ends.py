@@ -75,7 +75,7 @@ def test_a_folder_is_served_and_a_killed_engine_gives_errors_and_not_silence(fol
 def test_a_signal_to_the_whole_group_lets_what_is_live_finish() -> None:
     """As a terminal and a supervisor send it: the engine's process has it, too."""
     with served("--random-weights", "tiny", "--threads", "1", group=True) as server:
-        worker = server.worker()
+        children = server.children()
         with _client(server.url) as client:
             stream = client.completions.create(
                 model="tiny", prompt="x", max_tokens=600, stream=True, extra_body={"ignore_eos": True}
@@ -85,7 +85,8 @@ def test_a_signal_to_the_whole_group_lets_what_is_live_finish() -> None:
             os.killpg(server.process.pid, signal.SIGTERM)
             assert [piece.choices[0].finish_reason for piece in pieces][-1] == "length"
         assert server.process.wait(PATIENCE) == 0
-        assert not psutil.pid_exists(worker)
+        _, left = psutil.wait_procs(children, PATIENCE)
+        assert left == []
 
 
 def test_a_model_that_is_not_there_is_one_line_and_no_server() -> None:

@@ -121,3 +121,19 @@ def test_a_full_disk_ends_the_log_of_decisions_and_nothing_else(client: TestClie
         assert _ask(client, 20, 1).status_code == 200
     assert 0 < log.stat().st_size <= ROOM
     assert client.get("/health").json() == {"status": "ok", "reason": ""}
+
+
+def test_what_cannot_be_in_time_is_turned_away_where_the_policy_says_so() -> None:
+    """All are late when they come; the first may wait, the others have too much late work before them."""
+    engine = EngineSettings(parse_models([], ["tiny"]), policy="fpcompile:patience=0.001", threads=1)
+    with TestClient(make_app(ServerSettings(engine))) as client:
+        until = time.monotonic() + PATIENCE
+        while client.get("/ready").status_code != 200:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        refused = _ask(client, 200, n=16, ttft_slo=1e-6)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert _ask(client, 200, n=4, ttft_slo=60).status_code == 200
+        text = client.get("/metrics").text
+        assert 'fpcompile:requests_rejected_total{reason="rejected"}' in text

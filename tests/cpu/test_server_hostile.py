@@ -37,7 +37,8 @@ ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Served]:
-    with served("--random-weights", "tiny", "--max-model-len", "64", "--max-body-bytes", "65536") as running:
+    flags = ("--max-model-len", "64", "--max-body-bytes", "65536", "--kv-memory", "4000000")
+    with served("--random-weights", "tiny", *flags) as running:
         yield running
 
 
@@ -245,7 +246,7 @@ def test_clients_that_go_away(
 
 def test_nothing_is_left_and_the_server_serves(server: Served, client: httpx.Client) -> None:
     server.idle()
-    assert server.metric("paused_kv_bytes") == 0
+    server.settles("kv_cache_usage_perc", 0)
     assert client.get("/health").json() == {"status": "ok", "reason": ""}
     got = client.post("/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 5})
     assert got.json()["usage"]["completion_tokens"] >= 1
@@ -255,7 +256,8 @@ def test_nothing_is_left_and_the_server_serves(server: Served, client: httpx.Cli
 def test_a_killed_server_gives_an_error_and_can_be_started_again(
     server: Served, client: httpx.Client
 ) -> None:
-    worker = psutil.Process(server.worker())
+    children = server.children()
+    assert server.worker() in [child.pid for child in children]
     body = {"model": "tiny", "prompt": "x", "max_tokens": 60, "stream": True, "n": 16, "ignore_eos": True}
     with client.stream("POST", "/v1/completions", json=body) as response:
         lines = response.iter_lines()
@@ -265,7 +267,8 @@ def test_a_killed_server_gives_an_error_and_can_be_started_again(
         with pytest.raises(httpx.TransportError):
             for _ in lines:
                 pass
-    worker.wait(PATIENCE)
+    _, left = psutil.wait_procs(children, PATIENCE)
+    assert left == [], "they end with the front"
     port = server.url.rsplit(":", 1)[1]
     with served(
         "--random-weights", "tiny", "--port", port, "--drain-timeout", "0.5",

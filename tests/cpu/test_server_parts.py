@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
+import struct
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fpcompile.errors import InvalidInputError, UnknownNameError, UsageError
+from fpcompile.serving.server.answers import embedding_answer
 from fpcompile.serving.server.config_file import read_config
 from fpcompile.serving.server.failures import api_error, ascii_json
 from fpcompile.serving.server.gate import Gate, trace_of
@@ -368,3 +371,26 @@ def test_the_gate_refuses_large_bodies_and_stamps_arrivals_behind_them() -> None
     for parts, length in (([b"12345", b"678901"], None), ([b"1"], b"11"), ([b"1"], b"9" * 5000)):
         status, seen = asyncio.run(scene(parts, length))
         assert (status, seen) == (413, {}), "nobody else sees it"
+
+
+@pytest.mark.parametrize("form", ["float", "base64"])
+def test_long_answers_are_written_with_turns_between_the_vectors(form: Any) -> None:
+    vectors = [struct.pack("<4f", n, 0.5, -1.0, 1e-9) for n in range(50)]
+
+    async def scene() -> tuple[bytes, int]:
+        turns = 0
+        writing = asyncio.create_task(embedding_answer("m", vectors, 7, form))
+        while not writing.done():
+            await asyncio.sleep(0)
+            turns += 1
+        return await writing, turns
+
+    written, turns = asyncio.run(scene())
+    answer = json.loads(written)
+    assert turns >= len(vectors)
+    assert list(answer) == ["object", "data", "model", "usage"]
+    assert answer["usage"] == {"prompt_tokens": 7, "total_tokens": 7}
+    for number, one in enumerate(answer["data"]):
+        found = one["embedding"]
+        raw = base64.b64decode(found) if form == "base64" else struct.pack("<4f", *found)
+        assert (one["index"], raw) == (number, vectors[number])

@@ -36,7 +36,7 @@ def make_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        front.link.start()
+        front.start()
         try:
             yield
         finally:
@@ -50,6 +50,12 @@ def make_app(
         if request.scope["path"].startswith("/v1/"):
             front.account(request)
 
-    app.add_middleware(Gate, body_bytes=settings.limits.body_bytes, admit=admit)
+    app.add_middleware(
+        Gate,
+        body_bytes=settings.limits.body_bytes,
+        held_bytes=settings.limits.held_bytes,
+        admit=admit,
+        parse=front.parser.parse,
+    )
     add_routes(app, front)
     return app

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -95,7 +96,7 @@ class EngineBackend:
         )
         processors = processors_for(ask.sampling, len(ask.ids))
         return self.engine.submit(
-            torch.tensor([ask.ids]),
+            _tensor(ask.ids),
             program=ask.program,
             request_id=ask.id,
             generation_config=config,
@@ -113,7 +114,7 @@ class EngineBackend:
     def embed(self, ask: Embed) -> Handle:
         """Submit; the vector is :meth:`vector` of the result."""
         return self.engine.submit(
-            torch.tensor([ask.ids]), program=ask.program, request_id=ask.id, **_terms(ask.terms)
+            _tensor(ask.ids), program=ask.program, request_id=ask.id, **_terms(ask.terms)
         )
 
     def vector(self, program: str, output: Any) -> bytes:
@@ -161,6 +162,11 @@ class EngineBackend:
         """End the engine; what is live is cancelled."""
         self.gate.open()
         self.engine.close(drain=False, timeout=10.0)
+
+
+def _tensor(ids: Sequence[int]) -> torch.Tensor:
+    """``[1, n]``; of an array without a Python object for each id."""
+    return torch.frombuffer(array("q", ids), dtype=torch.int64)[None]
 
 
 def _terms(terms: Terms) -> dict[str, Any]:

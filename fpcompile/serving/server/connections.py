@@ -1,46 +1,83 @@
-"""Connections: how many there may be, and how long each may take to say what it wants.
+"""Connections: how many there may be, and how long each may take to ask, and to hear the answer.
 
-uvicorn closes a connection that is idle behind an answer, and the gate one whose body does not come. Here are
-the two that are left: one that does not finish the head of a request, and one too many.
+uvicorn closes a connection that is idle behind an answer, and the gate one whose body does not come. Here is
+the rest: a head of a request that does not come, or does not end; an answer that nobody reads; and one
+connection too many.
+
+An answer that the system does not take is kept by the connection. In each ``write_s`` seconds it must get
+smaller by :data:`SLOWEST` bytes for each of them, or be gone; else the connection is cut, whether or not the
+request behind it has ended. So nobody holds memory, or one of the connections, by not reading.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Final
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from fpcompile.serving.server.failures import ApiError, ascii_json
 
-__all__ = ["protocol_for"]
+__all__ = ["HEAD_BYTES", "SLOWEST", "protocol_for", "too_slow"]
+
+HEAD_BYTES: Final = 1 << 16
+"""Of a request's line and headers."""
+SLOWEST: Final = 16 << 10
+"""Bytes of an answer that a reader takes per second, at least."""
 
 _Base: Any = AutoHTTPProtocol
 
 
-def protocol_for(most: int, head_s: float) -> type[asyncio.Protocol]:
+def too_slow(before: int, now: int, seconds: float) -> bool:
+    """Whether too little went out of a buffer that had ``before`` bytes ``seconds`` ago, and has ``now``."""
+    return before - now < min(before, SLOWEST * seconds)
+
+
+def protocol_for(most: int, head_s: float, write_s: float) -> type[asyncio.Protocol]:
     """uvicorn's protocol for at most ``most`` connections; a request's head has to come in ``head_s`` s."""
 
     class Connection(_Base):  # type: ignore[misc]
         _timer: asyncio.TimerHandle | None = None
+        _stuck: asyncio.TimerHandle | None = None
+        _unsent = 0
+        _head = 0
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            transport.set_write_buffer_limits(high=0)  # whatever the system does not take is known here
             if len(self.connections) > most:
-                transport.write(_one_too_many())
-                transport.close()
+                self._refuse(
+                    ApiError(503, "too many connections", code="too_many_connections", retry_after=1)
+                )
                 return
             self._wait()
 
         def data_received(self, data: bytes) -> None:
-            if self._timer is None and not self._asked:
-                self._wait()
+            if not self._asked:
+                self._head += len(data)
+                if self._timer is None:
+                    self._wait()
             super().data_received(data)
             if self._asked:
+                self._head = 0
                 self._stop()
+            elif self._head > HEAD_BYTES and not self.transport.is_closing():
+                self._refuse(ApiError(431, f"the head of a request has at most {HEAD_BYTES} bytes"))
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._look_again()
+
+        def resume_writing(self) -> None:
+            if self._stuck is not None:
+                self._stuck.cancel()
+                self._stuck = None
+            super().resume_writing()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop()
+            if self._stuck is not None:
+                self._stuck.cancel()
             super().connection_lost(exc)
 
         @property
@@ -56,11 +93,25 @@ def protocol_for(most: int, head_s: float) -> type[asyncio.Protocol]:
                 self._timer.cancel()
                 self._timer = None
 
+        def _refuse(self, error: ApiError) -> None:
+            self.transport.write(_whole(error))
+            self.transport.close()
+
+        def _look_again(self) -> None:
+            self._unsent = self.transport.get_write_buffer_size()
+            self._stuck = asyncio.get_running_loop().call_later(write_s, self._look)
+
+        def _look(self) -> None:
+            if too_slow(self._unsent, self.transport.get_write_buffer_size(), write_s):
+                self.transport.abort()
+            else:
+                self._look_again()
+
     return Connection
 
 
-def _one_too_many() -> bytes:
-    error = ApiError(503, "too many connections", code="too_many_connections", retry_after=1)
+def _whole(error: ApiError) -> bytes:
+    """An answer without a request."""
     body = ascii_json(error.body)
     headers = {
         **error.headers,
@@ -68,5 +119,6 @@ def _one_too_many() -> bytes:
         "Content-Length": str(len(body)),
         "Connection": "close",
     }
-    lines = ["HTTP/1.1 503 Service Unavailable", *(f"{name}: {value}" for name, value in headers.items())]
+    phrase = {431: "Request Header Fields Too Large", 503: "Service Unavailable"}[error.status]
+    lines = [f"HTTP/1.1 {error.status} {phrase}", *(f"{name}: {value}" for name, value in headers.items())]
     return "\r\n".join(lines).encode("ascii") + b"\r\n\r\n" + body

@@ -18,6 +18,7 @@ from starlette.responses import Response
 
 from fpcompile.errors import FpcompileError, UsageError
 from fpcompile.serving.server.messages import Refused
+from fpcompile.serving.server.parsing import ParserGoneError, WrongBodyError
 from fpcompile.serving.server.promises import BelowFloorError
 from fpcompile.serving.server.streams import EngineGoneError, RefusedError, SlowReaderError
 
@@ -97,6 +98,11 @@ def api_error(error: Exception) -> ApiError:
             return error
         case RefusedError():
             return _refused(error.refused)
+        case WrongBodyError():
+            wrong = error.mistake
+            return _of_validation([{"type": wrong.kind, "loc": wrong.where, "msg": wrong.message}])
+        case ParserGoneError():
+            return ApiError(503, error.what or "", code="busy", retry_after=1)
         case EngineGoneError():
             return ApiError(503, error.what or str(error), code="engine_unavailable", retry_after=5)
         case SlowReaderError():

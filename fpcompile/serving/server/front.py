@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
 import re
@@ -18,6 +19,7 @@ from fpcompile.serving.server.failures import ApiError
 from fpcompile.serving.server.link import Link
 from fpcompile.serving.server.messages import Facts, Kind, Terms
 from fpcompile.serving.server.metrics import Metrics
+from fpcompile.serving.server.parsing import Parser
 from fpcompile.serving.server.promises import Account, digest_of
 from fpcompile.serving.server.settings import ServerSettings
 from fpcompile.serving.server.streams import EngineGoneError
@@ -40,6 +42,7 @@ class Front:
         self.tokenizers = {name: Tokenizer(tokenizer) for name, tokenizer in tokenizers.items()}
         self.link: Engines = engines or Link(settings.engine, buffered=settings.limits.buffered_tokens)
         self.metrics = Metrics()
+        self.parser = Parser()
         self.created = int(time.time())
         self.draining = False
         self._seats = 0
@@ -142,8 +145,6 @@ class Front:
         """New tokens behind ``ids``: ``new``, or as many as fit. Raises :class:`ApiError`."""
         if not ids:
             raise ApiError(400, "the prompt has no tokens", code="empty_prompt")
-        if (worst := max(ids)) >= facts.vocabulary:
-            raise ApiError(400, f"token {worst} is not in the vocabulary of {facts.vocabulary}")
         longest = self.longest(facts)
         room = longest - len(ids)
         if room < (0 if facts.kind == "embed" else 1) or (new is not None and new > room):
@@ -153,15 +154,23 @@ class Front:
                 f"the model takes {longest} tokens; the prompt has {len(ids)}{asked}",
                 code="context_length_exceeded",
             )
+        if (worst := max(ids)) >= facts.vocabulary:
+            raise ApiError(400, f"token {worst} is not in the vocabulary of {facts.vocabulary}")
         return room if new is None else new
 
     def drain_is_over(self) -> None:
         """What is live now is ended, and told so."""
         self.link.cancel_all("the server is shutting down")
 
+    def start(self) -> None:
+        """Begin to start what runs beside: the worker, and who parses long bodies."""
+        self.link.start()
+        self.parser.start()
+
     async def close(self) -> None:
         """End the worker."""
         await self.link.close()
+        await asyncio.to_thread(self.parser.close)
 
     async def ready(self) -> tuple[bool, str]:
         """Whether requests are taken, and come to an end."""

@@ -4,16 +4,21 @@ An ASGI middleware, outside of everything else. Who may not ask is told so befor
 read here, up to the limit, and passed on whole. The time of arrival, which deadlines count from, is when it
 is complete: a client that sends slowly gains nothing. A defect behind the gate is answered here, so that
 every answer has an id. The log has no prompts, and no character that a terminal would obey.
+
+A long body is parsed here as well (see :mod:`fpcompile.serving.server.parsing`): handlers find what it says
+in ``request.state.body``, and a short stand-in where it was. So no more than ``held_bytes`` are held of all
+bodies together, and nothing of a body is held while its answer is made.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, Final, final
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -21,6 +26,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fpcompile.serving.server.failures import ApiError, api_error, error_response
+from fpcompile.serving.server.parsing import BODIES, SHORT
 
 __all__ = ["Gate", "trace_of"]
 
@@ -33,6 +39,14 @@ _TRACE: Final = re.compile(
 _CONTROL: Final = re.compile(r"[^ -~]|\\")
 _OTHERS: Final = 4096  # bytes of a body for what is not under /v1/: nothing there has one
 _BODY_S: Final = 60.0  # seconds in which a body must have come
+_STAND_IN: Final = {
+    "/v1/completions": b'{"model":"-","prompt":""}',
+    "/v1/chat/completions": b'{"model":"-","messages":[{"role":"-","content":""}]}',
+    "/v1/embeddings": b'{"model":"-","input":""}',
+}
+
+Parse = Callable[[str, bytes], Awaitable[Any]]
+"""(path, body) -> what it says; see :class:`fpcompile.serving.server.parsing.Parser`."""
 
 
 def trace_of(header: str | None) -> str | None:
@@ -44,13 +58,21 @@ def trace_of(header: str | None) -> str | None:
 @final
 class Gate:
     """The middleware. ``request.state`` gets ``request_id`` (the client's, if it names one), ``unique``
-    (ours), ``arrival`` and ``facts`` (for the log). ``admit`` raises :class:`ApiError` for a request whose
-    body is not worth reading."""
+    (ours), ``arrival``, ``facts`` (for the log), and ``body`` where ``parse`` has parsed it. ``admit`` raises
+    :class:`ApiError` for a request whose body is not worth reading."""
 
     def __init__(
-        self, app: ASGIApp, *, body_bytes: int, admit: Callable[[Request], object] = lambda request: None
+        self,
+        app: ASGIApp,
+        *,
+        body_bytes: int,
+        held_bytes: int = 1 << 28,
+        admit: Callable[[Request], object] = lambda request: None,
+        parse: Parse | None = None,
     ) -> None:
-        self._app, self._limit, self._admit = app, body_bytes, admit
+        self._app, self._limit, self._most = app, body_bytes, held_bytes
+        self._admit, self._parse = admit, parse
+        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -75,14 +97,12 @@ class Gate:
         try:
             try:
                 self._admit(Request(scope))
-                limit = self._limit if scope["path"].startswith("/v1/") else min(self._limit, _OTHERS)
-                body = await _body(headers, receive, limit)
+                body = await self._body(scope, headers, receive)
             except ApiError as error:  # the rest of the body may still come: no request can follow it
                 response = error_response(error)
                 response.headers["Connection"] = "close"
                 await response(scope, receive, answer)
                 return
-            scope["state"]["arrival"] = time.monotonic()
             await self._app(scope, _Replay(body, receive), answer)
         except asyncio.CancelledError:
             facts["gone"] = True
@@ -95,28 +115,53 @@ class Gate:
         finally:
             _log(scope, name, status, time.monotonic() - begun, facts)
 
+    async def _body(self, scope: Scope, headers: Headers, receive: Receive) -> bytes:
+        """The whole body, or what stands for one that is parsed. Raises :class:`ApiError`."""
+        limit = self._limit if scope["path"].startswith("/v1/") else min(self._limit, _OTHERS)
+        too_large = ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+        length = headers.get("content-length", "")
+        if length.isascii() and length.isdigit() and int(length[:20]) > limit:
+            raise too_large
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(_BODY_S), contextlib.aclosing(_parts(receive)) as coming:
+                async for part in coming:
+                    size += len(part)
+                    self._held += len(part)
+                    if size > limit:
+                        raise too_large
+                    if self._held > self._most:
+                        raise ApiError(503, "too many bytes are being read", code="busy", retry_after=1)
+                    parts.append(part)
+            scope["state"]["arrival"] = time.monotonic()
+            body = b"".join(parts)
+            parts.clear()
+            return await self._short(scope, headers, body)
+        except TimeoutError:
+            raise ApiError(408, f"the body did not come within {_BODY_S:g} s", code="timeout") from None
+        finally:
+            self._held -= size
 
-async def _body(headers: Headers, receive: Receive, limit: int) -> bytes:
-    too_large = ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
-    length = headers.get("content-length", "")
-    if length.isascii() and length.isdigit() and int(length[:20]) > limit:
-        raise too_large
-    parts, size = [], 0
-    try:
-        async with asyncio.timeout(_BODY_S):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ApiError(400, "the client went away before the body was complete")
-                part = message.get("body", b"")
-                size += len(part)
-                if size > limit:
-                    raise too_large
-                parts.append(part)
-                if not message.get("more_body", False):
-                    return b"".join(parts)
-    except TimeoutError:
-        raise ApiError(408, f"the body did not come within {_BODY_S:g} s", code="timeout") from None
+    async def _short(self, scope: Scope, headers: Headers, body: bytes) -> bytes:
+        path = scope["path"]
+        if len(body) <= SHORT or self._parse is None or path not in BODIES or scope["method"] != "POST":
+            return body
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if not (kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))):
+            raise ApiError(400, "the body is not JSON, or its Content-Type does not say so")
+        scope["state"]["body"] = await self._parse(path, body)
+        return _STAND_IN[path]
+
+
+async def _parts(receive: Receive) -> AsyncGenerator[bytes, None]:
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ApiError(400, "the client went away before the body was complete")
+        yield message.get("body", b"")
+        if not message.get("more_body", False):
+            return
 
 
 @final

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -48,10 +49,11 @@ async def answer(
     tokenizer = front.tokenizers[body.model]
     wanted = _new_tokens(body)
     with front.seats(count):
-        prompts = [tuple(ids) for ids in await _prompts(tokenizer, body, front.longest(facts))]
+        prompts = await _prompts(tokenizer, body, front.longest(facts))
         asks = []
-        for number, ids in enumerate(prompts):
-            new = front.check_length(facts, ids, wanted)
+        for number, prompt in enumerate(prompts):
+            new = front.check_length(facts, prompt, wanted)
+            ids = array("q", prompt)
             for copy in range(body.n or 1):
                 name = f"{request.state.unique}-{number * (body.n or 1) + copy}"
                 sampling = _sampling(body, copy, facts.vocabulary)
@@ -59,7 +61,7 @@ async def answer(
         choices = _Choices(front, asks, tokenizer, body.stops, sum(map(len, prompts)))
     request.state.facts.update(prompt_tokens=choices.usage.prompt)
     if front.settings.log_prompts:
-        logger.info("id=%s prompts=%s", request.state.request_id, [tokenizer.decode(ids) for ids in prompts])
+        logger.info("id=%s prompts=%s", request.state.request_id, [tokenizer.decode(one) for one in prompts])
     counted = body.stream_options is not None and body.stream_options.include_usage
     shape = Shape.new(
         "chat" if isinstance(body, ChatBody) else "completion",

@@ -72,6 +72,7 @@ class Link:
             target=run_worker, args=(self._settings, theirs), name="fpcompile-engine", daemon=True
         )
         self.process.start()
+        logger.info("the engine's process is %d", self.process.pid)
         atexit.register(self.process.kill)  # no signal ends it: not even multiprocessing's own at the exit
         theirs.close()
         loop = asyncio.get_running_loop()

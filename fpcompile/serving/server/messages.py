@@ -8,7 +8,7 @@ All times are seconds, points in time on the machine's monotonic clock.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -71,11 +71,11 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """Continue ``ids`` by at most ``max_new_tokens`` tokens."""
+    """Continue ``ids`` (an array, which is pickled as bytes) by at most ``max_new_tokens`` tokens."""
 
     id: str
     program: str
-    ids: tuple[int, ...]
+    ids: Sequence[int]
     max_new_tokens: int
     sampling: Sampling
     terms: Terms
@@ -87,7 +87,7 @@ class Embed:
 
     id: str
     program: str
-    ids: tuple[int, ...]
+    ids: Sequence[int]
     terms: Terms
 
 

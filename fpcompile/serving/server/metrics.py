@@ -19,6 +19,7 @@ __all__ = ["Metrics", "RequestWatch", "newer"]
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _FINE = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+_BLOCKING = tuple(round(1e-4 * 10 ** (step / 10), 7) for step in range(48))  # to 5 s, each 26 % more
 _LABELS = ("model_name", "slo_class")
 
 
@@ -71,7 +72,7 @@ class Metrics:
         self.attainment = gauge("slo_attainment", "Share of promises kept.", (*_LABELS, "slo"))
         self.blocking = Histogram(
             "fpcompile:blocking_time_seconds", "From asking for a preemption to a free device.",
-            registry=self.registry, buckets=_FINE,
+            registry=self.registry, buckets=_BLOCKING,
         )  # fmt: skip
         self.preemptions = counter("num_preemptions", "Runs that gave way.")
         self.busy = counter("device_busy_seconds", "Time in launches.")
@@ -141,6 +142,8 @@ class RequestWatch:
     ) -> None:
         self._metrics, self._model, self._terms = metrics, model, terms
         self._class = terms.slo_class or "none"
+        self._gaps = metrics.itl.labels(model, self._class)
+        self._made = metrics.generated.labels(model)
         self._vector = vector
         self._last: float | None = None
         self._count = 0
@@ -152,19 +155,19 @@ class RequestWatch:
 
     def tokens(self, count: int) -> None:
         """So many have come now."""
-        now, metrics, terms = time.monotonic(), self._metrics, self._terms
+        now, terms = time.monotonic(), self._terms
         for _ in range(count):
             if self._last is None:
                 self._first(now)
             else:
-                metrics.itl.labels(self._model, self._class).observe(now - self._last)
+                self._gaps.observe(now - self._last)
                 if terms.tbt_slo is not None:
                     due = terms.arrival + (terms.ttft_slo or 0.0) + self._count * terms.tbt_slo
                     paced = terms.ttft_slo is None or now <= due
                     self._late |= not paced or now - self._last > 3 * terms.tbt_slo
             self._last = now
             self._count += 1
-        metrics.generated.labels(self._model).inc(count)
+        self._made.inc(count)
 
     def left(self, reason: str | None) -> None:
         """The reader went; with a ``reason`` it has got what it wanted."""

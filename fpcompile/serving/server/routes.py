@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from array import array
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -10,8 +11,8 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from fpcompile.serving.server.answers import embedding_answer, model_list
-from fpcompile.serving.server.bodies import ChatBody, CompletionBody, EmbeddingBody
-from fpcompile.serving.server.failures import ApiError, ascii_json
+from fpcompile.serving.server.bodies import Body, ChatBody, CompletionBody, EmbeddingBody
+from fpcompile.serving.server.failures import ApiError
 from fpcompile.serving.server.front import Front
 from fpcompile.serving.server.generation import answer, or_gone
 from fpcompile.serving.server.messages import Embed
@@ -20,6 +21,8 @@ from fpcompile.serving.server.promises import Account
 from fpcompile.serving.server.streams import EngineGoneError, Stream
 
 __all__ = ["add_routes"]
+
+Said = TypeVar("Said", bound=Body)
 
 
 class ErrorFields(BaseModel):
@@ -56,15 +59,15 @@ def _openai(front: Front) -> APIRouter:
 
     @router.post("/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
-        return await answer(front, request, request.state.account, body)
+        return await answer(front, request, request.state.account, _said(request, body))
 
     @router.post("/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
-        return await answer(front, request, request.state.account, body)
+        return await answer(front, request, request.state.account, _said(request, body))
 
     @router.post("/embeddings")
     async def embeddings(body: EmbeddingBody, request: Request) -> Response:
-        return await _embed(front, request, request.state.account, body)
+        return await _embed(front, request, request.state.account, _said(request, body))
 
     @router.get("/models")
     async def models() -> Response:
@@ -77,6 +80,12 @@ def _openai(front: Front) -> APIRouter:
         return JSONResponse(model_list([name], front.created)["data"][0])
 
     return router
+
+
+def _said(request: Request, body: Said) -> Said:
+    """What the request says: of a long body, what the gate has found in it."""
+    found: Said = getattr(request.state, "body", body)
+    return found
 
 
 async def _embed(front: Front, request: Request, account: Account, body: EmbeddingBody) -> Response:
@@ -97,7 +106,7 @@ async def _embed(front: Front, request: Request, account: Account, body: Embeddi
             for ids in inputs:
                 front.check_length(facts, ids, None)
             for number, ids in enumerate(inputs):
-                ask = Embed(f"{request.state.unique}-{number}", body.model, tuple(ids), terms)
+                ask = Embed(f"{request.state.unique}-{number}", body.model, array("q", ids), terms)
                 watch = RequestWatch(front.metrics, body.model, terms, len(ids), vector=True)
                 streams.append(front.link.submit(ask, watch))
         vectors = await or_gone(request, _vectors(streams))
@@ -106,10 +115,8 @@ async def _embed(front: Front, request: Request, account: Account, body: Embeddi
             stream.cancel()
     tokens = sum(map(len, inputs))
     request.state.facts.update(prompt_tokens=tokens, outcome="complete")
-    return Response(
-        ascii_json(embedding_answer(body.model, vectors, tokens, body.encoding_format)),
-        media_type="application/json",
-    )
+    written = await embedding_answer(body.model, vectors, tokens, body.encoding_format)
+    return Response(written, media_type="application/json")
 
 
 async def _vectors(streams: list[Stream]) -> list[bytes]:

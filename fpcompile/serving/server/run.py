@@ -41,7 +41,9 @@ class Server(uvicorn.Server):
                 app,
                 host=settings.host,
                 port=settings.port,
-                http=protocol_for(settings.limits.connections, settings.limits.head_s),
+                http=protocol_for(
+                    settings.limits.connections, settings.limits.head_s, settings.limits.write_s
+                ),
                 log_config=None,
                 access_log=False,
                 server_header=False,

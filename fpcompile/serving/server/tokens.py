@@ -47,12 +47,11 @@ class Tokenizer:
         """Ids of one or several texts, or of what is ids already; at least one prompt is given."""
         if isinstance(given, str):
             return [await self.encode(given, most=most)]
-        texts = [one for one in given if isinstance(one, str)]
-        if texts:
-            return await self._all(texts, True, most)
-        return [list(one) for one in given if isinstance(one, list)] or [
-            [one for one in given if isinstance(one, int)]
-        ]
+        if isinstance(given[0], str):  # the first says what all of them are: there may be very many
+            return await self._all(given, True, most)
+        if isinstance(given[0], list):
+            return given
+        return [given]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, without special tokens."""

@@ -40,7 +40,7 @@ SCREENING_LOAD = 0.6
 SCREENING_SHARE = 0.5  # of the time
 CELLS = 5  # that a bisection of the grid takes, about
 FEWEST, MOST = 40, 400  # requests per cell
-EXPLORED = 4  # settings of a peer that are tried whatever the time
+EXPLORED = 4  # settings of a peer that are tried in their order; then those that are like the best of them
 BACKLOG = 48
 PATIENCE = 60.0  # seconds for a server to come to rest
 
@@ -124,18 +124,22 @@ def screen(
     requests: int,
     settings: int | None,
 ) -> None:
-    """Every setting at one load in both modes, while the time of this step lasts."""
+    """Every setting at one load in both modes: those that a peer must have, then others while time lasts."""
     end = time.monotonic() + SCREENING_SHARE * bench.left
-    for peer in sorted(peers, key=lambda peer: len(peer.settings)):
+    ordered = sorted(peers, key=lambda peer: len(peer.settings))
+    for must in (True, False):
+        for peer in ordered:
+            tried = entries[peer.name]["screened"]
+            rest = [setting for setting in peer.settings[:settings] if str(setting) not in tried]
+            while rest and bench.left > 0 and (len(tried) < peer.first if must else time.monotonic() < end):
+                setting = rest[0]
+                if len(tried) >= EXPLORED:
+                    good = [s for s in peer.settings if str(s) == _best(entries[peer.name], MODES[0])]
+                    setting = neighbour(good[0], rest) if good else rest[0]
+                rest.remove(setting)
+                tried[str(setting)] = _screened(bench, peer, setting, pythons[peer.name], requests)
+    for peer in peers:
         entry = entries[peer.name]
-        rest = list(peer.settings)[:settings]
-        while rest and (len(entry["screened"]) < EXPLORED or time.monotonic() < end) and bench.left > 0:
-            setting = rest[0]
-            if len(entry["screened"]) >= EXPLORED:
-                good = [s for s in peer.settings if str(s) == _best(entry, MODES[0])]
-                setting = neighbour(good[0], rest) if good else rest[0]
-            rest.remove(setting)
-            entry["screened"][str(setting)] = _screened(bench, peer, setting, pythons[peer.name], requests)
         entry["untried"] = [
             str(setting) for setting in peer.settings if str(setting) not in entry["screened"]
         ]

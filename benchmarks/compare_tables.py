@@ -146,7 +146,7 @@ def _commands(report: Mapping[str, Any]) -> list[str]:
             variables = " ".join(f"{name}={value}" for name, value in entry["environment"].items())
             lines += ["", "  ```bash", f"  {variables} {entry['command']}", "  ```", ""]
             for name, modes in _best_of(entry).items():
-                flags = " ".join(entry["flags"].get(name, ()))
+                flags = " ".join(entry["flags"].get(name, ())) or "(no more flags)"
                 lines += [f"  {' and '.join(modes)}: `{flags}`", ""]
     same = {None: "was not compared", True: "is the same", False: "differs"}[report["same_text"]]
     return [*lines, "", f"The text that the servers make of one prompt (8 tokens, temperature 0) {same}."]

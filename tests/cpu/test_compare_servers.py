@@ -485,6 +485,26 @@ def test_what_there_is_no_time_for_is_said(tmp_path: Path) -> None:
     assert entries[peer.name]["failure"] == "no setting could be measured"
 
 
+def test_every_peer_has_its_first_settings_before_any_has_more(tmp_path: Path) -> None:
+    bench, many, _ = fake(tmp_path, 600.0, *((f"{load}",) for load in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)))
+    few = replace(many, name="few", settings=many.settings[:5], first=2)
+    many = replace(many, first=6)
+    entries: dict[str, Any] = {peer.name: {"screened": {}, "untried": []} for peer in (few, many)}
+    order: list[str] = []
+
+    class Late(FakeBench):
+        @contextmanager
+        def start(self, peer: Peer, setting: Setting, python: Path) -> Iterator[Server]:
+            order.append(peer.name)
+            with super().start(peer, setting, python) as server:
+                yield server
+
+    late = Late(bench.folder, bench.logs, bench.rows, bench.slos, bench.capacity, 1, 1.0, bench.end)
+    screen(late, [many, few], {peer.name: Path("python") for peer in (few, many)}, entries, 20, None)
+    assert order[:8] == ["few"] * 2 + [many.name] * 6
+    assert sorted(order[8:]) == ["few"] * 3 + [many.name]
+
+
 def test_settings_can_be_limited(tmp_path: Path) -> None:
     bench, peer, entries = fake(tmp_path, 600.0, *((f"{load}",) for load in (0.5, 0.6, 0.7, 0.8, 0.9)))
     screen(bench, [peer], {peer.name: Path("python")}, entries, 20, 2)

@@ -48,9 +48,18 @@ class Batching:
     scanned: int = 128
 
     def mates(
-        self, lead: Job, waiting: Iterable[Job], now: float, free_blocks: float, costs: PackCost
+        self,
+        lead: Job,
+        waiting: Iterable[Job],
+        now: float,
+        free_blocks: float,
+        costs: PackCost,
+        pace: float = 1.0,
     ) -> tuple[list[Job], float]:
-        """The mates in order, and the predicted seconds of the pack (the lead's own when there is none)."""
+        """The mates in order, and the predicted seconds of the pack (the lead's own when there is none).
+
+        ``pace``: seconds that a device second of a prefill takes, beside decode steps.
+        """
         request = lead.request
         chosen: list[Job] = []
         cost = lead.cost
@@ -66,7 +75,7 @@ class Batching:
             other = job.request
             if job is lead or job.started or total + other.tokens > self.max_tokens or other.kv_blocks > room:
                 continue
-            longer = (
+            longer = pace * (
                 costs.predict_pack([*lengths, other.tokens])
                 if self.every_member
                 else costs.predict(total + other.tokens)

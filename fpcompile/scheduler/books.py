@@ -43,6 +43,7 @@ class Books:
         self.queue = self._make_queue()
         self.flight: list[Job] = []
         self.slices: tuple[int, ...] = ()  # of a step in flight
+        self.pace = 1.0  # seconds that a second of a prefill takes beside decode steps
         self.suspended = Suspensions(options.suspension_cap_s)
         self.now = -inf
         self.out: list[Command] = []
@@ -68,6 +69,14 @@ class Books:
         if job is None:
             raise UnknownRequestError(request, event=event)
         return job
+
+    def paced(self, share: float, now: float) -> None:
+        """Decode steps take this share of the device from now on."""
+        pace = 1 / (1 - share)
+        factor, self.pace = pace / self.pace, pace
+        for job in self.jobs.values():
+            job.paced(factor, now)
+        self.queue.reorder(now)
 
     def landed(self, run: str, kind: str) -> list[Job]:
         """The jobs of the launch that has just ended; raises when ``run`` is not in flight."""

@@ -33,6 +33,7 @@ from fpcompile.scheduler.events import (
     Cancelled,
     Command,
     Completed,
+    Decoding,
     Dropped,
     Event,
     Failed,
@@ -96,6 +97,7 @@ class Scheduler:
             Failed: self._on_failed,
             Memory: self._on_memory,
             Dropped: self._on_dropped,
+            Decoding: self._on_decoding,
             Timer: self._on_timer,
         }
 
@@ -181,6 +183,7 @@ class Scheduler:
             )
         now = event.time
         job = Job(request, self._sequence)
+        job.paced(self._books.pace, now)
         self._sequence += 1
         self.jobs[request.id] = job
         if request.kv_blocks > self.memory.capacity:
@@ -195,7 +198,7 @@ class Scheduler:
             heappush(self._patience, (now + self.options.max_queue_s, job.sequence, job))
 
     def _on_yielded(self, event: Yielded) -> None:
-        slices, now = self._books.slices, event.time
+        slices, now, pace = self._books.slices, event.time, self._books.pace
         flight = self._books.landed(event.run, "yielded")
         step = bool(slices)
         for job, tokens in zip(flight, slices or (0,) * len(flight), strict=True):
@@ -203,7 +206,10 @@ class Scheduler:
             if job.tokens_left <= 0 and step and job.state is not State.CANCELLING:
                 self._books.stop(job, "completed", now, 0.0)
                 continue
-            left = job.left * job.tokens_left / (job.tokens_left + tokens) if step else event.remaining
+            if step:
+                left: float | None = job.left * job.tokens_left / (job.tokens_left + tokens)
+            else:
+                left = None if event.remaining is None else pace * event.remaining
             self._books.stop(job, "yielded", now, left)
 
     def _on_completed(self, event: Completed) -> None:
@@ -233,10 +239,13 @@ class Scheduler:
 
     def _on_dropped(self, event: Dropped) -> None:
         job = self._books.find(event.run, "Dropped")
-        job.left = event.remaining
+        job.left = self._books.pace * event.remaining
         if event.run in self.queue.jobs:  # its place may be another one now
             self.queue.remove(job)
             self.queue.add(job, event.time)
+
+    def _on_decoding(self, event: Decoding) -> None:
+        self._books.paced(event.share, event.time)
 
     def _on_timer(self, event: Timer) -> None:
         if event.time >= self._armed:

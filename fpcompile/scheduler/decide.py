@@ -129,15 +129,15 @@ class Decider:
         self.books.policy.launched(job, now)
 
     def _pack(self, job: Job, now: float) -> None:
-        batching, predictor = self.books.batching, self.books.predictor
+        books = self.books
+        batching, predictor = books.batching, books.predictor
         assert batching is not None
         assert predictor is not None
-        mates, cost = batching.mates(
-            job, self.books.queue.ordered(now), now, self.books.memory.free, predictor
-        )
+        waiting = books.queue.ordered(now)
+        mates, cost = batching.mates(job, waiting, now, books.memory.free, predictor, books.pace)
         for mate in mates:
-            self.books.queue.remove(mate)
-            self.books.policy.joined(mate, job, now)
+            books.queue.remove(mate)
+            books.policy.joined(mate, job, now)
             mate.advance("join", now)
             mate.host = job
             mate.started = True

@@ -25,6 +25,7 @@ __all__ = [
     "Cancelled",
     "Command",
     "Completed",
+    "Decoding",
     "Dropped",
     "Event",
     "Evict",
@@ -164,16 +165,32 @@ class Dropped:
 
 
 @dataclass(frozen=True, slots=True)
+class Decoding:
+    """From now on decode steps take this share of the device: what is left of a prefill takes longer by it.
+
+    ``share`` is at least 0 and less than 1. No reason to decide anything by itself.
+    """
+
+    time: float
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise _bad("Decoding", "share", "a number in [0, 1)", self.share)
+
+
+@dataclass(frozen=True, slots=True)
 class Timer:
     """The time asked for by the last :class:`SetTimer` has come."""
 
     time: float
 
 
-Event = Arrival | Yielded | Completed | Cancelled | Failed | Memory | Dropped | Timer
+Event = Arrival | Yielded | Completed | Cancelled | Failed | Memory | Dropped | Decoding | Timer
 
 _RANK: dict[type[object], int] = {
-    Completed: 0, Failed: 0, Yielded: 0, Memory: 1, Dropped: 1, Cancelled: 2, Arrival: 3, Timer: 4,
+    Completed: 0, Failed: 0, Yielded: 0, Memory: 1, Dropped: 1, Decoding: 1, Cancelled: 2, Arrival: 3,
+    Timer: 4,
 }  # fmt: skip
 
 

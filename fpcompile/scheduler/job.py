@@ -45,7 +45,7 @@ class RequestView(Protocol):
         """Whether it was ever launched."""
 
     def remaining(self, now: float) -> float:
-        """Predicted device seconds left (never negative)."""
+        """Predicted seconds on the device until it is done, decode steps included (never negative)."""
 
 
 class Job:
@@ -60,7 +60,7 @@ class Job:
         self.request = request
         self.sequence = sequence
         self.deadline = request.deadline
-        self.cost = request.cost  # predicted seconds of the whole run, members included
+        self.cost = request.cost  # predicted seconds of the whole run, members and decode steps included
         self.left = request.cost  # predicted seconds left at the last stop (or launch)
         self.tokens_left = request.tokens  # for step policies
         self.executed = 0.0
@@ -101,7 +101,7 @@ class Job:
         return any(job.state is State.JOINED for job in self.joined)
 
     def remaining(self, now: float) -> float:
-        """Predicted device seconds left at ``now``: falls while the run is on the device."""
+        """Predicted seconds left at ``now``: falls while the run is on the device."""
         at = self.launched_at
         left = self.left if at is None else self.left - (now - at)
         return left if left > 0.0 else 0.0
@@ -115,6 +115,12 @@ class Job:
         if len(self.story) >= _STORY:
             del self.story[1 : _STORY // 2]  # keep the arrival and the recent part
         self.story.append((now, kind, to.value))
+
+    def paced(self, factor: float, now: float) -> None:
+        """From now on what is left of it takes ``factor`` times as long."""
+        left = self.remaining(now) * factor
+        self.left = left if self.launched_at is None else left + (now - self.launched_at)
+        self.cost *= factor
 
     def launched(self, now: float) -> None:
         """The device starts to execute this run."""

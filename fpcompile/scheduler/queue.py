@@ -59,6 +59,10 @@ class Queue(ABC):
         """(request id, reason) of requests that the policy gives up."""
         return []
 
+    def reorder(self, now: float) -> None:
+        """What is left of the runs is another time now."""
+        return None
+
     @abstractmethod
     def wake(self, now: float) -> float:
         """When the order may call for a decision although nothing happens; inf for never."""
@@ -93,6 +97,11 @@ class KeyedQueue(Queue):
             heapify(self._heap)
             self._expiry = [entry for entry in self._expiry if entry[2] == entry[3].entry]
             heapify(self._expiry)
+
+    def reorder(self, now: float) -> None:
+        self._heap, self._expiry = [], []
+        for job in self.jobs.values():
+            self._push(job, now)
 
     def _refresh(self, now: float) -> None:
         expiry = self._expiry

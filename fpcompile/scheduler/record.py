@@ -56,7 +56,8 @@ _VERSION = 1
 _TYPES = {
     kind.__name__: kind
     for kind in (
-        ev.Arrival, ev.Yielded, ev.Completed, ev.Cancelled, ev.Failed, ev.Memory, ev.Dropped, ev.Timer,
+        ev.Arrival, ev.Yielded, ev.Completed, ev.Cancelled, ev.Failed, ev.Memory, ev.Dropped,
+        ev.Decoding, ev.Timer,
         ev.Launch, ev.Pause, ev.Evict, ev.Restore, ev.Reject, ev.SetTimer,
     )
 }  # fmt: skip

@@ -29,6 +29,7 @@ from fpcompile.scheduler.events import (
     Arrival,
     Command,
     Completed,
+    Decoding,
     Event,
     Evict,
     Launch,
@@ -105,7 +106,8 @@ class Simulator:
     ``learnt`` the core hears what is really left of a paused run, as from a predictor that was corrected.
     ``decode_s``: seconds between two tokens of a generating request; ``decode_step`` (a, b): a step that
     generates one token of each of B requests takes a + b*B seconds out of every ``decode_s``, which slows the
-    prefill on the device down. Steps fit between its stop points; their lateness is not modelled.
+    prefill on the device down, as the core is told. Steps fit between its stop points; their lateness is not
+    modelled.
     ``evict_s`` and ``restore_s``: seconds per cache block moved. ``time_decisions`` measures ``handle`` by
     the wall clock (the only use of a clock, and it changes no decision). ``log`` sees every event with its
     commands.
@@ -137,7 +139,7 @@ class Simulator:
         self._learnt = learnt
         self._slowdown, self._decode_s, self._decode_step = slowdown, decode_s, decode_step
         self._decoding = 0
-        self._speed = 1.0
+        self._speed = self._told = 1.0  # of a prefill beside decode steps; what the core knows of it
         self._move_s = {Evict: evict_s, Restore: restore_s}
         self._timed, self._log = time_decisions, log
         self._requests: dict[str, Request] = {}
@@ -183,6 +185,9 @@ class Simulator:
             if self._timer <= now:
                 self._timer = inf
                 events.append(Timer(now))
+            if events and self._speed != self._told:
+                self._told = self._speed
+                events.insert(0, Decoding(now, 1.0 - self._speed))
             if events:
                 self._give(events, now)
         return self._finish(arrivals)

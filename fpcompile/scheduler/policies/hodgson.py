@@ -98,7 +98,7 @@ class MooreHodgson(RankingPolicy):
         if now + view.remaining(now) > view.deadline + _EPSILON:
             self._put_late(view, now)  # not even alone: served, but not counted
             return
-        book.arrived(request.cost, request.slo, now)
+        book.arrived(view.remaining(now), request.slo, now)
         self._place[request.id] = (view.deadline, view.sequence)
         insort(self._live, (view.deadline, view.sequence, view))
 

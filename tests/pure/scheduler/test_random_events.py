@@ -12,6 +12,7 @@ from fpcompile.scheduler import (
     Cancelled,
     Completed,
     CostPredictor,
+    Decoding,
     Event,
     Evict,
     Failed,
@@ -85,7 +86,7 @@ class Driver:
 
     def step(self) -> None:
         self.now += self.draw.draw(st.sampled_from([0.0, 0.001, 0.05, 0.3]))
-        kinds = ["arrive", "arrive", "cancel", "timer"]
+        kinds = ["arrive", "arrive", "cancel", "timer", "decoding"]
         if self.flying:
             kinds += ["completed", "yielded", "failed", "completed"]
         kind = self.draw.draw(st.sampled_from(kinds))
@@ -95,6 +96,8 @@ class Driver:
             self.send(Cancelled(self.now, self.draw.draw(st.sampled_from(self.names))))
         elif kind == "timer":
             self.send(Timer(self.now))
+        elif kind == "decoding":
+            self.send(Decoding(self.now, self.draw.draw(st.sampled_from([0.0, 0.2, 0.9]))))
         elif kind in ("completed", "yielded", "failed"):
             self.land(kind)
 

@@ -43,7 +43,8 @@ class TokenStep:
     """
 
     __slots__ = (
-        "_choices", "_left", "_logits", "_step", "due", "executed", "predicted", "seconds", "tickets"
+        "_choices", "_left", "_logits", "_plain", "_step", "due", "executed", "predicted", "seconds",
+        "tickets",
     )  # fmt: skip
 
     def __init__(self, tickets: Sequence[Ticket], step: Step, *, due: float, seconds: float) -> None:
@@ -54,8 +55,9 @@ class TokenStep:
         self._step = step
         self._logits: Tensor | None = None
         self._choices: list[Tensor | Exception | None] = [None] * len(self.tickets)
+        self._plain: tuple[list[int], Tensor] | None = None
         plain = [i for i, t in enumerate(self.tickets) if _sampler(t).plain]
-        self._left = [[i] for i in range(len(self.tickets)) if i not in set(plain)]
+        self._left = [[i] for i in sorted({*range(len(self.tickets))} - {*plain})]
         if plain:
             self._left.append(plain)
 
@@ -114,9 +116,8 @@ class TokenStep:
             self._logits = self._step.logits()
         members = self._left.pop()
         if _sampler(self.tickets[members[0]]).plain:
-            chosen = self._logits[members].float().argmax(dim=-1)
-            for place, token in zip(members, chosen, strict=True):
-                self._choices[place] = token
+            rows = self._logits if len(members) == len(self.tickets) else self._logits[members]
+            self._plain = members, rows.float().argmax(dim=-1)
         else:
             self._choose(members[0], self._logits)
 
@@ -133,7 +134,13 @@ class TokenStep:
         """For each ticket its token, what its sampler raised, or None when it has ended."""
         tokens = [choice for choice in self._choices if isinstance(choice, Tensor)]
         values = iter(torch.stack(tokens).tolist() if tokens else ())
-        return [next(values) if isinstance(choice, Tensor) else choice for choice in self._choices]
+        chosen: list[int | Exception | None] = [
+            next(values) if isinstance(choice, Tensor) else choice for choice in self._choices
+        ]
+        if self._plain is not None:
+            for place, token in zip(self._plain[0], self._plain[1].tolist(), strict=True):
+                chosen[place] = token
+        return chosen
 
     def undo(self) -> None:
         """Take the sequences back to before the step."""

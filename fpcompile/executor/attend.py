@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fpcompile.executor.inputs import Group, Layout
 from fpcompile.executor.kv import KV, LayerKV, owned
+from fpcompile.executor.racks import Abreast
 from fpcompile.executor.run import Run
 from fpcompile.executor.schedule import EXACT_ROWS, Launch
 from fpcompile.models.attention import AttentionCall, MaskKind
@@ -39,6 +40,8 @@ def write(run: Run, layout: Layout, call: AttentionCall, k: Tensor, v: Tensor) -
 
 def mask_of(run: Run, call: AttentionCall, group: Group, kv: KV, like: Tensor) -> Tensor | None:
     """The mask of one group, built once and kept until the run is suspended."""
+    if isinstance(kv, Abreast) and kv.rows.ragged:
+        return _ragged_mask(run, call, kv, like)
     if group.length == 1 and call.mask.hides_nothing(call.implementation):
         return None
     key: Hashable = (call.mask, call.implementation, kv.start, group)
@@ -53,6 +56,15 @@ def mask_of(run: Run, call: AttentionCall, group: Group, kv: KV, like: Tensor) -
             config=run.program.config,
         )
     return run.masks[key]
+
+
+def _ragged_mask(run: Run, call: AttentionCall, kv: Abreast, like: Tensor) -> Tensor:
+    """For all layers alike."""
+    key: Hashable = (call.mask, call.implementation, kv.rows)
+    known = run.masks.get(key)
+    if known is None:
+        known = run.masks[key] = kv.mask(call, like.dtype)
+    return known
 
 
 def _parts(packed: Tensor, layout: Layout) -> Sequence[Tensor]:
@@ -76,12 +88,20 @@ def attend_tile(run: Run, layout: Layout, call: AttentionCall, q: Tensor, tile: 
     """Attend one block of query rows and key/value heads, and write it into ``out [1, tokens, Hq, Dv]``.
 
     Keys behind the block are left out; keys before a sliding window too, in whole blocks, so that the
-    kernel walks the same blocks as for the whole.
+    kernel walks the same blocks as for the whole. Sequences side by side have one new token each, and differ
+    in what they see: there all of the group's keys are attended under its mask.
     """
     group, kv = layout.groups[tile.group], run.kv[tile.group][call.layer]
     fold = call.heads // call.kv_heads
     heads = slice(tile.head_start, tile.head_stop) if tile.head_stop else slice(None)
     q_heads = slice(tile.head_start * fold, tile.head_stop * fold) if tile.head_stop else slice(None)
+    if isinstance(kv, Abreast) and kv.rows.ragged:
+        mask = _ragged_mask(run, call, kv, q)
+        block = call.attend_block(
+            unpack(q, group)[:, q_heads], kv.keys[:, heads], kv.values[:, heads], mask
+        )
+        out[0, group.start : group.stop].view(group.batch, 1, *out.shape[2:])[:, :, q_heads] = block
+        return
     cached = group.past - kv.start
     low = 0
     if call.mask.kind is MaskKind.SLIDING:

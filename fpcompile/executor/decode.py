@@ -34,8 +34,9 @@ from transformers import GenerationMixin
 from fpcompile.errors import InvalidInputError
 from fpcompile.executor.cost_model import CostModel
 from fpcompile.executor.inputs import Group, Layout
-from fpcompile.executor.kv import GrowingKV, kv_bytes
+from fpcompile.executor.kv import KV, GrowingKV, kv_bytes
 from fpcompile.executor.packed import PackedCall, PackedProgram
+from fpcompile.executor.racks import Flight, Place, Racks
 from fpcompile.executor.run import Run
 from fpcompile.executor.sampling import Sampler, Wishes
 from fpcompile.executor.schedule import Launch, Shape, launch_seconds
@@ -43,6 +44,8 @@ from fpcompile.executor.schedule import Launch, Shape, launch_seconds
 __all__ = ["Begun", "Decoder", "Generates", "PackedDecoder", "PackedSequence", "Step", "packed_decoder"]
 
 _PLANS_KEPT: Final = 512
+_ABREAST: Final = ("sdpa", "eager")
+"""Attention that takes a mask for each sequence of a batch; others are called once for each sequence."""
 
 Budgets = Collection[float | None]
 """``max_blocking_ms`` of sequences; None for the program's own."""
@@ -123,12 +126,13 @@ class Generates(Protocol):
 
 @final
 class PackedSequence:
-    """``kv`` by cache layer, ``past`` tokens in it."""
+    """``past`` tokens; they lie at ``place``, or in ``kv`` by cache layer, to be attended by themselves."""
 
-    __slots__ = ("kv", "past")
+    __slots__ = ("__weakref__", "kv", "past", "place")
 
     def __init__(self, kv: dict[int, GrowingKV], past: int) -> None:
         self.kv, self.past = kv, past
+        self.place: Place | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -142,18 +146,23 @@ class _Plan:
 
 @final
 class PackedDecoder(Decoder):
-    """Steps of a packed program: the new tokens of all sequences in one row, each over its own cache."""
+    """Steps of a packed program: the new tokens of all sequences in one row, each over its own cache.
+
+    ``abreast``: sequences of similar length are attended in one call, where attention takes a mask for each.
+    """
 
     together = True
 
-    def __init__(self, program: PackedProgram) -> None:
+    def __init__(self, program: PackedProgram, *, abreast: bool = True) -> None:
         self.program = program
         self._spans: dict[int, int] = {}
         for call in program.attention:
             spans = (self._spans.get(call.layer, call.mask.span), call.mask.span)
             self._spans[call.layer] = max(spans) if all(spans) else 0
+        abreast = abreast and all(call.implementation in _ABREAST for call in program.attention)
+        self._racks = Racks(self._spans) if abreast else None
         self._turn = _turning_point(program)
-        self._plans: dict[tuple[int, int, float], _Plan] = {}
+        self._plans: dict[tuple[tuple[tuple[int, int, int], ...], float], _Plan] = {}
         self._costs: CostModel | None = None
 
     def begin(self, input_ids: Any, **inputs: Any) -> Begun:
@@ -193,40 +202,60 @@ class PackedDecoder(Decoder):
     def open(self, begun: Begun, output: Any) -> tuple[PackedSequence, Tensor]:
         """Take over the cache of the run."""
         (layers,) = begun.run.kv
-        kv = {i: GrowingKV(layer, self._spans[i]) for i, layer in layers.items()}
-        return PackedSequence(kv, begun.context), output.logits[0, -1]
+        sequence = PackedSequence({}, begun.context)
+        if self._racks is None:
+            sequence.kv.update((i, GrowingKV(layer, self._spans[i])) for i, layer in layers.items())
+        else:
+            self._racks.put(sequence, layers)
+        return sequence, output.logits[0, -1]
 
     def seconds(self, sequences: Sequence[PackedSequence], budgets: Budgets = ()) -> float:
-        """The sum over the launches."""
-        return self._plan(sequences, budgets).total
+        """The sum over the launches, as if all were attended in one call."""
+        count = len(sequences)
+        context = math.ceil(sum(s.past + 1 for s in sequences) / count)
+        return self._plan(((count, context),), budgets).total
 
     def nbytes(self, sequence: PackedSequence) -> int:
         """Of keys and values, with the room behind them."""
+        if self._racks is not None and sequence.place is not None:
+            return self._racks.nbytes(sequence)
         return kv_bytes([sequence.kv])
 
     def step(self, sequences: Sequence[PackedSequence], tokens: Sequence[int], budgets: Budgets = ()) -> Step:
-        """A packed run of one token of each."""
-        program, count = self.program, len(sequences)
-        plan = self._plan(sequences, budgets)
-        groups = tuple(Group(i, 1, 1, sequence.past) for i, sequence in enumerate(sequences))
-        call = PackedCall(program, Layout(groups, count), rows=count, kept=count, use_cache=True)
+        """A packed run of one token of each: who lies on one rack is one group of the run."""
+        program, count, flight = self.program, len(sequences), Flight()
+        parts = self._parts(sequences, flight)
+        order = [index for members, _ in parts for index in members]
+        rows = [0] * count
+        for row, index in enumerate(order):
+            rows[index] = row
+        groups, shape, start = list[Group](), list[tuple[int, int]](), 0
+        for members, _ in parts:
+            past = max(sequences[index].past for index in members)
+            groups.append(Group(start, len(members), 1, past))
+            shape.append((len(members), past + 1))
+            start += len(members)
+        plan = self._plan(tuple(shape), budgets)
+        call = PackedCall(program, Layout(tuple(groups), count), rows=count, kept=count, use_cache=True)
         given = {
-            "input_ids": torch.tensor([tokens], device=program.device),
-            "position_ids": torch.tensor([[s.past for s in sequences]], device=program.device),
-            "logits_to_keep": torch.arange(count, device=program.device),
+            "input_ids": torch.tensor([[tokens[index] for index in order]], device=program.device),
+            "position_ids": torch.tensor([[sequences[index].past for index in order]], device=program.device),
+            "logits_to_keep": torch.tensor(rows, device=program.device),
         }
         values = {name: given[name] for name in program.live[0]}
-        caches: list[Any] = [sequence.kv for sequence in sequences]  # appending returns the same object
+        caches: list[Any] = [kv for _, kv in parts]  # appending returns the same object
         run = Run(program, call, values, caches, plan.launches)
+        lengths = [sequence.past for sequence in sequences]
 
         def logits() -> Tensor:
             for sequence in sequences:
                 sequence.past += 1
-            return run.values[program.plan.output][0]
-
-        lengths = [sequence.past for sequence in sequences]
+            self._land(sequences, flight)
+            found = run.values[program.plan.output][0]
+            return found if "logits_to_keep" in program.live[0] else found[given["logits_to_keep"]]
 
         def undo() -> None:
+            self._land(sequences, flight)
             for sequence, length in zip(sequences, lengths, strict=True):
                 sequence.past = length
                 for kv in sequence.kv.values():
@@ -234,25 +263,43 @@ class PackedDecoder(Decoder):
 
         return Step(run, logits, lambda: plan.seconds[run.at], plan.total, undo)
 
-    def _plan(self, sequences: Sequence[PackedSequence], budgets: Budgets) -> _Plan:
-        """The launches of a step of this shape, with its mean context rounded up, so that few are made."""
-        program, count = self.program, len(sequences)
+    def _parts(
+        self, sequences: Sequence[PackedSequence], flight: Flight
+    ) -> list[tuple[list[int], dict[int, KV]]]:
+        """Who is attended in one call: (members by index, their caches)."""
+        alone = [index for index, sequence in enumerate(sequences) if sequence.place is None]
+        parts: list[tuple[list[int], dict[int, KV]]] = [([i], dict(sequences[i].kv)) for i in alone]
+        if self._racks is not None and len(alone) < len(sequences):
+            placed = [index for index, sequence in enumerate(sequences) if sequence.place is not None]
+            found = self._racks.groups([sequences[i] for i in placed], flight, ragged=len(sequences) > 1)
+            parts += [([placed[i] for i in members], caches) for members, caches in found]
+        return parts
+
+    def _land(self, sequences: Sequence[PackedSequence], flight: Flight) -> None:
+        if self._racks is not None:
+            self._racks.landed([s for s in sequences if s.place is not None], flight)
+
+    def _plan(self, parts: tuple[tuple[int, int], ...], budgets: Budgets) -> _Plan:
+        """The launches of a step over (sequences, longest context) of each call, contexts rounded up, so that
+        few are made.
+        """
+        program = self.program
         own = math.inf if program.max_blocking_ms is None else program.max_blocking_ms
         budget = min((own if one is None else one for one in budgets), default=own)
         if self._costs is not program.costs:
             self._costs, self._plans = program.costs, {}
-        context = rounded_up(math.ceil(sum(s.past + 1 for s in sequences) / count))
-        key = (count, context, budget)
-        plan = self._plans.get(key)
+        groups = tuple((count, 1, rounded_up(context)) for count, context in parts)
+        plan = self._plans.get((groups, budget))
         if plan is None:
-            shape = Shape(count, count, ((1, 1, context),) * count)
+            count = sum(batch for batch, _, _ in groups)
+            shape = Shape(count, count, groups)
             launches = program.tile_plan(shape, budget, warn=False)
             heads = program.kv_heads()
             seconds = tuple(launch_seconds(n, program.stages, shape, program.costs, heads) for n in launches)
             plan = _Plan(launches, seconds, sum(seconds))
             if len(self._plans) >= _PLANS_KEPT:
                 self._plans.clear()
-            self._plans[key] = plan
+            self._plans[groups, budget] = plan
         return plan
 
 

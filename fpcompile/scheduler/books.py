@@ -2,6 +2,8 @@
 
 The only place where runs change hands: in the queue, in flight, joined to another run, ended. Decisions are
 in ``decide``, events in ``core``.
+
+Invariant: ``paused`` holds exactly the queue's runs in state PAUSED, the only ones that have blocks to give.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ class Books:
         self.ended: dict[str, Job] = {}
         self.refusals: deque[tuple[float, str, str, str]] = deque(maxlen=1000)
         self.queue = self._make_queue()
+        self.paused: dict[str, Job] = {}
         self.flight: list[Job] = []
         self.slices: tuple[int, ...] = ()  # of a step in flight
         self.pace = 1.0  # seconds that a second of a prefill takes beside decode steps
@@ -92,24 +95,41 @@ class Books:
         job.stopped(now, left)
         self.policy.stopped(job, now)
         if job.state is State.PAUSED:
-            self.suspended.paused(job, now)
+            if not self.slices:  # between two steps nobody is suspended
+                self.suspended.paused(job, now)
+            self.paused[job.id] = job
             self.queue.add(job, now)
             return
+        self._end_run(job, kind, now)
+
+    def fail(self, job: Job, now: float) -> None:
+        """A run that is not on the device can no longer be executed: it ends, and who joined it.
+
+        Raises :class:`TransitionError` for a request that is no run of its own, or has not started.
+        """
+        if job.host is not None:
+            job.advance("failed (joined another run)", now)
+        job.advance("failed", now)
+        self.queue.remove(job)
+        self._end_run(job, "failed", now)
+
+    def _end_run(self, job: Job, kind: str, now: float) -> None:
+        """The run has ended this way, for everybody who joined it and still wants it."""
         for member in job.joined:
             if member.state is State.JOINED:
-                member.advance("completed" if kind == "yielded" else kind, now)
+                member.advance(kind, now)
                 self.end(member, now)
         self.end(job, now)
 
     def end(self, job: Job, now: float) -> None:
         """The run is over: file it, and free what it held."""
         del self.jobs[job.id]
+        self.paused.pop(job.id, None)
         self.ended[job.id] = job
         if len(self.ended) > _REMEMBERED:
             del self.ended[next(iter(self.ended))]
         if job.held:
-            decodes = job.state is State.COMPLETED and job.request.decode_tokens > 0
-            (self.memory.keep if decodes else self.memory.give)(job)
+            self.memory.give(job, kept=sum(map(_kept, (job, *job.joined))))
         self.policy.ended(job, State.CANCELLED if job.withdrawn else job.state, now)
 
     def reject(self, job: Job, reason: str, now: float) -> None:
@@ -146,3 +166,9 @@ class Books:
         self.end(job, now)
         if host is not None and host.withdrawn and not host.has_joined:
             self.cancel(host, now)
+
+
+def _kept(job: Job) -> int:
+    """Cache blocks that stay taken behind the prompt's end until the device reports them free (decode)."""
+    decodes = job.state is State.COMPLETED and not job.withdrawn and job.request.decode_tokens > 0
+    return job.request.kv_blocks if decodes else 0

@@ -155,6 +155,11 @@ class Scheduler:
         """Runs that are not on the device: waiting, paused or evicted."""
         return len(self.queue)
 
+    @property
+    def paused(self) -> dict[str, Job]:
+        """Runs that were stopped and have their memory on the device, by name."""
+        return self._books.paused
+
     def last_first(self, now: float) -> list[str]:
         """The runs that are not on the device, last in line first: for moving memory. Decides nothing."""
         return [job.id for job in self.queue.last_first(now)]
@@ -219,9 +224,7 @@ class Scheduler:
     def _on_failed(self, event: Failed) -> None:
         job = self.jobs.get(event.run)
         if job is not None and job not in self.flight:
-            job.advance("failed", event.time)
-            self.queue.remove(job)
-            self._books.end(job, event.time)
+            self._books.fail(job, event.time)
             return
         for member in self._books.landed(event.run, "failed"):
             self._books.stop(member, "failed", event.time, 0.0)
@@ -243,6 +246,7 @@ class Scheduler:
         if event.run in self.queue.jobs:  # its place may be another one now
             self.queue.remove(job)
             self.queue.add(job, event.time)
+        job.tokens_left = job.request.tokens
 
     def _on_decoding(self, event: Decoding) -> None:
         self._books.paced(event.share, event.time)

@@ -160,9 +160,12 @@ def table_from_json(data: Any) -> CostTable:
             segments += [_row(inner, layers) for inner in row["segments"]]
             layers += 1
     numbers = {key: _seconds_or_bytes(data, key) for key in _NUMBERS}
-    return CostTable(
+    table = CostTable(
         tuple(segments), name=str(data.get("name", "unnamed")), source=str(data.get("source", "")), **numbers
     )
+    if not table.seconds(1) > 0:
+        raise CostFileError("all costs are zero", expected="a prompt that takes time", got="0 s")
+    return table
 
 
 def _seconds_or_bytes(data: Mapping[str, Any], key: str) -> float:
@@ -181,7 +184,10 @@ def _row(row: Mapping[str, Any], layer: int | None = None) -> SegmentCost:
             "a segment lacks a field", expected="name, a, b, c", got=f"no {error} in {dict(row)!r}"
         ) from error
     if layer is None:
-        return SegmentCost(name, a, b, c, int(row.get("layer", _layer_of(name))))
+        own = row.get("layer", _layer_of(name))
+        if not isinstance(own, int) or own < -1:
+            raise CostFileError(f"layer of segment {name!r}", expected="an index, or -1", got=repr(own))
+        return SegmentCost(name, a, b, c, own)
     return SegmentCost(f"{name}.{layer}", a, b, c, layer)
 
 

@@ -60,7 +60,7 @@ class Decider:
 
     def _make_room(self, job: Job, now: float) -> Job | None:
         """Evict worse runs until ``job`` fits; else the best run that holds its memory already."""
-        order = list(self.books.queue.ordered(now))
+        order = self._order(job, now)
         if self.books.policy.eviction:
             victims = self.books.memory.victims(job, self._worse(job, order))
             if victims is not None:
@@ -71,32 +71,48 @@ class Decider:
                 return job
         return next((other for other in order if other.state is State.PAUSED), None)
 
+    def _order(self, job: Job, now: float, running: Job | None = None) -> list[Job]:
+        """``job`` and the runs that have memory to give, best first: however many others wait."""
+        jobs = [job, *(other for other in self.books.paused.values() if other is not job)]
+        return [other for other in self.books.queue.among(jobs, now, running) if other is not running]
+
     def _worse(self, job: Job, order: list[Job]) -> list[Job]:
         """What may be evicted for ``job``, worst first: runs left out by the policy, then reverse order."""
         ranked = {other.id for other in order}
-        left_out = [other for other in self.books.queue.jobs.values() if other.id not in ranked]
+        left_out = [other for other in self.books.paused.values() if other.id not in ranked]
         behind = order[order.index(job) + 1 :] if job in order else []
+        if job.boosted:  # it goes first, wherever the policy has it
+            behind = [other for other in order if not other.boosted]
         return [*left_out, *reversed(behind)]
 
     def _evict(self, job: Job, now: float) -> None:
         job.advance("evict", now)
+        del self.books.paused[job.id]
         self.books.memory.give(job)
         self.books.out.append(Evict(job.id))
 
     def _challenge(self, running: Job, now: float) -> None:
-        challenger = self.books.suspended.first() or self.books.queue.challenger(running, now)
-        if challenger is None or not may_pause(running, challenger, self.books.options, now):
+        books = self.books
+        challenger = books.suspended.first() or books.queue.challenger(running, now)
+        if challenger is not None and not books.policy.eviction and not books.memory.fits(challenger):
+            challenger = self._started(running, now)
+        if challenger is None or not may_pause(running, challenger, books.options, now):
             return
-        if not self.books.memory.fits(challenger) and not self._may_displace(challenger, running, now):
+        if not books.memory.fits(challenger) and not self._may_displace(challenger, running, now):
             return
         running.advance("pause", now)
-        self.books.out.append(Pause(running.id))
+        books.out.append(Pause(running.id))
+
+    def _started(self, running: Job, now: float) -> Job | None:
+        """Who of those that have their memory should have the device instead of ``running``."""
+        first = next(iter(self.books.queue.among(self.books.paused.values(), now, running)), running)
+        return None if first is running else first
 
     def _may_displace(self, challenger: Job, running: Job, now: float) -> bool:
         """Whether pausing ``running`` helps: its blocks and those of worse runs can and should be evicted."""
         if not self.books.policy.eviction:
             return False
-        worse = [*self._worse(challenger, list(self.books.queue.ordered(now, running))), running]
+        worse = [*self._worse(challenger, self._order(challenger, now, running)), running]
         victims = self.books.memory.victims(challenger, worse)
         if victims is None:
             return False
@@ -108,7 +124,12 @@ class Decider:
         if not move_s:
             return None
         chosen = self.books.policy.spares([(job, move_s * job.held) for job in victims], now)
-        return next((job for job in victims if job is chosen), None)
+        if chosen is None:
+            return None
+        found = next((job for job in victims if job is chosen), None)
+        if found is None:
+            self.books.refuse(chosen.request.id, "spared a run that nobody evicts")
+        return found
 
     def _launch(self, job: Job, now: float) -> None:
         if self.books.batching is not None and not job.started:
@@ -124,6 +145,7 @@ class Decider:
             self.books.out.append(Restore(job.id))
         if self.books.memory.limited:
             self.books.memory.take(job)
+        self.books.paused.pop(job.id, None)
         job.advance("launch", now)
         job.launched(now)
         self.books.policy.launched(job, now)
@@ -150,12 +172,13 @@ class Decider:
         """One step of token slices."""
         views = sorted(self.books.queue.jobs.values(), key=lambda job: (not job.started, job.sequence))
         chosen: dict[str, tuple[Job, int]] = {}
+        full = False  # who does not fit waits, and nobody who came later starts before
         for name, tokens in policy.compose(views, now) if views else ():
             job = self.books.queue.jobs.get(name)
-            if job is None or name in chosen or not 1 <= tokens <= job.tokens_left:
+            if job is None or name in chosen or not _possible(tokens, job.tokens_left):
                 self.books.refuse(name, f"suggested an impossible slice of {tokens} tokens")
-            elif not self.books.memory.fits(job):
-                continue
+            elif not self.books.memory.fits(job) or (full and not job.started):
+                full = True
             else:
                 chosen[name] = (job, tokens)
                 if self.books.memory.limited:
@@ -170,3 +193,8 @@ class Decider:
             self.books.queue.remove(job)
             self._board(job, now)
         self.books.out.append(Launch(self.books.flight[0].id, tuple(chosen), None, self.books.slices))
+
+
+def _possible(tokens: object, most: int) -> bool:
+    """Whether that is a slice of a prompt of which ``most`` tokens are left."""
+    return isinstance(tokens, int) and 1 <= tokens <= most

@@ -25,6 +25,7 @@ def check(core: Scheduler) -> None:
         _need(core, job.state not in ENDED and job.state is not State.NEW, "only live runs are kept", name)
         _need(core, (job.state in _FLYING) == (name in flight), "running exactly when in flight", name)
         _need(core, (job.state in _QUEUED) == (name in core.queue.jobs), "queued exactly when not", name)
+        _need(core, (job.state is State.PAUSED) == (name in core.paused), "paused runs are known", name)
         _need(core, (job.state is State.JOINED) == (job.host is not None), "joined has a host", name)
         _need(core, (job.launched_at is not None) == (name in flight), "clock runs in flight only", name)
         _need(core, job.left >= 0 and job.executed >= 0, "times are not negative", name)
@@ -33,6 +34,8 @@ def check(core: Scheduler) -> None:
             _need(core, job.host.id in core.jobs, "the host is alive", name)
             _need(core, job in job.host.joined, "the host knows its member", name)
     _need(core, all(name in core.jobs for name in core.queue.jobs), "the queue holds live runs only")
+    _need(core, all(name in core.jobs for name in core.paused), "only live runs are paused")
+    core.queue.validate()
     _need(core, all(job.state in ENDED for job in core.ended.values()), "ended runs are in an end state")
     if core.memory.limited:
         held = sum(job.held for job in core.jobs.values())

@@ -38,13 +38,9 @@ class Blocks:
         self.free -= need - job.held
         job.held = need
 
-    def give(self, job: Job) -> None:
-        """The run's blocks are free again."""
-        self.free += job.held
-        job.held = 0
-
-    def keep(self, job: Job) -> None:
-        """The run has ended, but its blocks stay taken until the device reports them free (decode)."""
+    def give(self, job: Job, kept: int = 0) -> None:
+        """The run's blocks are free again, but for ``kept``: those until the device reports them free."""
+        self.free += job.held - kept
         job.held = 0
 
     def victims(self, job: Job, worst_first: Iterable[Job]) -> list[Job] | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from math import inf
+from numbers import Real
 from typing import Any
 
 from fpcompile.errors import InvalidInputError
@@ -46,6 +47,10 @@ class SchedulerOptions:
                     f"scheduler option {name} is wrong", expected=expected, got=repr(getattr(self, name))
                 )
 
+        for field in fields(self):
+            value = getattr(self, field.name)
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            need(field.name, number or (value is None and field.default is None), "a number")
         need("max_queue_s", self.max_queue_s > 0, "seconds > 0")
         need("kv_blocks", self.kv_blocks is None or self.kv_blocks > 0, "blocks > 0, or None")
         need("move_s", 0 <= self.move_s < inf, "finite seconds >= 0")

@@ -4,16 +4,19 @@
 the top; a second heap holds the times at which keys expire. Every operation is O(log n) amortised;
 ``ordered`` takes that for each run it gives, and the queue must not change meanwhile.
 :class:`RankedQueue` asks the policy to rank everything.
+
+Invariant of a :class:`KeyedQueue` (``validate``): of each run in it, exactly one entry of the heap is valid.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from heapq import heapify, heappop, heappush
 from math import inf
 from typing import Any
 
+from fpcompile.scheduler.errors import InvariantError
 from fpcompile.scheduler.job import Job
 from fpcompile.scheduler.policy import KeyedPolicy, RankingPolicy
 
@@ -31,6 +34,9 @@ class Queue(ABC):
     def __len__(self) -> int:
         return len(self.jobs)
 
+    def validate(self) -> None:  # noqa: B027 - most have nothing to check
+        """Check the invariants; raises :class:`InvariantError`."""
+
     @abstractmethod
     def add(self, job: Job, now: float) -> None:
         """Put a run in."""
@@ -46,6 +52,13 @@ class Queue(ABC):
     @abstractmethod
     def ordered(self, now: float, running: Job | None = None) -> Iterator[Job]:
         """All runs, best first; ``running`` has the device, and is not among them."""
+
+    @abstractmethod
+    def among(self, jobs: Collection[Job], now: float, running: Job | None = None) -> list[Job]:
+        """Those of ``jobs`` and of ``running`` that the policy names, best first: for k of n runs.
+
+        An equal key is no reason to pause: ``running`` is before others of its key.
+        """
 
     @abstractmethod
     def challenger(self, running: Job, now: float) -> Job | None:
@@ -92,9 +105,11 @@ class KeyedQueue(Queue):
     def remove(self, job: Job) -> None:
         del self.jobs[job.request.id]
         job.entry += 1
-        if len(self._heap) > 64 and len(self._heap) > 4 * len(self.jobs):
+        most = max(64, 4 * len(self.jobs))
+        if len(self._heap) > most:
             self._heap = [entry for entry in self._heap if entry[3] == entry[4].entry]
             heapify(self._heap)
+        if len(self._expiry) > most:
             self._expiry = [entry for entry in self._expiry if entry[2] == entry[3].entry]
             heapify(self._expiry)
 
@@ -136,6 +151,16 @@ class KeyedQueue(Queue):
                 if child < len(heap):
                     heappush(front, (heap[child][:4], child))
 
+    def among(self, jobs: Collection[Job], now: float, running: Job | None = None) -> list[Job]:
+        self._refresh(now)
+        order: list[tuple[Any, int, float, int, Job]] = [
+            (job.key, 1, job.request.arrival, job.sequence, job) for job in jobs
+        ]
+        if running is not None:
+            key = self._policy.key(running, now)
+            order.append((key, 0, running.request.arrival, running.sequence, running))
+        return [entry[-1] for entry in sorted(order)]
+
     def challenger(self, running: Job, now: float) -> Job | None:
         job = self.best(now)
         if job is None:
@@ -145,6 +170,13 @@ class KeyedQueue(Queue):
 
     def wake(self, now: float) -> float:
         return inf
+
+    def validate(self) -> None:
+        valid = sorted(entry[4].id for entry in self._heap if entry[3] == entry[4].entry)
+        if valid != sorted(self.jobs):
+            raise InvariantError(
+                "the heap lost or repeats a run", expected=str(sorted(self.jobs)), got=str(valid)
+            )
 
 
 class RankedQueue(Queue):
@@ -183,6 +215,10 @@ class RankedQueue(Queue):
     def ordered(self, now: float, running: Job | None = None) -> Iterator[Job]:
         return (job for job in self._ranked(now, running) if job is not running)
 
+    def among(self, jobs: Collection[Job], now: float, running: Job | None = None) -> list[Job]:
+        wanted = {job.id for job in jobs}
+        return [job for job in self._ranked(now, running) if job is running or job.id in wanted]
+
     def challenger(self, running: Job, now: float) -> Job | None:
         job = next(self._ranked(now, running), None)
         return None if job is running else job
@@ -212,6 +248,9 @@ class ArrivalQueue(Queue):
 
     def ordered(self, now: float, running: Job | None = None) -> Iterator[Job]:
         return iter(sorted(self.jobs.values(), key=lambda job: job.sequence))
+
+    def among(self, jobs: Collection[Job], now: float, running: Job | None = None) -> list[Job]:
+        return sorted(jobs, key=lambda job: job.sequence)
 
     def challenger(self, running: Job, now: float) -> Job | None:
         return None

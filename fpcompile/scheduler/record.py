@@ -33,11 +33,12 @@ from fpcompile.scheduler.events import (
     Event,
     Failed,
     Launch,
+    Pause,
     Reject,
     Request,
     Yielded,
 )
-from fpcompile.scheduler.options import SchedulerOptions
+from fpcompile.scheduler.options import SchedulerOptions, make_options
 from fpcompile.scheduler.predictor import TtftPredictor
 from fpcompile.scheduler.simulator import Outcome
 
@@ -273,7 +274,7 @@ def differences(log: Log, predictor: TtftPredictor | None = None) -> list[str]:
     told = _Told(None if any(log.predictions) else predictor)
 
     def fresh() -> Scheduler:
-        return Scheduler(log.policy, predictor=told, options=SchedulerOptions(**log.options))
+        return Scheduler(log.policy, predictor=told, options=make_options(None, log.options))
 
     core = fresh()
     found = []
@@ -326,6 +327,7 @@ def outcomes_of(log: Log) -> list[Outcome]:
     started: dict[str, float] = {}
     done: dict[str, float] = {}
     pauses: dict[str, int] = {}
+    asked = ""
     launched: dict[str, Launch] = {}
     left = {name: request.tokens for name, request in requests.items()}
     reasons: dict[str, str] = {}
@@ -339,14 +341,17 @@ def outcomes_of(log: Log) -> list[Outcome]:
             members = launched[event.run].requests
             done.update((name, event.time) for name in members if name not in reasons)
         elif isinstance(event, Yielded):
-            pauses[event.run] = pauses.get(event.run, 0) + 1
+            pauses[event.run] = pauses.get(event.run, 0) + (event.run == asked)
         elif isinstance(event, Cancelled) and event.request not in done:
             reasons.setdefault(event.request, "cancelled")
         for command in commands:
             if isinstance(command, Launch):
                 launched[command.run] = command
+                asked = ""
                 for name in command.requests:
                     started.setdefault(name, event.time)
+            elif isinstance(command, Pause):
+                asked = command.run
             elif isinstance(command, Reject):
                 reasons[command.request] = command.reason
     return [

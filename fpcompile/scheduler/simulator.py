@@ -259,6 +259,8 @@ class Simulator:
             self._paused_tokens -= sum(request.tokens for request in run.requests)
         self._running = run
         self._base, self._stops_at = run.offset, run.timeline.length
+        if command.max_segments is not None:
+            self._stops_at = run.timeline.after(run.offset, command.max_segments)
         self._pace_of(run.requests[0])
         if self.core.jobs[command.run].deadline < self._end:
             self.result.late_s += self._end - begin
@@ -288,7 +290,7 @@ class Simulator:
         self.result.pauses += 1
         self._asked = now
         reached = self._base + max(now - self._since, 0.0) / self._pace
-        stop = run.timeline.next_stop(reached)
+        stop = min(run.timeline.next_stop(reached), self._stops_at)
         if self.core.jobs[self._name].deadline < self._end:
             self.result.late_s -= self._pace * (self._stops_at - stop)
         self._stops_at = stop
@@ -311,7 +313,7 @@ class Simulator:
                 self._served(request, now, run.preemptions)
             return Completed(now, self._name)
         run.offset = self._stops_at
-        run.preemptions += 1
+        run.preemptions += self._asked < inf
         self._paused_tokens += sum(request.tokens for request in run.requests)
         self.result.peak_paused_tokens = max(self.result.peak_paused_tokens, self._paused_tokens)
         left = run.timeline.length - run.offset
@@ -339,16 +341,20 @@ class Simulator:
             heappush(self._releases, (now, request.kv_blocks))
 
     def _release(self, now: float, events: list[Event]) -> None:
-        """A request has been decoded to its end: its blocks are free."""
+        """A request has been decoded to its end: its blocks are free.
+
+        The report comes first: it does not know of what ends at the same moment, and that is counted then.
+        """
         _, blocks = heappop(self._releases)
         if self._decode_s:
             self._decode_load(-1, now)
         if not self.core.memory.limited:
             return
-        before = (
-            events[-1].free_blocks if events and isinstance(events[-1], Memory) else self.core.memory.free
-        )
-        events.append(Memory(now, int(before) + blocks))
+        first = events[0] if events else None
+        if isinstance(first, Memory):
+            events[0] = Memory(now, first.free_blocks + blocks)
+        else:
+            events.insert(0, Memory(now, int(self.core.memory.free) + blocks))
 
 
 def simulate(

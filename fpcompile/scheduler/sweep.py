@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from math import inf
 from multiprocessing import get_context
+from statistics import fmean
 from typing import Any
 
 from fpcompile.scheduler.costs import CostTable
@@ -54,6 +55,8 @@ class Cell:
     overall: float
     ttft_p50: dict[str, float]
     ttft_p99: dict[str, float]
+    ttft: tuple[float | None, float | None, float | None]
+    """Mean, median and 99th percentile over all classes."""
     blocking_p50: float | None
     blocking_p99: float | None
     blocking_max: float | None
@@ -93,6 +96,7 @@ def summary(key: CellKey, results: Sequence[SimulationResult], table: CostTable)
     blocking = [seconds for result in results for seconds in result.blocking]
     met = attainment(outcomes)
     times = _ttft(outcomes)
+    every = [seconds for values in times.values() for seconds in values]
     events = sum(result.events for result in results)
     held = table.kv_bytes_per_token + table.live_bytes_per_token
     return Cell(
@@ -101,6 +105,7 @@ def summary(key: CellKey, results: Sequence[SimulationResult], table: CostTable)
         overall=met.overall,
         ttft_p50={klass: percentile(values, 50) or 0.0 for klass, values in times.items()},
         ttft_p99={klass: percentile(values, 99) or 0.0 for klass, values in times.items()},
+        ttft=(fmean(every) if every else None, percentile(every, 50), percentile(every, 99)),
         blocking_p50=percentile(blocking, 50),
         blocking_p99=percentile(blocking, 99),
         blocking_max=max(blocking, default=None),

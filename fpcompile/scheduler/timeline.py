@@ -13,9 +13,9 @@ Every stop point passed costs ``check`` seconds, and ``sync`` more when the grai
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from itertools import accumulate
-from math import ceil
+from math import ceil, floor
 
 from fpcompile.scheduler.costs import CostTable
 from fpcompile.scheduler.policy import Grain
@@ -47,6 +47,17 @@ class Timeline:
         index = bisect_left(self._cuts, offset - _EPSILON)
         return self._cuts[index] if index < len(self._cuts) else self.length
 
+    def after(self, offset: float, launches: int) -> float:
+        """Seconds of execution behind so many launches from a stop point on; each ends at the next one."""
+        maker = self._maker
+        if maker.grain.unit == "tile":
+            spacing = maker.spacing(self.length)
+            return min(self.length, spacing * (floor((offset + _EPSILON) / spacing) + launches))
+        if self._cuts is None:
+            self._cuts = maker.cuts(*self._rows)
+        index = bisect_right(self._cuts, offset + _EPSILON) + launches - 1
+        return min(self.length, self._cuts[index]) if index < len(self._cuts) else self.length
+
 
 class Timelines:
     """Makes timelines for one cost table and one grain; keeps those of single prompts."""
@@ -56,7 +67,7 @@ class Timelines:
         self.grain = grain
         self.stop_cost = table.check + (table.sync if grain.synchronises else 0.0)
         self._known: dict[int, Timeline] = {}
-        self._layers = max(row.layer for row in table.segments) + 1
+        self._layers = sorted({row.layer for row in table.segments} - {-1})
         self._ends = self._segment_groups(grain.size) if grain.unit in ("layers", "half-layer") else []
 
     def of(self, lengths: list[int]) -> Timeline:
@@ -116,17 +127,12 @@ class Timelines:
 
     def _segment_groups(self, groups: int) -> list[int]:
         """Index of the last segment of each group."""
-        rows = self.table.segments
+        rows, layers = self.table.segments, self._layers
         last = {row.layer: index for index, row in enumerate(rows)}  # of each layer
         if self.grain.unit == "half-layer":
             first = {row.layer: len(rows) - 1 - i for i, row in enumerate(reversed(rows))}
-            layers = range(self._layers)
             halves = {first[at] + ceil((last[at] - first[at] + 1) / 2) - 1 for at in layers}
             return sorted(halves | {last[at] for at in layers} | {len(rows) - 1})
-        groups = min(groups, max(self._layers, 1))
-        ends = (
-            {last[ceil(self._layers * (i + 1) / groups) - 1] for i in range(groups)}
-            if self._layers
-            else set()
-        )
+        groups = min(groups, len(layers))
+        ends = {last[layers[ceil(len(layers) * (i + 1) / groups) - 1]] for i in range(groups)}
         return sorted((ends - {max(ends, default=0)}) | {len(rows) - 1})

@@ -17,8 +17,9 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -68,20 +69,20 @@ class _Line:
         return int(number)
 
     def when(self, field: str) -> float:
-        """Seconds of a date and time such as ``2023-11-16 18:17:03.9799600``."""
+        """Seconds of a date and time such as ``2023-11-16 18:17:03.9799600``; in UTC if it names no zone."""
         text = str(self.value(field))
-        head, _, fraction = text.partition(".")
         try:
-            return datetime.fromisoformat(head + "+00:00").timestamp() + float(f"0.{fraction or 0}")
+            at = datetime.fromisoformat(text)
         except ValueError:
             raise self.error("a trace line cannot be read", field, "YYYY-MM-DD HH:MM:SS.f", text) from None
+        return (at if at.tzinfo is not None else at.replace(tzinfo=UTC)).timestamp()
 
 
 _Parsed = tuple[float, int, int, str]
 
 
 def _qwen(line: _Line) -> _Parsed:
-    kind = str(line.fields.get("type", ""))
+    kind = str(line.fields.get("type") or "")
     return line.number_of("timestamp"), line.count("input_length", 1), line.count("output_length"), kind
 
 
@@ -104,7 +105,7 @@ def read_trace(path: str | Path) -> list[TraceRow]:
     source = Path(path)
     try:
         text = _text(source)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InvalidInputError("cannot read the trace", got=str(error), where=str(source)) from error
     records = _json_lines(source, text) if text.lstrip().startswith("{") else _csv_lines(source, text)
     rows: list[TraceRow] = []
@@ -127,7 +128,7 @@ def read_trace(path: str | Path) -> list[TraceRow]:
 
 def _text(path: Path) -> str:
     data = path.read_bytes()
-    return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+    return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
 
 
 def _json_lines(path: Path, text: str) -> Iterator[_Line]:
@@ -159,7 +160,20 @@ def _json_lines(path: Path, text: str) -> Iterator[_Line]:
 
 def _csv_lines(path: Path, text: str) -> Iterator[_Line]:
     reader = csv.DictReader(text.splitlines())
-    for fields in reader:
+    while True:
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise TraceError(
+                "a trace line is not csv",
+                path=path,
+                line=reader.reader.line_num,
+                field=None,
+                expected="fields between commas",
+                got=str(error),
+            ) from None
         if None in fields or None in fields.values():
             raise TraceError(
                 "a trace line has a wrong number of fields",

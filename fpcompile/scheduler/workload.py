@@ -100,8 +100,14 @@ def requests_at(
             got=missing[0],
             remedy="pass --slo CLASS=SECONDS",
         )
-    natural = (len(rows) - 1) / (rows[-1].arrival - rows[0].arrival)
-    stretch = natural / rate
+    span = rows[-1].arrival - rows[0].arrival
+    if not span > 0:
+        raise InvalidInputError(
+            "all requests of the trace arrive at once, which has no rate",
+            expected="arrivals that differ",
+            got=f"{len(rows)} at {rows[0].arrival:g} s",
+        )
+    stretch = (len(rows) - 1) / span / rate
     by_slo = sorted({slos[row.klass] for row in rows}, reverse=True)
     requests = []
     for number, row in enumerate(rows):

@@ -1,7 +1,7 @@
 """``fpcompile bench goodput`` and ``fpcompile replay``: the command line over the benchmarks.
 
 ``app`` is mounted as ``fpcompile bench``, ``replay`` as a command of the main application. Flags that
-`vllm bench serve` has too have its names (``--num-prompts``, ``--seed``).
+`vllm bench serve` has too have its names (``--request-rate``, ``--num-prompts``, ``--burstiness``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fpcompile.errors import FpcompileError, UsageError
 from fpcompile.serving.bench_compare import comparison_markdown
-from fpcompile.serving.bench_goodput import DEFAULT_POLICIES, run_bench_goodput
+from fpcompile.serving.bench_goodput import DEFAULT_POLICIES, check_folder, run_bench_goodput
 from fpcompile.serving.bench_markdown import markdown_of
 from fpcompile.serving.bench_report import save_plots, table_of
 
@@ -43,7 +43,7 @@ def parse_numbers(text: str) -> list[float]:
                 raise ValueError("step <= 0")
             return [round(start + i * step, 9) for i in range(int((stop - start) / step + 1e-9) + 1)]
         return [float(part) for part in text.split(",") if part.strip()]
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UsageError("cannot read the numbers", expected="1,2,4 or START:STOP:STEP", got=text) from error
 
 
@@ -107,6 +107,7 @@ def goodput(
         int | None,
         typer.Option(min=2, help="Requests per run, the trace is tiled; else 3000, or by --minutes."),
     ] = None,
+    burstiness: Annotated[float, typer.Option(help="Of synthetic arrivals; 1: Poisson.")] = 1.0,
     replicas: Annotated[int, typer.Option(min=1, help="Devices behind a router.")] = 1,
     router: Annotated[str, typer.Option(help="round-robin or least-work.")] = "least-work",
     max_queue_s: Annotated[float | None, typer.Option(help="Reject what has waited so long.")] = None,
@@ -138,10 +139,12 @@ def goodput(
             "--costs": costs, "--slo": slo, "--check-us": check_us, "--sync-us": sync_us,
             "--bound": bound, "--slo-rate": slo_rate, "--plots": plots,
             "--slo-scale": slo_scale != "1", "--replicas": replicas > 1, "--jobs": jobs > 1,
+            "--burstiness": burstiness != 1,
         }  # fmt: skip
         with message_and_exit(), progress_bar("measuring") as progress:
             if unfit := [name for name, value in simulated_only.items() if value]:
                 raise UsageError("an option of simulations only", expected="--simulate", got=unfit[0])
+            check_folder(json_file, markdown)
             report = _measure(
                 trace,
                 parse_policies(policies) if policies else list(MEASURED_POLICIES),
@@ -165,6 +168,9 @@ def goodput(
             Console().print(f"wrote {path}")
         return
     with message_and_exit(), progress_bar("simulating") as progress:
+        if trace is not None and burstiness != 1:
+            raise UsageError("a trace has its own arrivals", expected="--trace or --burstiness", got="both")
+        check_folder(markdown)
         report = run_bench_goodput(
             trace,
             parse_policies(policies) if policies else list(DEFAULT_POLICIES),
@@ -175,6 +181,7 @@ def goodput(
             slos=parse_slos(slo or []),
             seeds=seeds or 5,
             num_prompts=num_prompts or 3000,
+            burstiness=burstiness,
             replicas=replicas,
             router=router,
             jobs=jobs,

@@ -6,9 +6,10 @@ Words are those of :mod:`fpcompile.scheduler.goodput`. The report is plain JSON:
                          "points": [{"rate": 1.0, "slo_scale": 1.0, "attainment": {CLASS: ...}, ...}]}},
      "trace": ..., "costs": ..., "slos": ..., "capacity": ..., "rates": [...], ...}
 
-``max_goodput`` is the mean over the seeds, in requests per second of the grid; ``request_goodput`` of a point
-are the requests per second that were in time (the key of `vllm bench serve`). Simulated runs use the bundled
-profile and the SLO table of FlowPrefill's benchmark unless others are given; both are named in the report.
+``max_goodput`` is the mean over the seeds, in requests per second of the grid. ``request_goodput`` of a point
+(the requests per second that were in time), ``mean_ttft_ms``, ``p50_ttft_ms`` and ``p99_ttft_ms`` are keys of
+`vllm bench serve`. Simulated runs use the bundled profile and the SLO table of FlowPrefill's benchmark unless
+others are given; both are named in the report.
 """
 
 from __future__ import annotations
@@ -21,16 +22,24 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from fpcompile.errors import InvalidInputError
+from fpcompile.errors import InvalidInputError, UsageError
 from fpcompile.scheduler import DEFAULT_PROFILE, SLO_TABLE, CostTable, load_costs, make_policy, profile
 from fpcompile.scheduler.bound import attainment_bound
 from fpcompile.scheduler.goodput import TARGET, highest_rate
+from fpcompile.scheduler.routers import simulate_replicas
 from fpcompile.scheduler.sweep import Cell, CellKey, SweepSetup, capacity, sweep
 from fpcompile.scheduler.synthetic import synthetic_trace
 from fpcompile.scheduler.traces import read_trace
-from fpcompile.scheduler.workload import requests_at, tile
+from fpcompile.scheduler.workload import TraceRow, requests_at, tile
 
-__all__ = ["DEFAULT_POLICIES", "bound_goodput", "default_rates", "make_report", "run_bench_goodput"]
+__all__ = [
+    "DEFAULT_POLICIES",
+    "bound_goodput",
+    "check_folder",
+    "default_rates",
+    "make_report",
+    "run_bench_goodput",
+]
 
 DEFAULT_POLICIES = (
     "fcfs", "vllm:2048,512", "chunked:2048,edf", "chunked:2048,s-edf", "edf", "s-edf",
@@ -56,6 +65,7 @@ def run_bench_goodput(
     slos: Mapping[str, float] | None = None,
     seeds: int = 5,
     num_prompts: int = 3000,
+    burstiness: float = 1.0,
     replicas: int = 1,
     router: str = "least-work",
     jobs: int = 1,
@@ -69,27 +79,35 @@ def run_bench_goodput(
 ) -> dict[str, Any]:
     """Measure every policy at every rate, with every seed, and return the report.
 
-    ``trace`` is a file, or None for synthetic traffic. ``costs`` is a costs file (None: the bundled profile).
-    ``slo_scales`` beyond 1.0 are run at ``slo_rate`` (None: 0.8 of the capacity). ``runner`` replaces the
-    simulator by a real measurement. ``check_us`` and ``sync_us`` replace the table's cost of a stop point.
-    ``bound``: add what no scheduler can exceed (:func:`bound_goodput`, slow, needs scipy). Raises typed
-    errors for a bad trace, policy, rate or SLO, before any run.
+    ``trace`` is a file, or None for synthetic traffic of this ``burstiness``. ``costs`` is a file (None: the
+    bundled profile). ``slo_scales`` beyond 1.0 are run at ``slo_rate`` (None: 0.8 of the capacity).
+    ``runner`` replaces the simulator by a real measurement. ``check_us`` and ``sync_us`` replace the table's
+    cost of a stop point. ``bound``: add what no scheduler of one device can exceed (:func:`bound_goodput`,
+    slow, needs scipy). Raises typed errors for a bad trace, policy, rate, scale, SLO, router, option or
+    report's folder, before any run.
     """
+    check_folder(json_path)
     table = load_costs(costs) if costs is not None else profile(DEFAULT_PROFILE)
-    rows = read_trace(trace) if trace is not None else synthetic_trace(max(num_prompts, 2), seed=1)
+    if trace is None:
+        rows = synthetic_trace(max(num_prompts, 2), seed=1, burstiness=burstiness)
+    else:
+        rows = read_trace(trace)
     table = _with_stop_costs(table, check_us, sync_us)
     promised = {**{klass: slo for klass, (slo, _) in SLO_TABLE.items()}, **(slos or {})}
     for name in policies:
         make_policy(name)  # fail before the long part
     if seeds < 1 or not policies:
         raise InvalidInputError("nothing to measure", expected="at least one policy and one seed")
+    if bound and replicas != 1:
+        raise InvalidInputError("the bound is that of one device", expected="replicas=1", got=str(replicas))
     setup = SweepSetup(
         tuple(rows), table, promised, num_prompts, replicas, router,
         {"time_decisions": True, **(options or {})},
     )  # fmt: skip
     limit = capacity(setup)
     grid = sorted(rates) if rates else default_rates(limit)
-    at = slo_rate or min(grid, key=lambda rate: abs(rate - 0.8 * limit))
+    at = min(grid, key=lambda rate: abs(rate - 0.8 * limit)) if slo_rate is None else slo_rate
+    _check(setup, [*grid, at], slo_scales)
     places = [(rate, 1.0) for rate in grid] + [(at, scale) for scale in slo_scales if scale != 1.0]
     keys = [
         CellKey(name, rate, seed, scale)
@@ -105,6 +123,24 @@ def run_bench_goodput(
     if json_path is not None:
         Path(json_path).write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def _check(setup: SweepSetup, rates: Sequence[float], scales: Sequence[float]) -> None:
+    """Raise what a cell would raise, before any is simulated: for classes, rates, scales, router, options."""
+    requests_at(tile(setup.rows, len(setup.rows)), 1.0, setup.table, setup.slos)
+    two = [TraceRow(0.0, 1, klass=setup.rows[0].klass), TraceRow(1.0, 1, klass=setup.rows[0].klass)]
+    for rate in rates:
+        requests_at(two, rate, setup.table, setup.slos)
+    for scale in scales:
+        requests_at(two, 1.0, setup.table, setup.slos, slo_scale=scale)
+    simulate_replicas("fcfs", [], setup.table, replicas=setup.replicas, router=setup.router, **setup.options)
+
+
+def check_folder(*paths: str | Path | None) -> None:
+    """Raise :class:`UsageError` for a file that could not be written when all the work is done."""
+    for path in paths:
+        if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+            raise UsageError("the report cannot be written", expected="a file in a folder", got=str(path))
 
 
 def _with_stop_costs(table: CostTable, check_us: float | None, sync_us: float | None) -> CostTable:
@@ -217,6 +253,11 @@ def _point(cells: Sequence[Cell]) -> dict[str, Any]:
         for name in ("p50", "p99", "max")
         for value in [mean(getattr(cell, f"blocking_{name}") for cell in cells)]
     }
+    ttft = {
+        f"{name}_ttft_ms": None if value is None else 1e3 * value
+        for i, name in enumerate(("mean", "p50", "p99"))
+        for value in [mean(cell.ttft[i] for cell in cells)]
+    }
     return {
         "rate": cells[0].key.rate,
         "slo_scale": cells[0].key.slo_scale,
@@ -229,6 +270,7 @@ def _point(cells: Sequence[Cell]) -> dict[str, Any]:
         "overall_stderr": _stderr([cell.overall for cell in cells]),
         "ttft_p50": each_class("ttft_p50"),
         "ttft_p99": each_class("ttft_p99"),
+        **ttft,
         **blocking,
         "preemptions": fmean(cell.preemptions for cell in cells),
         "rejected": fmean(cell.rejected for cell in cells),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from fpcompile.serving.bench_report import reference_rate
+from fpcompile.serving.bench_report import reference_rate, slos_of
 
 __all__ = ["markdown_of"]
 
@@ -13,9 +13,9 @@ __all__ = ["markdown_of"]
 def markdown_of(report: dict[str, Any]) -> str:
     """Three tables: goodputs; what happens at the reference rate; attainment and TTFT of each class there."""
     rate = reference_rate(report)
-    slos = ", ".join(f"{klass} {slo:g} s" for klass, slo in report["slos"].items())
     head = (
-        f"Costs `{report['costs']['name']}`, capacity {report['capacity']:.2f} req/s; SLOs: {slos}; "
+        f"Costs `{report['costs']['name']}`, capacity {report['capacity']:.2f} req/s; "
+        f"SLOs: {slos_of(report)}; "
         f"{report['num_prompts']} requests per run, {len(report['seeds'])} seeds.\n"
     )
     parts = [

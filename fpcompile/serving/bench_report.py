@@ -14,7 +14,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-__all__ = ["reference_rate", "save_plots", "table_of"]
+__all__ = ["reference_rate", "save_plots", "slos_of", "table_of"]
 
 _COLOURS = (
     "#2b6cb0", "#d9622b", "#2f855a", "#c53030", "#805ad5", "#8c564b", "#d53f8c", "#718096", "#b7791f",
@@ -27,6 +27,11 @@ def reference_rate(report: dict[str, Any]) -> float:
     """The rate of the grid nearest to 0.8 of the capacity: where policies are compared in the table."""
     rates: list[float] = report["rates"]
     return min(rates, key=lambda rate: abs(rate - 0.8 * report["capacity"]))
+
+
+def slos_of(report: dict[str, Any]) -> str:
+    """The promises of the classes in words."""
+    return ", ".join(f"{klass} {slo:g} s" for klass, slo in report["slos"].items())
 
 
 def _at(entry: dict[str, Any], rate: float, scale: float = 1.0) -> dict[str, Any]:
@@ -44,6 +49,9 @@ def table_of(report: dict[str, Any]) -> Table:
         f"{report['capacity']:.2f} req/s. Goodput in req/s; then at {rate:g} req/s: attainment of the "
         "worst class and of all, blocking time p99, pauses per run, µs per scheduler event",
         title_justify="left",
+        caption=f"TTFT SLOs: {slos_of(report)}; {report['num_prompts']} requests per run, "
+        f"{len(report['seeds'])} seeds",
+        caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )

@@ -12,7 +12,6 @@ from fpcompile.scheduler import (
     CostPredictor,
     CostTable,
     Scheduler,
-    SchedulerOptions,
     load_costs,
     make_policy,
     profile,
@@ -64,7 +63,7 @@ def replay_table(
         shown.add_column(head, justify="left" if head in ("policy", "class") else "right")
     _rows(shown, f"recorded: {log.policy}", outcomes_of(log))
     for name in dict.fromkeys((log.policy, policy or log.policy)):
-        options = make_options(SchedulerOptions(**log.options), changes)
+        options = make_options(make_options(None, log.options), changes)
         core = Scheduler(name, predictor=predictor, options=options)
         result = Simulator(name, table, core=core, slowdown=slowdown, learnt=True).run(requests)
         _rows(shown, f"simulated: {name}", result.outcomes)

@@ -17,9 +17,10 @@ from fpcompile.engine.engine import Engine
 from fpcompile.engine.errors import SchedulerFailedError
 from fpcompile.errors import InvalidInputError
 from fpcompile.models.zoo import sample_ids
-from fpcompile.scheduler import RequestView, register
+from fpcompile.scheduler import Command, CostTable, Event, Grain, Pause, RequestView, make_policy, register
 from fpcompile.scheduler.policies.orders import Edf
-from fpcompile.scheduler.record import differences, measured_costs, outcomes_of, read_log
+from fpcompile.scheduler.record import differences, measured_costs, outcomes_of, read_log, requests_of
+from fpcompile.scheduler.simulator import Simulator
 from tests.cpu.support import program_of
 from tests.cpu.test_engine_fakes import Clock, FakeProgram, drive, inline
 
@@ -141,3 +142,80 @@ def test_a_policy_that_no_replay_could_make_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="cannot be written"):
         _recorded(tmp_path / "nowhere" / "log.jsonl")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [
+        ("s-edf", {"kv_blocks": 12}),
+        ("fpcompile", {"kv_blocks": 12, "memory_budget": 0}),
+        ("flowprefill", {}),
+        ("vllm:64,32", {}),
+    ],
+)
+def test_requests_that_generate_replay_to_identical_decisions(
+    tmp_path: Path, policy: str, options: dict[str, Any]
+) -> None:
+    """With decode steps between the segments, and runs that give their cache blocks away."""
+    path = tmp_path / "log.jsonl"
+    engine = Engine(program_of("qwen3"), policy=policy, device_thread=False, record=path, **options)
+    handles = []
+    for number, length in enumerate((90, 12, 40, 5, 33, 100, 7)):
+        slo = 60.0 - 8 * number
+        more: dict[str, Any] = {"max_new_tokens": 4} if number % 2 else {}
+        handles.append(engine.submit(sample_ids(length, seed=length), ttft_slo=slo, **more))
+        for _ in range(5):
+            engine.turn()
+    drive(engine)
+    engine.close()
+    assert {handle.metrics.state for handle in handles} == {"completed"}
+    log = read_log(path)
+    assert differences(log) == []
+    found = {outcome.request.id: outcome.ttft for outcome in outcomes_of(log)}
+    assert set(found) == {handle.request_id for handle in handles}
+    assert None not in found.values()
+
+
+@pytest.mark.parametrize(
+    "policy", ["fcfs", "edf", "s-edf", "srpt", "priority", "wfq:a=2", "fpcompile:late_share=0"]
+)
+def test_the_simulator_decides_as_the_engine_did(tmp_path: Path, policy: str) -> None:
+    """From the log's requests and the times of the segments alone: every command, at its time."""
+    path, count, unit = tmp_path / "log.jsonl", 120, 2.0**-6
+    draw, clock = random.Random(6), Clock()
+    handles: list[Any] = []
+
+    def come(*about: object) -> None:
+        """Behind some segments somebody arrives, sometimes two; nobody's slack is ever exactly 0."""
+        for _ in range(draw.choice((0,) * 8 + (1, 2))):
+            if len(handles) < count:
+                tokens = draw.choice((5, 7, 11, 13, 17, 19))
+                slo = unit * (4 * tokens + draw.choice((20, 100, 400, 900)) + 0.25)
+                more: dict[str, Any] = {
+                    "tenant": draw.choice("ab"),
+                    "priority": draw.randrange(3),
+                    "slo_class": f"{slo > 3}",
+                }
+                handles.append(engine.submit([1] * tokens, ttft_slo=slo, **more))
+
+    engine = inline(FakeProgram(4, seconds=unit, clock=clock), policy=policy, record=path, on_segment=come)
+    while len(handles) < count:
+        clock.advance(unit)
+        come()
+        drive(engine)
+    engine.close()
+    log = read_log(path)
+    told = [(events[-1].time, command) for events, commands in log.steps for command in commands]
+    seen: list[tuple[float, Command]] = []
+    chosen = make_policy(policy)
+    chosen.grain = Grain("operator")  # the segments of this program, whatever the policy
+    table = CostTable.from_segments([(f"layer.{i}", (0.0, unit, 0.0)) for i in range(4)])
+
+    def see(event: Event, commands: tuple[Command, ...]) -> None:
+        seen.extend((event.time, command) for command in commands)
+
+    Simulator(chosen, table, log=see).run(requests_of(log))
+    assert seen == told
+    pauses = sum(isinstance(command, Pause) for _, command in told)
+    assert pauses >= 2 or policy in ("fcfs", "wfq:a=2")

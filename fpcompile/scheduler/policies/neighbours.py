@@ -56,8 +56,14 @@ class _Ordered(KeyedPolicy):
     def arrived(self, view: RequestView, now: float) -> None:
         self._inner.arrived(view, now)
 
+    def joined(self, view: RequestView, lead: RequestView, now: float) -> None:
+        self._inner.joined(view, lead, now)
+
     def launched(self, view: RequestView, now: float) -> None:
         self._inner.launched(view, now)
+
+    def stopped(self, view: RequestView, now: float) -> None:
+        self._inner.stopped(view, now)
 
     def ended(self, view: RequestView, outcome: State, now: float) -> None:
         self._inner.ended(view, outcome, now)

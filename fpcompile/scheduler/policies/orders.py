@@ -98,7 +98,9 @@ class Wfq(KeyedPolicy):
     """Fair shares of device time between tenants, by virtual start tags.
 
     ``weights`` are given as ``wfq:tenant=2.5`` (others have 1). A tenant that was idle starts at the present
-    virtual time: no credit is saved up. A request does not pause another one of its own tenant.
+    virtual time: no credit is saved up. A start tag is the virtual finish time of what the tenant asked for
+    before. No arrival has a tag below that of the run on the device, so nobody is ever paused: tenants share
+    device time, whatever the lengths of their prompts, and wait for the prompt that is under way.
     """
 
     def __init__(self, **weights: float) -> None:
@@ -109,15 +111,15 @@ class Wfq(KeyedPolicy):
         self._finish: dict[str, float] = {}
         self._tags: dict[str, float] = {}
         self._virtual = 0.0
+        self._most = _TENANTS
 
     def arrived(self, view: RequestView, now: float) -> None:
         request = view.request
         start = max(self._virtual, self._finish.get(request.tenant, 0.0))
         self._tags[request.id] = start
-        if (
-            len(self._finish) > _TENANTS
-        ):  # what has finished in virtual time says no more than an absent entry
+        if len(self._finish) > self._most:  # what has finished in virtual time says no more than no entry
             self._finish = {name: tag for name, tag in self._finish.items() if tag > self._virtual}
+            self._most = max(_TENANTS, 2 * len(self._finish))
         self._finish[request.tenant] = start + request.cost / self._weights.get(request.tenant, 1.0)
 
     def launched(self, view: RequestView, now: float) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.table import Table
@@ -21,6 +24,7 @@ from fpcompile.scheduler import (
 )
 from fpcompile.scheduler.record import Recorder
 from fpcompile.scheduler.simulator import Simulator
+from fpcompile.scheduler.sweep import Cell, CellKey, SweepSetup, run_cell
 from fpcompile.scheduler.synthetic import synthetic_trace
 from fpcompile.scheduler.workload import requests_at
 from fpcompile.serving.bench_cli import app, parse_numbers, parse_policies
@@ -53,6 +57,8 @@ def test_the_report_has_both_goodputs_and_agrees_with_its_points(trace: Path, tm
         assert len(entry["points"]) == 4
         for point in entry["points"]:
             assert min(point["attainment"].values()) + 1e-9 >= point["worst"]
+            assert 0 < point["p50_ttft_ms"] <= point["p99_ttft_ms"]
+            assert 0 < point["mean_ttft_ms"] <= point["p99_ttft_ms"]
     assert report["policies"]["fpcompile"]["max_goodput"] > report["policies"]["fcfs"]["max_goodput"]
     best = report["bound"]["max_goodput"]
     assert (
@@ -80,6 +86,7 @@ def test_the_command_writes_table_pictures_and_json(trace: Path, tmp_path: Path)
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "s-edf" in result.output
+    assert "text 0.25 s" in " ".join(result.output.split()), "the promises are named"
     assert (tmp_path / "r.json").exists()
     page = (tmp_path / "r.md").read_text()
     assert page.count("| `s-edf` |") == 3
@@ -97,6 +104,11 @@ def test_the_command_writes_table_pictures_and_json(trace: Path, tmp_path: Path)
         ["--costs", "missing.json"],
         ["--router", "random", "--num-prompts", "10", "--rates", "1", "--policies", "fcfs"],
         ["--real", "--bound"],
+        ["--rates", "1:inf:1"],
+        ["--burstiness", "0.5"],
+        ["--json", "missing/report.json"],
+        ["--markdown", "missing/report.md"],
+        ["--kv-blocks", "0"],
     ],
 )
 def test_bad_arguments_end_with_a_message_and_code_2(trace: Path, arguments: list[str]) -> None:
@@ -111,6 +123,27 @@ def test_errors_come_before_any_simulation(trace: Path) -> None:
 
     with pytest.raises(UnknownPolicyError):
         run_bench_goodput(trace, ["fcfs", "nope"], runner=never)  # type: ignore[arg-type]
+    wrong: list[dict[str, Any]] = [
+        {"slo_scales": [1.0, -1.0]},
+        {"slo_scales": [0.5], "slo_rate": 0.0},
+        {"rates": [1.0, -2.0]},
+        {"router": "random"},
+        {"replicas": 0},
+        {"replicas": 2, "bound": True},
+        {"options": {"kv_blocks": -1}},
+        {"options": {"patience": 1}},
+        {"json_path": trace.parent / "missing" / "out.json"},
+    ]
+    for more in wrong:
+        with pytest.raises(FpcompileError):
+            run_bench_goodput(trace, ["fcfs"], runner=never, **more)  # type: ignore[arg-type]
+    text = trace.read_text()
+    trace.write_text(text.replace(",text\n", ",speech\n", 1))
+    with pytest.raises(InvalidInputError, match="'speech' has no SLO"):
+        run_bench_goodput(trace, ["fcfs"], runner=never)  # type: ignore[arg-type]
+    trace.write_text("arrival_s,input_tokens,output_tokens,type\n" + "1.0,5,1,text\n" * 3)
+    with pytest.raises(InvalidInputError, match="arrive at once"):
+        run_bench_goodput(trace, ["fcfs"], runner=never)  # type: ignore[arg-type]
 
 
 def test_numbers_and_policies_are_parsed() -> None:
@@ -213,3 +246,17 @@ def test_replay_takes_the_chunks_and_stops_of_the_recorded_policy_out_of_its_cos
             shown = [str(cell) for cell in table.columns[3].cells]
             assert shown[0] == f"{seconds:.3f}", "as recorded"
             assert shown[-1] == f"{expected:.3f}", other
+
+
+def test_synthetic_traffic_can_be_bursty() -> None:
+    seen: list[float] = []
+
+    def runner(setup: SweepSetup, keys: Sequence[CellKey]) -> list[Cell]:
+        seen.append(max(b.arrival - a.arrival for a, b in pairwise(setup.rows)))
+        return [run_cell(setup, key) for key in keys]
+
+    for burstiness in (1.0, 0.1):
+        run_bench_goodput(
+            None, ["fcfs"], rates=[1.0], seeds=1, num_prompts=50, burstiness=burstiness, runner=runner
+        )
+    assert seen[1] > 2 * seen[0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -11,16 +12,20 @@ import pytest
 from fpcompile.errors import InvalidInputError
 from fpcompile.scheduler import (
     Arrival,
+    CostPredictor,
     RankingPolicy,
     Request,
     RequestView,
     Scheduler,
+    State,
     make_policy,
     profile,
 )
 from fpcompile.scheduler.errors import UnknownRequestError
 from fpcompile.scheduler.events import Completed, Dropped, Evict, Launch, Pause, Restore, Yielded
 from fpcompile.scheduler.goodput import attainment
+from fpcompile.scheduler.job import Job
+from fpcompile.scheduler.policies.orders import Edf
 from fpcompile.scheduler.simulator import SimulationResult, Simulator
 from fpcompile.scheduler.synthetic import synthetic_trace
 from fpcompile.scheduler.workload import requests_at
@@ -179,3 +184,87 @@ def test_in_a_small_cache_fewer_runs_are_moved_and_nobody_is_worse_off(
     assert evictions[True] < 0.95 * evictions[False]
     assert worst[True] >= worst[False] - 0.002
     assert not caplog.records, "no suggestion was refused"
+
+
+class Elsewhere(RankingPolicy):
+    """In order of arrival, the latest first; spares a run that is not about to be evicted."""
+
+    name = "elsewhere"
+
+    def rank(self, views: Sequence[RequestView], now: float) -> Iterable[str]:
+        return [view.request.id for view in sorted(views, key=lambda view: -view.sequence)]
+
+    def spares(self, victims: Sequence[tuple[RequestView, float]], now: float) -> RequestView:
+        return Job(Request("nobody", 0.0, 9.0, 1, 1.0), 99)
+
+
+def test_a_policy_that_spares_somebody_else_is_refused_and_named() -> None:
+    core = Scheduler(Elsewhere(), kv_blocks=10, move_s=0.1)
+    core.handle(arrival("old", 0.0, 90.0, 5.0, 8))
+    assert core.handle(arrival("new", 1.0, 9.0, 1.0, 8)) == (Pause("old"),)
+    assert core.handle(Yielded(1.0, "old", 4.0)) == (Evict("old"), Launch("new", ("new",)))
+    core.validate()
+    assert {(who, why) for _, _, who, why in core.refusals} == {("nobody", "spared a run that nobody evicts")}
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "s-edf", "srpt", "fpcompile"])
+def test_the_order_among_some_is_that_among_all(policy: str) -> None:
+    draw = random.Random(5)
+    core = Scheduler(policy)
+    for i in range(40):
+        core.handle(arrival(f"r{i}", 0.01 * i, draw.uniform(0.5, 60.0), draw.uniform(0.1, 3.0), 0))
+        if core.flight and core.flight[0].state is State.PAUSING:
+            core.handle(Yielded(0.01 * i, core.flight[0].id))
+    running, now = core.flight[0], 5.0
+    some = draw.sample(sorted(core.queue.jobs.values(), key=lambda found: found.id), 12)
+    expected = [found for found in core.queue.ordered(now) if found in some]
+    assert core.queue.among(some, now) == expected
+    with_running = core.queue.among(some, now, running)
+    assert [found for found in with_running if found is not running] == [
+        found for found in core.queue.ordered(now, running) if found in some
+    ]
+    best = core.queue.challenger(running, now)
+    if best in some:
+        assert with_running[0] is best
+
+
+@pytest.mark.parametrize("generates", [(0, 5), (5, 0)])
+def test_a_pack_of_which_some_generate_keeps_the_blocks_of_those(generates: tuple[int, int]) -> None:
+    core = Scheduler("edf", predictor=CostPredictor(profile()), pack=1000, kv_blocks=10)
+    core.handle(arrival("first", 0.0, 90.0, 1.0, 1))
+    for name, blocks, tokens in zip("ab", (2, 3), generates, strict=True):
+        request = Request(name, 0.1, 95.0, 100, 0.01, kv_blocks=blocks, decode_tokens=tokens)
+        core.handle(Arrival(0.1, request))
+    assert core.handle(Completed(1.0, "first")) == (Launch("a", ("a", "b")),)
+    core.handle(Completed(1.1, "a"))
+    core.validate()
+    assert core.memory.free == 10 - (2 if generates[0] else 3)
+
+
+def test_a_full_cache_costs_no_look_at_those_who_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only runs that were started have blocks to give: they alone are put in order."""
+    looked = 0
+
+    class Counted(Edf):
+        def key(self, view: RequestView, now: float) -> float:
+            nonlocal looked
+            looked += 1
+            return super().key(view, now)
+
+    core = Scheduler(Counted(), kv_blocks=10)
+    core.handle(arrival("running", 0.0, 500.0, 900.0, 10))
+    for i in range(300):
+        core.handle(arrival(f"r{i}", 0.0, 1000.0 + i, 5.0, 5))
+    asked: list[int] = []
+    among = core.queue.among
+
+    def noted(jobs: Collection[Job], now: float, running: Job | None = None) -> list[Job]:
+        asked.append(len(jobs))
+        return among(jobs, now, running)
+
+    monkeypatch.setattr(core.queue, "among", noted)
+    looked = 0
+    assert core.handle(arrival("urgent", 1.0, 9.0, 1.0, 5)) == (Pause("running"),)
+    assert core.handle(Yielded(1.0, "running", 800.0)) == (Evict("running"), Launch("urgent", ("urgent",)))
+    assert asked == [1, 2]
+    assert looked <= 5

@@ -12,6 +12,7 @@ from fpcompile.scheduler import (
     Arrival,
     Cancelled,
     Completed,
+    CostPredictor,
     EventOrderError,
     Failed,
     Launch,
@@ -28,6 +29,7 @@ from fpcompile.scheduler import (
     Yielded,
     make_policy,
     policy_names,
+    profile,
 )
 
 
@@ -208,3 +210,40 @@ def test_every_end_state_is_reached_by_the_table_and_left_by_none() -> None:
     ends = {State.COMPLETED, State.CANCELLED, State.REJECTED, State.FAILED}
     assert ends <= set(TRANSITIONS.values())
     assert not ends & {state for state, _ in TRANSITIONS}
+
+
+def packed(*names: str) -> Scheduler:
+    """A core whose run ``a`` took the others along and was then paused for ``urgent``."""
+    core = Scheduler("flowprefill", predictor=CostPredictor(profile()))
+    core.handle(Arrival(0.0, request("first", cost=0.1)))
+    for name in names:
+        core.handle(Arrival(0.05, request(name, 0.05)))
+    assert core.handle(Completed(0.1, "first")) == (Launch("a", names),)
+    core.handle(Arrival(0.105, request("urgent", 0.105, due=5.0)))
+    assert core.handle(Yielded(0.11, "a")) == (launch("urgent"),)
+    return core
+
+
+def test_a_paused_pack_that_fails_ends_everybody_in_it() -> None:
+    core = packed("a", "b", "c")
+    core.handle(Cancelled(0.2, "b"))
+    assert core.handle(Failed(0.3, "a", "its memory is gone")) == ()
+    core.validate()
+    assert [core.state(name) for name in "abc"] == [State.FAILED, State.CANCELLED, State.FAILED]
+    assert core.handle(Completed(1.0, "urgent")) == ()
+    assert not core.jobs
+
+
+def test_who_joined_another_run_is_no_run_that_fails() -> None:
+    core = packed("a", "b")
+    with pytest.raises(TransitionError, match="joined another run"):
+        core.handle(Failed(0.3, "b", "what?"))
+    core.validate()
+    assert core.state("b") is State.JOINED
+    assert core.handle(Completed(1.0, "urgent")) == (Launch("a", ("a", "b")),)
+
+
+@pytest.mark.parametrize("wrong", [{"max_queue_s": "1"}, {"kv_blocks": True}, {"trail_cap": None}])
+def test_an_option_that_is_no_number_is_named(wrong: dict[str, object]) -> None:
+    with pytest.raises(InvalidInputError, match=next(iter(wrong))):
+        Scheduler("fcfs", **wrong)  # type: ignore[arg-type]

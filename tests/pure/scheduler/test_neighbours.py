@@ -11,8 +11,11 @@ from fpcompile.scheduler import (
     CostPredictor,
     CostTable,
     Grain,
+    KeyedPolicy,
     Launch,
+    Pause,
     Request,
+    RequestView,
     Scheduler,
     State,
     Yielded,
@@ -20,6 +23,7 @@ from fpcompile.scheduler import (
 )
 from fpcompile.scheduler.batching import Batching, published_batching, slo_batching
 from fpcompile.scheduler.job import Job
+from fpcompile.scheduler.policies.neighbours import Chunked
 from tests.pure.scheduler.driver import finished, job, run_all
 
 MS = CostTable.from_segments([("all", (0.0, 1e-3, 0.0))])
@@ -134,3 +138,55 @@ def test_chunked_and_layered_are_orders_at_another_grain() -> None:
     ):
         with pytest.raises(InvalidInputError):
             make_policy(spec)
+
+
+def test_vllm_starts_nobody_before_one_who_came_first_and_does_not_fit() -> None:
+    core = Scheduler("vllm:1000,400", kv_blocks=10)
+    core.handle(Arrival(0.0, short("first", 800, blocks=6)))
+    core.handle(Arrival(0.1, short("big", 100, blocks=5)))
+    core.handle(Arrival(0.1, short("small", 50, blocks=1)))
+    assert core.handle(Yielded(0.4, "first")) == (Launch("first", ("first",), None, (400,)),)
+    core.validate()
+    assert core.handle(Completed(0.8, "first")) == (Launch("big", ("big", "small"), None, (100, 50)),)
+
+
+def test_a_started_run_takes_the_device_when_the_winner_does_not_fit() -> None:
+    """FlowPrefill's rule: for a winner that does not fit, the runs that have their blocks are looked at."""
+    core = Scheduler("flowprefill", predictor=CostPredictor(MS), kv_blocks=10)
+    core.handle(Arrival(0.0, short("a", 3000, due=20.0, blocks=4)))
+    assert core.handle(Arrival(0.1, short("b", 2500, due=4.0, at=0.1, blocks=4))) == (Pause("a"),)
+    assert core.handle(Yielded(0.1, "a", 2.9)) == (Launch("b", ("b",)),)
+    hasty = Arrival(3.0, short("hasty", 100, due=3.9, at=3.0, blocks=4))
+    assert core.handle(hasty) == (), "it does not fit, and b goes before a"
+    winner = Arrival(4.1, short("winner", 2100, due=10.0, at=4.1, blocks=4))
+    assert core.handle(winner) == (Pause("b"),), "b takes longer than predicted and is late: a goes before b"
+    assert core.handle(Yielded(4.1, "b", 0.5)) == (Launch("a", ("a",)),)
+    core.validate()
+
+
+class Told(KeyedPolicy):
+    """First come, first served; remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def key(self, view: RequestView, now: float) -> float:
+        return view.request.arrival
+
+    def joined(self, view: RequestView, lead: RequestView, now: float) -> None:
+        self.heard.append(f"{view.request.id} joined {lead.request.id}")
+
+    def stopped(self, view: RequestView, now: float) -> None:
+        self.heard.append(f"{view.request.id} stopped")
+
+
+def test_the_order_of_another_grain_hears_all_that_happens() -> None:
+    inner = Told()
+    policy = make_policy("chunked:512,edf")
+    assert isinstance(policy, Chunked)
+    policy._inner = inner
+    core = Scheduler(policy, predictor=CostPredictor(MS), pack=500)
+    for name in ("first", "a", "b"):
+        core.handle(Arrival(0.0, short(name, 100)))
+    core.handle(Completed(0.1, "first"))
+    assert inner.heard == ["first stopped", "b joined a"]

@@ -154,3 +154,27 @@ def test_a_full_cache_never_blocks_the_urgent_one(policy: str) -> None:
     assert commands[-1] == launch("urgent")
     assert {type(command) for command in commands[:-1]} == {Evict}
     core.validate()
+
+
+def test_the_suspension_cap_brings_an_evicted_run_back() -> None:
+    stream = [job(f"u{i}", 1.0 + i, 3.0 + i, 1.0, kv_blocks=8) for i in range(6)]
+    requests = [job("long", 0.0, 50.0, 2.0, kv_blocks=8), *stream]
+    assert finished(run_all("edf", requests, kv_blocks=10))[-1] == "long"
+    log = run_all("edf", requests, kv_blocks=10, suspension_cap_s=1.5)
+    assert [line for line in log if line.startswith("2.5 ")] == [
+        "2.5 pause u1", "2.5 evict u1", "2.5 restore long", "2.5 launch long",
+    ]  # fmt: skip
+    assert "3.5 done long" in log
+
+
+def test_a_run_that_was_suspended_for_too_long_goes_on_when_its_quota_is_used_up() -> None:
+    core = Scheduler("edf", suspension_cap_s=1.0, max_segments=1)
+    core.handle(Arrival(0.0, job("long", 0.0, 50.0, 4.0)))
+    core.handle(Arrival(0.5, job("a", 0.5, 9.0, 4.0)))
+    core.handle(Yielded(0.5, "long", 3.5))
+    assert core.handle(Yielded(1.6, "a", 2.9))[0] == Launch("long", ("long",), 1), "1.1 s are too long"
+    assert core.handle(Yielded(2.0, "long", 3.1))[0] == Launch("long", ("long",), 1), "and not for one launch"
+    core.handle(Arrival(2.1, job("b", 2.1, 3.5, 0.5)))
+    assert core.handle(Yielded(2.2, "long", 2.9))[0] == Launch("long", ("long",), 1)
+    assert core.handle(Completed(5.0, "long"))[0].run == "a"  # type: ignore[union-attr]
+    core.validate()

@@ -9,7 +9,7 @@ import pytest
 
 from fpcompile.scheduler import Arrival, Completed, Launch, Pause, Request, Scheduler, Yielded, make_policy
 from fpcompile.scheduler.job import Job
-from fpcompile.scheduler.policies.orders import SlackEdf
+from fpcompile.scheduler.policies.orders import SlackEdf, Wfq
 from fpcompile.scheduler.policy import KeyedPolicy
 from fpcompile.scheduler.queue import KeyedQueue
 
@@ -159,3 +159,39 @@ def test_wfq_shares_between_tenants_and_keeps_no_credit() -> None:
     assert [line.split()[-1] for line in log if "done" in line] == ["f0", "f1", "f2", "o0", "f3", "o1"]
     log = run_all("wfq:other=2", [*flood, *other])
     assert [line.split()[-1] for line in log if "done" in line] == ["f0", "f1", "f2", "o0", "o1", "f3"]
+
+
+def test_wfq_pauses_nobody() -> None:
+    """No arrival has a start tag below that of the run on the device."""
+    draw = random.Random(4)
+    requests = [
+        Request(f"r{i}", 0.25 * i, 99.0, 10, 0.25 * draw.randint(1, 9), tenant=draw.choice("abc"))
+        for i in range(60)
+    ]
+    log = run_all("wfq:a=3", requests)
+    assert len([line for line in log if "done" in line]) == 60
+    assert not [line for line in log if "pause" in line]
+
+
+def test_wfq_looks_at_all_tenants_once_in_a_while_only() -> None:
+    policy = make_policy("wfq")
+    assert isinstance(policy, Wfq)
+    rebuilt, before = 0, policy._finish
+    for i in range(20_000):
+        policy.arrived(Job(Request(f"r{i}", 0.0, 9.0, 10, 1.0, tenant=f"t{i}"), i), 0.0)
+        rebuilt += policy._finish is not before
+        before = policy._finish
+    assert len(policy._finish) == 20_000, "all of them have work"
+    assert rebuilt <= 4
+
+
+def test_what_has_left_the_queue_is_not_kept_until_its_key_would_expire() -> None:
+    queue = KeyedQueue(SlackEdf())
+    for i in range(2000):
+        job = Job(Request(f"r{i}", 0.0, 1e6, 10, 1.0), i)
+        queue.add(job, 0.0)
+        assert queue.best(0.0) is job
+        queue.remove(job)
+    assert len(queue._heap) <= 65
+    assert len(queue._expiry) <= 65
+    queue.validate()

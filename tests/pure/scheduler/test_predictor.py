@@ -66,6 +66,9 @@ def test_costs_files_round_trip_and_repeat_layers(tmp_path: Path) -> None:
         ('{"segments": [{"name": "x", "a": NaN, "b": 2, "c": 0}]}', "'a'"),
         ('{"segments": [{"name": "x", "a": "1", "b": 2, "c": 0}]}', "'a'"),
         ('{"segments": [{"repeat": 0, "segments": []}]}', "repeated"),
+        ('{"segments": [{"name": "x", "a": 0, "b": 0, "c": 0}]}', "all costs are zero"),
+        ('{"segments": [{"name": "x", "a": 1, "b": 2, "c": 0, "layer": "y"}]}', "layer"),
+        ('{"segments": [{"name": "x", "a": 1, "b": 2, "c": 0, "layer": -2}]}', "layer"),
         ('{"speed": 1, "segments": [{"name": "x", "a": 1, "b": 2, "c": 0}]}', "unknown field 'speed'"),
     ],
 )

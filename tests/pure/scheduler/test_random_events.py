@@ -28,6 +28,7 @@ from fpcompile.scheduler import (
     Yielded,
     profile,
 )
+from fpcompile.scheduler.events import Dropped
 
 SPECS = (
     "fcfs", "edf", "s-edf", "srpt", "priority", "wfq", "chunked:512,s-edf", "vllm:600,200", "layered:4,edf",
@@ -44,8 +45,8 @@ class Driver:
         self.names: list[str] = []
         self.asked = False
 
-    def send(self, event: Event) -> None:
-        for command in self.core.handle(event):
+    def send(self, *events: Event) -> None:
+        for command in self.core.handle_all(events):
             if isinstance(command, Launch):
                 assert not self.flying, "one launch at a time"
                 self.flying, self.asked = command.run, False
@@ -60,7 +61,7 @@ class Driver:
                 assert command.run != self.flying
         self.core.validate()
 
-    def arrive(self) -> None:
+    def arrival(self) -> Arrival:
         tokens = self.draw.draw(st.sampled_from([20, 200, 700, 3000]))
         cost = profile().seconds(tokens)
         slack = self.draw.draw(st.sampled_from([-0.1, 0.0, 0.1, 1.0]))
@@ -71,27 +72,46 @@ class Driver:
         due = self.now + cost + slack
         blocks = self.draw.draw(st.integers(0, 6))
         request = Request(
-            name, self.now, due, tokens, cost, slo=1.0, klass=klass, tenant=klass, kv_blocks=blocks
-        )
-        self.send(Arrival(self.now, request))
+            name, self.now, due, tokens, cost, slo=1.0, klass=klass, tenant=klass, kv_blocks=blocks,
+            decode_tokens=self.draw.draw(st.sampled_from([0, 0, 5])),
+        )  # fmt: skip
+        return Arrival(self.now, request)
 
     def land(self, kind: str) -> None:
         run, self.flying = self.flying, ""
+        event: Event = Yielded(self.now, run)
         if kind == "completed":
-            self.send(Completed(self.now, run))
+            event = Completed(self.now, run)
         elif kind == "failed":
-            self.send(Failed(self.now, run, "boom"))
-        else:
-            self.send(Yielded(self.now, run))
+            event = Failed(self.now, run, "boom")
+        self.send(event, *(self.arrival() for _ in range(self.draw.draw(st.sampled_from([0, 0, 1, 2])))))
+
+    def resting(self) -> list[str]:
+        """Runs that were stopped, wherever their memory is."""
+        return [name for name, job in self.core.jobs.items() if job.state in (State.PAUSED, State.EVICTED)]
+
+    def most_free(self) -> int:
+        """What a device reports when nothing is decoded any more."""
+        return int(self.core.memory.capacity) - sum(job.held for job in self.core.jobs.values())
+
+    def meddle(self, kind: str) -> None:
+        """What happens to runs that are not on the device, and to its memory."""
+        if kind == "memory" and self.core.memory.limited:
+            free = self.draw.draw(st.integers(int(self.core.memory.free), self.most_free()))
+            self.send(Memory(self.now, free))
+        elif kind != "memory" and (names := self.resting()):
+            name = self.draw.draw(st.sampled_from(names))
+            self.send(Failed(self.now, name, "gone") if kind == "lost" else Dropped(self.now, name, 0.7))
 
     def step(self) -> None:
         self.now += self.draw.draw(st.sampled_from([0.0, 0.001, 0.05, 0.3]))
         kinds = ["arrive", "arrive", "cancel", "timer", "decoding"]
         if self.flying:
             kinds += ["completed", "yielded", "failed", "completed"]
+        kinds += ["lost", "dropped", "memory"]
         kind = self.draw.draw(st.sampled_from(kinds))
         if kind == "arrive":
-            self.arrive()
+            self.send(self.arrival())
         elif kind == "cancel" and self.names:
             self.send(Cancelled(self.now, self.draw.draw(st.sampled_from(self.names))))
         elif kind == "timer":
@@ -100,17 +120,20 @@ class Driver:
             self.send(Decoding(self.now, self.draw.draw(st.sampled_from([0.0, 0.2, 0.9]))))
         elif kind in ("completed", "yielded", "failed"):
             self.land(kind)
+        elif kind in ("lost", "dropped", "memory"):
+            self.meddle(kind)
 
     def drain(self) -> None:
         for _ in range(10 * self.count + 10):
-            if not self.flying:
-                break
+            if not self.core.jobs:
+                return
             self.now += 0.1
-            self.land("completed")
-        else:
-            raise AssertionError("the queue does not drain")
-        if self.core.memory.limited:
-            self.send(Memory(self.now, int(self.core.memory.capacity)))
+            if self.flying:
+                run, self.flying = self.flying, ""
+                self.send(Completed(self.now, run))
+            else:
+                self.send(Memory(self.now, self.most_free()))
+        raise AssertionError("the queue does not drain")
 
 
 @pytest.mark.slow
@@ -126,6 +149,8 @@ def test_invariants_hold_and_every_request_ends(spec: str, draw: st.DataObject) 
                 {"kv_blocks": 8},
                 {"suspension_cap_s": 0.1},
                 {"trail_cap": 0.5, "hysteresis_s": 0.02},
+                {"max_segments": 2, "suspension_cap_s": 0.1},
+                {"kv_blocks": 8, "suspension_cap_s": 0.05, "move_s": 0.01},
             ]
         )
     )

@@ -212,3 +212,20 @@ def test_commands_survive_the_round_trip(tmp_path: Path) -> None:
     launches = [c for _, commands in read_log(path).steps for c in commands if isinstance(c, Launch)]
     assert any(launch.tokens and len(launch.tokens) > 1 for launch in launches)
     assert all(isinstance(launch.requests, tuple) for launch in launches)
+
+
+def test_a_log_with_options_of_another_version_is_a_typed_error(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    recorded(path, "fcfs")
+    path.write_text(path.read_text().replace('"max_queue_s"', '"max_queue_h"', 1))
+    with pytest.raises(InvalidInputError, match="unknown scheduler option 'max_queue_h'"):
+        differences(read_log(path))
+
+
+def test_only_what_was_asked_for_counts_as_a_pause(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    requests = recorded(path, "s-edf", max_segments=20)
+    expected = simulate("s-edf", requests, profile(), slowdown=slowdown, max_segments=20).outcomes
+    found = outcomes_of(read_log(path))
+    assert [o.preemptions for o in found] == [o.preemptions for o in expected]
+    assert 0 < sum(o.preemptions for o in found) < path.read_text().count('"Yielded"')

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import ceil
 
 import pytest
 
 from fpcompile.errors import InvalidInputError, UnknownNameError
-from fpcompile.scheduler import CostTable, Grain, Request, profile
+from fpcompile.scheduler import (
+    Command,
+    Completed,
+    CostTable,
+    Event,
+    Grain,
+    Launch,
+    Request,
+    SegmentCost,
+    Yielded,
+    profile,
+)
 from fpcompile.scheduler.profiles import SLO_TABLE
 from fpcompile.scheduler.routers import least_work, round_robin, simulate_replicas
-from fpcompile.scheduler.simulator import SimulationResult, simulate
+from fpcompile.scheduler.simulator import SimulationResult, Simulator, simulate
 from fpcompile.scheduler.synthetic import synthetic_trace
 from fpcompile.scheduler.timeline import Timelines
 from fpcompile.scheduler.workload import requests_at
@@ -188,3 +200,67 @@ def test_routers_and_replicas() -> None:
         simulate_replicas("fcfs", requests, LINEAR, router="random")
     with pytest.raises(InvalidInputError):
         simulate_replicas("fcfs", requests, LINEAR, replicas=0)
+
+
+def test_a_quota_of_launches_gives_the_device_back_at_the_stop_points() -> None:
+    seen: list[tuple[float, str]] = []
+
+    def log(event: Event, commands: tuple[Command, ...]) -> None:
+        if isinstance(event, Yielded | Completed):
+            seen.append((event.time, type(event).__name__))
+
+    requests = [job("a", 0.0, 99.0, 0.12)]
+    simulate("edf", [replace(requests[0], tokens=10)], LAYERS, max_segments=5, log=log)
+    assert [time for time, _ in seen] == pytest.approx([0.05, 0.10, 0.12]), "12 segments of 10 ms"
+    assert [kind for _, kind in seen] == ["Yielded", "Yielded", "Completed"]
+    seen.clear()
+    tiles = "fpcompile:budget_us=35000"
+    result = simulate(tiles, [replace(requests[0], tokens=10)], LAYERS, max_segments=3, log=log)
+    assert [time for time, _ in seen] == pytest.approx([0.09, 0.12]), "4 tiles of 30 ms"
+    assert result.outcomes[0].preemptions == 0, "nobody else had the device"
+
+
+def test_a_pause_in_a_quota_stops_where_the_quota_ends_at_the_latest() -> None:
+    long, urgent = replace(job("long", 0.0, 99.0, 0.12), tokens=10), job("urgent", 0.005, 0.5, 0.012)
+    quick = simulate("edf", [long, urgent], LAYERS, max_segments=1)
+    assert quick.blocking == pytest.approx([0.005])
+    assert quick.outcomes[0].preemptions == 1
+
+
+def test_what_ends_when_blocks_come_back_frees_its_own_as_well() -> None:
+    """`b` ends at 2.0, in the moment at which `a` has been decoded to its end."""
+    requests = [
+        job("a", 0.0, 99.0, 1.0, kv_blocks=4, decode_tokens=2),
+        job("b", 0.0, 99.0, 1.0, kv_blocks=4),
+        job("c", 0.5, 99.0, 1.0, kv_blocks=8),
+    ]
+    simulator = Simulator("fcfs", LINEAR, kv_blocks=8, decode_s=0.5)
+    result = simulator.run(requests)
+    assert result.outcomes[2].ttft == pytest.approx(2.5), "it begins at 2.0"
+    assert simulator.core.memory.free == 8
+
+
+@pytest.mark.parametrize("decode_s", [0.0, 0.1])
+@pytest.mark.parametrize("policy", ["flowprefill", "vllm:4000", "fpcompile:pack=2048"])
+def test_all_blocks_come_back_whoever_generates(policy: str, decode_s: float) -> None:
+    requests = [replace(r, decode_tokens=(0, 7)[i % 2]) for i, r in enumerate(traffic(60, 9.0))]
+    blocks = max(request.kv_blocks for request in requests) + 200
+    launched: list[int] = []
+
+    def log(_: Event, commands: tuple[Command, ...]) -> None:
+        launched.extend(len(command.requests) for command in commands if isinstance(command, Launch))
+
+    simulator = Simulator(policy, profile(), kv_blocks=blocks, decode_s=decode_s, log=log)
+    result = simulator.run(requests)
+    assert simulator.core.memory.free == blocks
+    assert all(outcome.ttft is not None for outcome in result.outcomes)
+    assert max(launched) > 1, "some shared a launch"
+
+
+def test_layers_may_be_numbered_with_holes() -> None:
+    rows = [SegmentCost(f"part{i}", 0.0, 0.001, 0.0, layer) for i, layer in enumerate((-1, 0, 0, 5, 5, 7))]
+    table = CostTable(tuple(rows))
+    assert stops(table, Grain("layers", 3), 1) == pytest.approx([0.003, 0.005, 0.006])
+    assert stops(table, Grain("layers", 99), 1) == pytest.approx([0.003, 0.005, 0.006])
+    assert stops(table, Grain("half-layer"), 1) == pytest.approx([0.002, 0.003, 0.004, 0.005, 0.006])
+    assert stops(CostTable((rows[0],)), Grain("layers", 4), 1) == pytest.approx([0.001]), "none at all"

@@ -77,6 +77,7 @@ HEAD = "arrival_s,input_tokens,output_tokens,type\n0.0,10,1,conv\n"
         ("a.jsonl", '{"timestamp": 0, "input_length": 5, "output_length": 1}\n[1]\n', 2, None),
         ("a.jsonl", '{"timestamp": 0, "input_length": 5}\n', 1, "output_length"),
         ("a.jsonl", '{"timestamp": 0, "input_length": null, "output_length": 1}\n', 1, "input_length"),
+        ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03+xx,1,1\n", 2, "TIMESTAMP"),
     ],
 )
 def test_a_malformed_line_is_named(
@@ -96,6 +97,11 @@ def test_unreadable_and_empty_traces(tmp_path: Path) -> None:
     (tmp_path / "bad.csv.gz").write_bytes(b"no gzip")
     with pytest.raises(InvalidInputError, match="cannot read the trace"):
         read_trace(tmp_path / "bad.csv.gz")
+    whole = gzip.compress(HEAD.encode() * 50)
+    for at in (12, len(whole) - 20):
+        (tmp_path / "bad.csv.gz").write_bytes(whole[:at] + b"\xff\x00\xff" + whole[at + 3 :])
+        with pytest.raises(InvalidInputError, match="cannot read the trace"):
+            read_trace(tmp_path / "bad.csv.gz")
     (tmp_path / "empty.csv").write_text("arrival_s,input_tokens,output_tokens,type\n")
     with pytest.raises(InvalidInputError, match="empty"):
         read_trace(tmp_path / "empty.csv")
@@ -176,3 +182,29 @@ def test_synthetic_traffic_has_the_documented_shape() -> None:
     assert deviation / mean == pytest.approx(5**0.5, rel=0.15)
     with pytest.raises(InvalidInputError):
         synthetic_trace(10, burstiness=0.0)
+
+
+def test_marks_zones_and_absent_types_are_understood(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + HEAD.encode())
+    assert [row.tokens for row in read_trace(path)] == [10], "a byte order mark"
+    head = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+    path.write_text(head + "2024-05-10 00:00:00.009930+00:00,5,1\n2024-05-10 02:00:00.5+01:00,6,1\n")
+    assert read_trace(path)[1].arrival == pytest.approx(3600.5 - 0.00993)
+    path.write_text(
+        '{"chat_id": 1, "timestamp": 0, "input_length": 2000, "output_length": 1, "type": null}\n'
+    )
+    assert read_trace(path)[0].klass == "search", "no type: by length"
+
+
+def test_requests_that_all_arrive_at_once_have_no_rate() -> None:
+    with pytest.raises(InvalidInputError, match="arrive at once"):
+        requests_at([TraceRow(3.0, 10, klass="text")] * 4, 1.0, profile(), {"text": 1.0})
+
+
+def test_a_line_that_is_no_csv_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"{HEAD}1.0,{'5' * 140_000},1,conv\n")
+    with pytest.raises(TraceError, match="not csv") as told:
+        read_trace(path)
+    assert told.value.line == 3

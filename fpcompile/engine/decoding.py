@@ -30,7 +30,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Protocol, final
+from typing import Any, Final, Protocol, final
 
 from fpcompile.engine.errors import twin
 from fpcompile.engine.generation import DEFAULT_TBT_SLO, Generation, check_tbt_slo
@@ -47,6 +47,8 @@ from fpcompile.executor.faults import forget_frames, out_of_memory
 __all__ = ["DecodeOptions", "Lane"]
 
 logger = logging.getLogger(__name__)
+
+_MOST: Final = 0.9  # of the device: behind each step a prompt makes a launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,7 @@ class Lane:
         self._members: dict[str, Ticket] = {}
         self._step: TokenStep | None = None
         self._next: tuple[list[Ticket], float, float] | None = None
+        self._share: float | None = None
         self._owes = False
         self._flies = False
         self._again = False
@@ -138,18 +141,41 @@ class Lane:
             return
         ticket.prefilled(generation)
         self._members[ticket.id] = ticket
-        self._next = None
+        self._next = self._share = None
         self._took(ticket, token)
 
     def drop(self, ticket: Ticket) -> None:
         """A request has ended."""
         if self._members.pop(ticket.id, None) is None:
             return
-        self._next = None
+        self._next = self._share = None
         step = self._step
         if step is not None and not any(other.id in self._members for other in step.tickets):
             self._step = None
             step.release()
+
+    @property
+    def share(self) -> float:
+        """The share of device time that the streams ask for beside prompts; 0 where prompts go first.
+
+        That is what the steps of each program take, once in the shortest of its times between tokens: what a
+        stream is ahead of its deadlines is not counted on.
+        """
+        if not self._members or not self.options.first:
+            return 0.0
+        if self._share is None:
+            programs = dict.fromkeys(ticket.program for ticket in self._members.values())
+            asked = sum(map(self._asked, programs))
+            self._share = min(asked, _MOST)
+        return self._share
+
+    def _asked(self, program: str) -> float:
+        tickets = [ticket for ticket in self._members.values() if ticket.program == program]
+        decoder = _generation(tickets[0]).decoder
+        batch = tickets[: self.options.max_batch if decoder.together else 1]
+        predicted = decoder.seconds([_generation(t).sequence for t in batch], _budgets(batch))
+        seconds = self._prices.corrected(program, len(batch), predicted)
+        return seconds * len(tickets) / len(batch) / min(_generation(t).tbt_slo for t in tickets)
 
     def clear(self) -> None:
         """Everybody has ended."""
@@ -264,6 +290,7 @@ class Lane:
         self._make_room()
 
     def _learn(self, step: TokenStep) -> None:
+        self._share = None
         name = step.tickets[0].program
         self._prices.learn(name, len(step.tickets), step.predicted, step.executed)
 

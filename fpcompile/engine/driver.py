@@ -25,10 +25,10 @@ from typing import Any, final
 from fpcompile.engine import journal
 from fpcompile.engine.decoding import DecodeOptions, Lane
 from fpcompile.engine.errors import twin
-from fpcompile.engine.flight import Flight
+from fpcompile.engine.flight import Boarding, Flight
 from fpcompile.engine.health import Launching, Watchdog
 from fpcompile.engine.hearing import Hearing
-from fpcompile.engine.loads import UNFINISHED, Load, load_of
+from fpcompile.engine.loads import UNFINISHED, Load
 from fpcompile.engine.memory import Memory
 from fpcompile.engine.metrics import Ended, Ticket
 from fpcompile.engine.pilot import Ending, Landing, Pilot
@@ -52,6 +52,7 @@ from fpcompile.scheduler.events import (
     Cancelled,
     Command,
     Completed,
+    Decoding,
     Dropped,
     Event,
     Evict,
@@ -70,6 +71,7 @@ __all__ = ["Driver"]
 logger = logging.getLogger(__name__)
 
 _SHORTEST = 1e-3  # seconds; nobody is told to come back sooner
+_NOTABLE = 0.02  # of the device: smaller changes of what decode steps take are not told
 
 
 @final
@@ -92,7 +94,6 @@ class Driver(Hearing):
         on_segment: Hook | None = None,
         record: str | Path | None = None,
     ) -> None:
-        self.programs = programs
         hook = joined(recorder, on_segment)
         self.pilot = Pilot(device, clock=clock, max_blocking=max_blocking, on_segment=hook)
         super().__init__(make_core, registry=registry, clock=clock, recorder=recorder, record=record)
@@ -107,6 +108,8 @@ class Driver(Hearing):
         self.abandoned = False
         """Whether the engine is closed without waiting for its requests."""
         self._flight: Flight | None = None
+        self._boarding = Boarding(self.pilot, memory, programs, registry, recorder)
+        self._decoding = 0.0  # share of the device, as the scheduler was told
 
     # ---- for the owner of the loop
 
@@ -137,7 +140,8 @@ class Driver(Hearing):
             return _SHORTEST
         load = flight.load
         whole = self.prices.corrected(load.owner, load.tokens, load.seconds)
-        return max(whole - load.executed - (self.clock() - flight.begun), _SHORTEST)
+        left = whole - load.executed - (self.clock() - flight.begun)
+        return max(left / (1 - self._decoding), _SHORTEST)
 
     def statistics(self) -> EngineStatistics:
         """A snapshot; from any thread."""
@@ -418,48 +422,21 @@ class Driver(Hearing):
             raise InternalError("a command that this engine does not know", got=repr(command))
 
     def _launch(self, command: Launch) -> None:
-        now = self._now()
         tickets = [self._known[name] for name in command.requests if name in self._known]
-        error: Exception | None = None
-        for ticket in tickets:
-            if self.recorder is not None:
-                self.recorder.launched(ticket, now)
-            if ticket.started is None:
-                self.registry.started()
-                error = self._seat(ticket) or error
-            ticket.launched(now, tickets)
-            journal.launched(ticket)
-        load = load_of(command, tickets, self.programs[tickets[0].program], self.pilot.cost)
-        self._flight = Flight(load, command.max_segments, now, error=error or self._board(load))
-
-    def _seat(self, ticket: Ticket) -> Exception | None:
-        """A request is launched first: its inputs are the device's, and it has its blocks."""
-        try:
-            if ticket.ready is not None:
-                self.pilot.take(ticket.run, ticket.ready)
-            self.memory.seat(ticket)
-        except Exception as error:
-            self.pilot.check(error)
-            return error
-        return None
+        self._flight = self._boarding.board(command, tickets, self._now())
 
     def _besides(self) -> list[Event]:
         now, core = self._now(), self.core
-        return [
+        told: list[Event] = [
             Dropped(now, load.name, self.prices.corrected(load.owner, load.tokens, seconds))
             for load, seconds in self.memory.take_dropped()
             if load.name in core.jobs
         ]
-
-    def _board(self, load: Load) -> Exception | None:
-        """What the run needs is on the device again, or an error that is its own."""
-        try:
-            if self.memory.board(load):
-                load.cost = self.pilot.cost(load.program, load.run)
-        except Exception as error:
-            self.pilot.check(error)
-            return error
-        return None
+        share = self.lane.share
+        if share != self._decoding and (not share or abs(share - self._decoding) > _NOTABLE):
+            self._decoding = share
+            told.append(Decoding(self._last, share))  # in front of who arrives
+        return told
 
     def _pause(self, command: Pause, events: Sequence[Event]) -> None:
         flight = self._flight
@@ -519,6 +496,7 @@ class Driver(Hearing):
 
     def _forsaken(self) -> None:
         """The scheduler has failed: the flight was its own."""
+        self._decoding = 0.0  # the next one was told nothing
         if self._flight is not None:
             self.pilot.clear()
             self._land(self._flight)

@@ -1,12 +1,25 @@
-"""The run that has the device, from the scheduler's Launch to its Yielded, Completed or Failed."""
+"""The run that has the device, from the scheduler's Launch to its Yielded, Completed or Failed.
+
+A launch becomes a flight by *boarding*: a request that is launched first gets its inputs and its blocks, what
+was moved away is brought back, and whoever goes on is told.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fpcompile.engine.loads import Load
+from fpcompile.engine import journal
+from fpcompile.engine.loads import Load, load_of
+from fpcompile.engine.memory import Memory
+from fpcompile.engine.metrics import Ticket
+from fpcompile.engine.pilot import Pilot
+from fpcompile.engine.programs import Programs
+from fpcompile.engine.recorder import Recorder
+from fpcompile.engine.registry import Registry
+from fpcompile.scheduler.events import Launch
 
-__all__ = ["Flight"]
+__all__ = ["Boarding", "Flight"]
 
 
 @dataclass(slots=True)
@@ -28,3 +41,56 @@ class Flight:
     lends: bool = False
     error: Exception | None = None
     """Why it cannot be brought back to the device."""
+
+
+class Boarding:
+    """Makes flights."""
+
+    def __init__(
+        self,
+        pilot: Pilot,
+        memory: Memory,
+        programs: Programs,
+        registry: Registry,
+        recorder: Recorder | None,
+    ) -> None:
+        self._pilot, self._memory = pilot, memory
+        self._programs, self._registry, self._recorder = programs, registry, recorder
+
+    def board(self, command: Launch, tickets: Sequence[Ticket], now: float) -> Flight:
+        """The flight of ``tickets``, whose requests ``command`` names.
+
+        Raises :class:`DeviceFailedError`; any other error is the flight's own.
+        """
+        error: Exception | None = None
+        for ticket in tickets:
+            if self._recorder is not None:
+                self._recorder.launched(ticket, now)
+            if ticket.started is None:
+                self._registry.started()
+                error = self._seat(ticket) or error
+            ticket.launched(now, tickets)
+            journal.launched(ticket)
+        load = load_of(command, tickets, self._programs[tickets[0].program], self._pilot.cost)
+        return Flight(load, command.max_segments, now, error=error or self._bring_back(load))
+
+    def _seat(self, ticket: Ticket) -> Exception | None:
+        """A request is launched first: its inputs are the device's, and it has its blocks."""
+        try:
+            if ticket.ready is not None:
+                self._pilot.take(ticket.run, ticket.ready)
+            self._memory.seat(ticket)
+        except Exception as error:
+            self._pilot.check(error)
+            return error
+        return None
+
+    def _bring_back(self, load: Load) -> Exception | None:
+        """What the run needs is on the device again, or an error that is its own."""
+        try:
+            if self._memory.board(load):
+                load.cost = self._pilot.cost(load.program, load.run)
+        except Exception as error:
+            self._pilot.check(error)
+            return error
+        return None

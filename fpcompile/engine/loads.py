@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, final
 
 from fpcompile.engine.metrics import Ticket
-from fpcompile.engine.prices import next_cost, seconds_left, seconds_whole
+from fpcompile.engine.prices import context_of, next_cost, seconds_left, seconds_whole
 from fpcompile.engine.programs import ProgramLike, RunLike
 from fpcompile.executor.program import Program
 from fpcompile.executor.run import Run
@@ -36,6 +36,7 @@ class Load:
     """
 
     __slots__ = (
+        "_context",
         "cost",
         "executed",
         "name",
@@ -67,6 +68,7 @@ class Load:
         self.tokens, self.seconds, self.cost = tokens, seconds, cost
         self.shared, self.slices = shared, slices
         self.executed = 0.0
+        self._context: float | None = None
         self.retried = False
         """Whether it was begun again because memory ran out."""
 
@@ -88,13 +90,15 @@ class Load:
 
     def begin_again(self) -> None:
         """The run is at its beginning again: what it executed is lost, and its launches may be others."""
-        self.executed, self.cost = 0.0, None
+        self.executed, self.cost, self._context = 0.0, None, None
         if not self.shared:
             self.tokens, self.seconds = self.run.tokens, self.left()
 
     def left(self) -> float:
         """Predicted seconds that are left, without corrections."""
-        return seconds_left(self.program, self.run)
+        if self._context is None:
+            self._context = context_of(self.run)
+        return seconds_left(self.program, self.run, self._context)
 
     def whole(self) -> float:
         """Predicted seconds of the whole load, without corrections, once its run is done."""

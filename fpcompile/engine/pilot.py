@@ -46,6 +46,10 @@ class Landing:
     error: Exception | None = None
 
 
+_STOPPED, _UNDERWAY = Landing(Ending.STOPPED), Landing(Ending.UNDERWAY)
+_NOTHING = contextlib.nullcontext()
+
+
 class Pilot:
     """Flies runs on one device, one at a time."""
 
@@ -62,9 +66,14 @@ class Pilot:
         self._hook = on_segment
         self._ahead = RunAhead(device, max_blocking=max_blocking) if device.asynchronous else None
 
-    @contextlib.contextmanager
-    def ready(self) -> Iterator[None]:
+    def ready(self) -> contextlib.AbstractContextManager[None]:
         """What must surround every flight in its thread: the device's stream, and no gradients."""
+        if self._ahead is None and not torch.is_grad_enabled():
+            return _NOTHING
+        return self._made_ready()
+
+    @contextlib.contextmanager
+    def _made_ready(self) -> Iterator[None]:
         with self.device.active(), torch.no_grad():
             yield
 
@@ -95,19 +104,20 @@ class Pilot:
                 run, stop, limit, ahead=self._ahead, cost=cost, on_segment=self._hook, clock=self._clock
             )
             if outcome is Outcome.QUOTA and not gives_back:
-                return Landing(Ending.UNDERWAY)
-            value = run.result() if outcome is Outcome.DONE else None
-            if self._ahead is not None:
-                self.device.hand_over(tensors_in(value))
-                self._ahead.drain()  # behind the result, which launches work of its own
-            return Landing(Ending.DONE if outcome is Outcome.DONE else Ending.STOPPED, value=value)
+                return _UNDERWAY
+            if outcome is not Outcome.DONE:
+                self.wait()
+                return _STOPPED
+            value = run.result()
+            self.deliver(value)  # it launches work of its own
+            return Landing(Ending.DONE, value=value)
         except Exception as error:
             self.check(error)
             self.clear()
             return Landing(Ending.FAILED, error=error)
 
     def deliver(self, output: Any) -> None:
-        """Before callers get what was made outside a flight: on their streams, and complete."""
+        """Before callers get what was made: on their streams, and complete."""
         if self._ahead is not None:
             self.device.hand_over(tensors_in(output))
             self._ahead.drain()

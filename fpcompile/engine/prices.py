@@ -37,13 +37,13 @@ def context_of(run: RunLike) -> float:
     return run.call.shape.mean_context if isinstance(run, Run) else run.tokens
 
 
-def seconds_left(program: ProgramLike, run: RunLike) -> float:
-    """Predicted seconds until ``run`` is done."""
+def seconds_left(program: ProgramLike, run: RunLike, context: float | None = None) -> float:
+    """Predicted seconds until ``run`` is done; ``context`` is :func:`context_of` it, if that is known."""
     if isinstance(run, Chunks):
         return sum(_seconds(program, shape) for shape in run.left())
-    start = run.cursor
-    left = program.predict(tokens=run.tokens, rows=run.rows, context=context_of(run), start=start)
-    return max(left, 0.0)
+    if context is None:
+        context = context_of(run)
+    return max(program.predict(tokens=run.tokens, rows=run.rows, context=context, start=run.cursor), 0.0)
 
 
 def seconds_whole(program: ProgramLike, run: RunLike) -> float:

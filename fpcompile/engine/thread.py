@@ -14,6 +14,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Final
 
+import torch
+
 from fpcompile.engine.driver import Driver
 from fpcompile.engine.errors import Home
 
@@ -49,12 +51,13 @@ def _serve(driver: Driver, prepare: Callable[[], object], prepared: Future[None]
             return
         prepared.set_result(None)
         del prepare, prepared
-        while True:
-            if not driver.turn():
-                if driver.registry.closed and not len(driver.registry):
-                    return
-                driver.give_up_what_is_held()
-                driver.inbox.wait(driver.idle_seconds())
+        with torch.no_grad():  # once: entering it costs each turn more than looking
+            while True:
+                if not driver.turn():
+                    if driver.registry.closed and not len(driver.registry):
+                        return
+                    driver.give_up_what_is_held()
+                    driver.inbox.wait(driver.idle_seconds())
     except BaseException as error:
         driver.abort(error)
     finally:

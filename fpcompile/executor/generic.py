@@ -56,11 +56,12 @@ class GenericCall(Call):
     symbols: Mapping[str, int]
     tokens: int
     context: int
+    lengths: Mapping[str, int] = dataclasses.field(init=False)
+    """The main length and the variant's symbols."""
 
-    @property
-    def lengths(self) -> dict[str, int]:
-        """The main length and the variant's symbols."""
-        return {"tokens": self.tokens, "rows": self.tokens, **self.symbols}
+    def __post_init__(self) -> None:
+        lengths = {"tokens": self.tokens, "rows": self.tokens, **self.symbols}
+        object.__setattr__(self, "lengths", lengths)
 
     @property
     def shape(self) -> Shape:

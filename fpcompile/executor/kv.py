@@ -55,6 +55,7 @@ class LayerKV:
     keys: Tensor
     values: Tensor
     start: int = 0
+    _storages: dict[int, int] | None = dataclasses.field(default=None, init=False, repr=False)
 
     def append(self, keys: Tensor, values: Tensor) -> LayerKV:
         """Another one, in new memory."""
@@ -72,17 +73,38 @@ class LayerKV:
         """None."""
         return 0
 
+    @property
+    def storages(self) -> Mapping[int, int]:
+        """As :func:`storages_of` what it owns: asked for at every pause, and always the same."""
+        if self._storages is None:
+            object.__setattr__(self, "_storages", storages_of(self.own))
+        assert self._storages is not None
+        return self._storages
+
     def kept(self) -> LayerKV:
         """It is in memory of its own."""
         return self
 
 
-def kv_bytes(groups: Iterable[Mapping[int, KV]]) -> int:
+def storages_of(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Address and bytes of each storage behind ``tensors``."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def kv_storages(groups: Iterable[Mapping[int, KV]]) -> dict[int, int]:
+    """Address and bytes of each storage that these caches own."""
+    found: dict[int, int] = {}
+    for group in groups:
+        for kv in group.values():
+            found.update(kv.storages if isinstance(kv, LayerKV) else storages_of(kv.own))
+    return found
+
+
+def kv_bytes(groups: Sequence[Mapping[int, KV]]) -> int:
     """Bytes of the memory behind these caches, each storage once."""
-    layers = [kv for group in groups for kv in group.values()]
-    storages = [tensor.untyped_storage() for kv in layers for tensor in kv.own]
-    own = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    return sum(own.values()) + sum(kv.pooled_bytes for kv in layers)
+    pooled = sum(kv.pooled_bytes for group in groups for kv in group.values())
+    return sum(kv_storages(groups).values()) + pooled
 
 
 _ROOM: Final = 64  # tokens: growing by less would copy a short cache too often

@@ -30,7 +30,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fpcompile.executor.checkpoint import Packer, Placement
 from fpcompile.executor.device import Device, Event
-from fpcompile.executor.kv import KV, LayerKV
+from fpcompile.executor.kv import KV, LayerKV, kv_storages, storages_of
 from fpcompile.executor.pool import PooledKV, Room
 from fpcompile.executor.run import Run
 from fpcompile.executor.slices import Chunks, Sliced
@@ -72,13 +72,12 @@ def _shelves(run: Any) -> list[Shelf]:
 def own_bytes(run: Any, more: Iterable[Tensor] = ()) -> int:
     """Bytes on the device that a run holds besides blocks of a pool, with ``more``; each storage once."""
     tensors = [*more, *(t for shelf in _shelves(run) for t in shelf.values())]
-    tensors += [t for group in caches_of(run) for kv in group.values() for t in kv.own]
-    return storage_bytes(tensors)
+    return sum({**storages_of(tensors), **kv_storages(caches_of(run))}.values())
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind these tensors, each once."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum(storages_of(tensors).values())
 
 
 @final

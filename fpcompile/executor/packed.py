@@ -54,11 +54,11 @@ class PackedCall(Call):
     scatter: Tensor | None = None
     padding: Tensor | None = None
     returns_cache: bool = True
+    lengths: Mapping[str, int] = dataclasses.field(init=False)
+    """Tokens in the packed row, rows of logits."""
 
-    @property
-    def lengths(self) -> dict[str, int]:
-        """Tokens in the packed row, rows of logits."""
-        return {"tokens": self.layout.tokens, "rows": self.rows}
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lengths", {"tokens": self.layout.tokens, "rows": self.rows})
 
     @property
     def context(self) -> int:

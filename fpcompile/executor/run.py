@@ -18,11 +18,11 @@ from torch import Tensor
 from fpcompile.errors import InternalError, UsageError
 from fpcompile.executor.experts import with_range
 from fpcompile.executor.faults import segment_error
-from fpcompile.executor.kv import KV, kv_bytes
+from fpcompile.executor.kv import KV, kv_bytes, storages_of
 from fpcompile.executor.schedule import Launch
 from fpcompile.executor.stages import Stage, Step
 from fpcompile.ir import Segment
-from fpcompile.models.ambient import plain
+from fpcompile.models.ambient import is_plain, plain
 
 if TYPE_CHECKING:
     from fpcompile.executor.call import Call
@@ -89,12 +89,13 @@ class Run:
     @property
     def next_segment(self) -> Segment:
         """The segment that :meth:`step` goes on with."""
-        return self.program.segments[self.cursor]
+        program = self.program
+        return program.plan.segments[program.stages[self.schedule[self.at].first].segment]
 
     @property
     def live_bytes(self) -> int:
         """Bytes of the storages behind live values and partial outputs, each counted once."""
-        return _storage_bytes([*self.values.values(), *self.partial.values()])
+        return sum(storages_of([*self.values.values(), *self.partial.values()]).values())
 
     @property
     def kv_bytes(self) -> int:
@@ -108,32 +109,36 @@ class Run:
         model's source line when it fails; the run is then released and cannot go on. Raises
         :class:`UsageError` on a run that is done or released.
         """
-        self._usable()
-        if self.at == len(self.schedule):
+        at, schedule = self.at, self.schedule
+        if self._released or at == len(schedule):
+            self._usable()
             raise UsageError("the run is done", remedy="take its result()")
-        program, launch = self.program, self.schedule[self.at]
+        program = self.program
         try:
-            with plain(program.device_type):
-                if launch.tiled:
-                    self._tile(program.stages[launch.first], launch)
-                else:
-                    lengths = self.call.lengths
-                    for stage in program.stages[launch.first : launch.last]:
-                        self._whole(stage, lengths)
-            self.at += 1
+            if is_plain(program.device_type):
+                self._launch(program.stages, schedule[at])
+            else:
+                with plain(program.device_type):
+                    self._launch(program.stages, schedule[at])
+            self.at = at + 1
         except BaseException:  # an interrupt too: half a step is neither the cut before nor the one behind
             self.release()
             raise
 
-    def _whole(self, stage: Stage, lengths: Mapping[str, int]) -> None:
-        values = self.values
-        for step in stage.steps:
-            part = step.part
-            arguments = [values[name] for name in part.inputs]
-            for name in step.frees:
-                del values[name]
-            outputs = self._call(stage, step, arguments, lengths)
-            values.update(zip(part.outputs, outputs, strict=True))
+    def _launch(self, stages: Sequence[Stage], launch: Launch) -> None:
+        if launch.tiled:
+            self._tile(stages[launch.first], launch)
+            return
+        values, lengths = self.values, self.call.lengths
+        for index in range(launch.first, launch.last):
+            stage = stages[index]
+            for step in stage.steps:
+                part = step.part
+                arguments = [values[name] for name in part.inputs]
+                for name in step.frees:
+                    del values[name]
+                # no name for the results: what reads one last shall be able to free it
+                values.update(zip(part.outputs, self._call(stage, step, arguments, lengths), strict=True))
 
     def _call(
         self, stage: Stage, step: Step, arguments: list[Tensor], lengths: Mapping[str, int]
@@ -247,8 +252,3 @@ def _room(tile: Tensor, axis: int, length: int) -> Tensor:
     strides = [int(s) for s in tile.stride()]
     order = sorted(range(tile.dim()), key=lambda d: (-strides[d], d))
     return torch.empty_permuted(sizes, order, dtype=tile.dtype, device=tile.device)
-
-
-def _storage_bytes(tensors: Any) -> int:
-    storages = [t.untyped_storage() for t in tensors]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -21,6 +21,7 @@ end of a request sees it in ``metrics`` and in the engine's statistics as well.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
@@ -41,8 +42,8 @@ class Handle:
     """One submitted request. Made by ``Engine.submit``."""
 
     __slots__ = (
-        "_ask", "_callbacks", "_cancelled", "_done", "_error", "_home", "_lock", "_readers", "_sealed",
-        "_snapshot", "_tokens", "_value", "request_id",
+        "_ask", "_callbacks", "_cancelled", "_done", "_error", "_followers", "_home", "_lock", "_readers",
+        "_sealed", "_snapshot", "_tokens", "_value", "request_id",
     )  # fmt: skip
 
     def __init__(
@@ -63,6 +64,7 @@ class Handle:
         self._callbacks: list[Callable[[], object]] = []
         self._tokens: list[int] | None = [] if generates else None
         self._readers: list[Callable[[], object]] = []
+        self._followers: list[Callable[[int], object]] = []
         self._value: Any = None
         self._error: BaseException | None = None
         self._snapshot: Callable[[], RequestMetrics] | None = None
@@ -129,6 +131,18 @@ class Handle:
         self._home.check()
         self._generated()
         return self._read(timeout)
+
+    def add_token_callback(self, callback: Callable[[int], object]) -> None:
+        """Call ``callback(token)`` for each token, those that are there at once; on the thread that makes it.
+
+        For who passes many streams on: no future and no task is woken for each token. Be brief; what it
+        raises is logged. Raises :class:`UsageError` if the request does not generate.
+        """
+        self._home.check()
+        with self._lock:
+            for token in self._generated():
+                _call(functools.partial(callback, token))
+            self._followers.append(callback)
 
     def next_token(self, index: int, timeout: float | None = None) -> int | None:
         """Wait for token ``index``, from 0; None when the request completed before. Raises as ``tokens``."""
@@ -247,6 +261,8 @@ class Handle:
         with self._lock:
             self._generated().append(token)
             readers, self._readers = self._readers, []
+            for follower in self._followers:
+                _call(functools.partial(follower, token))
         for reader in readers:
             _call(reader)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,14 +36,15 @@ class Handle:
         self._what, self._count = ask.ids[0], ask.max_new_tokens  # other tokens are as QUICK
         self._made = 0
 
-    async def __aiter__(self) -> Any:
-        while self._made < self._count:
-            if self._what == STUCK or (self._what == FIRST and self._made):
-                await asyncio.Event().wait()
+    def add_token_callback(self, callback: Callable[[int], object]) -> None:
+        most = {STUCK: 0, FIRST: 1}.get(self._what, self._count)
+        while self._made < min(most, self._count):
             self._made += 1
-            yield LETTER - 33  # the byte tokenizer's id of "A"
+            callback(LETTER - 33)  # the byte tokenizer's id of "A"
 
     def __await__(self) -> Any:
+        if self._made < self._count:
+            yield from asyncio.Event().wait().__await__()
         yield from asyncio.sleep(0).__await__()
 
     def cancel(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import concurrent.futures
 import logging
 import threading
@@ -13,7 +14,7 @@ import pytest
 
 from fpcompile.engine.errors import Home
 from fpcompile.engine.handle import Handle
-from fpcompile.errors import InternalError, RequestCancelledError
+from fpcompile.errors import InternalError, RequestCancelledError, UsageError
 
 
 def _handle(ask: Callable[[str], object] = lambda request_id: None) -> Handle:
@@ -216,3 +217,21 @@ def test_callbacks_are_called_once_and_may_fail(caplog: pytest.LogCaptureFixture
     handle.add_done_callback(seen.append)
     assert seen == [handle, handle]
     assert [record.getMessage() for record in caplog.records] == ["a callback of a handle raised"]
+
+
+def test_token_callbacks_hear_every_token_once_and_in_order(caplog: pytest.LogCaptureFixture) -> None:
+    handle = Handle("r1", ask_cancel=lambda request_id: None, home=Home(), generates=True)
+    handle.put(1)
+    seen: list[int] = []
+    handle.add_token_callback(seen.append)
+    assert seen == [1], "what was there before"
+    handle.add_token_callback(lambda token: 1 // 0)
+    writer = threading.Thread(target=lambda: collections.deque(map(handle.put, range(2, 300)), 0))
+    late: list[int] = []
+    writer.start()
+    handle.add_token_callback(late.append)
+    writer.join()
+    assert seen == late == list(range(1, 300))
+    assert "a callback of a handle raised" in caplog.text
+    with pytest.raises(UsageError, match="makes no tokens"):
+        _handle().add_token_callback(seen.append)

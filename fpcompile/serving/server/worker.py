@@ -1,16 +1,20 @@
 """The worker: a process with the engine, an event loop that reads messages, and nothing else.
 
-Each request is a task that waits for its handle. Tokens that are made in one turn of the loop go out as one
-message. When the front is gone, the engine is closed and the process ends.
+Each request is a task that waits for its handle. Tokens come from the engine's thread to one list, and what
+has gathered there goes out as one message: a step of a hundred streams wakes the loop once. When the front is
+gone, the engine is closed and the process ends.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import importlib
 import logging
 import signal
 import sys
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, final
@@ -47,6 +51,8 @@ __all__ = ["Backend", "record_of", "refusal_of", "run_worker"]
 
 logger = logging.getLogger(__name__)
 
+_SWITCH = 5e-4  # seconds that this thread may go on while the engine's waits between two kernels
+
 _CAUSES: tuple[tuple[type[BaseException], RefusedBecause], ...] = (
     (QueueFullError, "full"),
     (RequestRejectedError, "rejected"),
@@ -65,7 +71,7 @@ class Backend(Protocol):
         """The models by name."""
 
     def generate(self, ask: Generate) -> Any:
-        """A handle whose tokens can be iterated; typed errors when it is refused."""
+        """A handle that tells its tokens; typed errors when it is refused."""
 
     def embed(self, ask: Embed) -> Any:
         """A handle that can be awaited."""
@@ -93,6 +99,7 @@ def run_worker(settings: EngineSettings, connection: Connection[Any, Any]) -> No
     """The main function of the process: serve over ``connection`` until its other end is closed."""
     for number in (signal.SIGINT, signal.SIGTERM):  # they go to the whole group; the front says when to end
         signal.signal(number, signal.SIG_IGN)
+    sys.setswitchinterval(_SWITCH)
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     module, _, function = settings.factory.partition(":")
     try:
@@ -117,7 +124,7 @@ class _Worker:
         """By request; None until it is submitted."""
         self._withdrawn: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._fresh: dict[str, list[int]] = {}
+        self._fresh: deque[tuple[str, int]] = deque()
         self._flushing = False
 
     async def serve(self) -> None:
@@ -186,8 +193,7 @@ class _Worker:
         last: Ended | Refused
         try:
             if isinstance(ask, Generate):
-                async for token in handle:
-                    self._token(ask.id, int(token))
+                handle.add_token_callback(functools.partial(self._token, ask.id))
                 await handle
                 vector = None
             else:
@@ -212,16 +218,21 @@ class _Worker:
         return seconds
 
     def _token(self, name: str, token: int) -> None:
-        self._fresh.setdefault(name, []).append(token)
+        """One more, on the engine's thread."""
+        self._fresh.append((name, token))
         if not self._flushing:
             self._flushing = True
-            self._loop.call_soon(self._flush)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                self._loop.call_soon_threadsafe(self._flush)
 
     def _flush(self) -> None:
-        self._flushing = False
-        if self._fresh:
-            self._channel.send(Fresh(tuple((name, tuple(made)) for name, made in self._fresh.items())))
-            self._fresh.clear()
+        self._flushing = False  # before looking: who comes behind it calls again
+        made: dict[str, list[int]] = {}
+        while self._fresh:
+            name, token = self._fresh.popleft()
+            made.setdefault(name, []).append(token)
+        if made:
+            self._channel.send(Fresh(tuple((name, tuple(tokens)) for name, tokens in made.items())))
 
 
 def record_of(metrics: Any) -> Record:

@@ -22,17 +22,22 @@ source "$root/benchmarks/steps.sh"
 here="$root/benchmarks"
 options=("$@" --output "$out")
 step overhead "$python" "$here/overhead.py" "${options[@]}"
+step overhead-packed "$python" "$here/overhead.py" "$@" --weights packed --output "$out/packed"
 step overhead-float32 "$python" "$here/overhead.py" "$@" --dtype float32 --output "$out/float32"
 step compile-time "$python" "$here/overhead.py" "${options[@]}" --compile-time
 step backends "$python" "$here/backends.py" "${options[@]}"
 step backends-compile-time "$python" "$here/backends.py" "${options[@]}" --compile-time
 step cost-model "$python" "$here/cost_model.py" "${options[@]}"
+step preemption-packed "$python" "$here/preemption.py" "$@" --weights packed --tokens --output "$out/packed"
 step blocking "$python" "$here/blocking.py" "${options[@]}"
 step preemption "$python" "$here/preemption.py" "${options[@]}"
 step many-programs "$python" "$here/many_programs.py" "${options[@]}"
 step checkpoint-rate "$python" "$here/checkpoint_rate.py" "${options[@]}"
+step decode "$python" "$here/decode.py" "${options[@]}"
 step dispatch "$python" "$here/dispatch.py" "${options[@]}"
 step serve-mixed "$python" "$here/serve_mixed.py" --json "$out/serve_mixed.json"
+step serve-stalls "$python" "$here/serve_stalls.py" --json "$out/serve_stalls.json"
+step serve-disconnects "$python" "$here/serve_disconnects.py" --json "$out/serve_disconnects.json"
 step soak "$python" "$here/soak.py" "${options[@]}"
 step scheduler-cost "$python" "$here/scheduler_cost.py" --json "$out/scheduler_cost.json"
 summary

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fpcompile
 from fpcompile.errors import (
@@ -22,6 +22,7 @@ from fpcompile.errors import (
     UnsupportedModelError,
     UsageError,
 )
+from fpcompile.models.ambient import tracing
 from fpcompile.models.zoo import sample_ids, tiny_model
 from tests.cpu.support import differences, finish, model_of, outcome, program_of, reference
 
@@ -287,3 +288,51 @@ def test_a_variant_that_is_compiled_in_a_call_ignores_the_callers_autocast() -> 
         got = program(**given)
     assert len(program.variants) == 2  # type: ignore[attr-defined]
     assert torch.equal(got.logits, expected.logits)
+
+
+class Waiting(nn.Module):
+    """Stands still in the middle of a trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.there, self.go_on, self.exports = (threading.Event() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            self.exports.set()
+        self.there.set()
+        assert self.go_on.wait(60)
+        return x + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trace_in_another_thread_changes_no_bits(dtype: torch.dtype) -> None:
+    """torch.export raises flags of the process; transformers builds masks and chooses kernels by them."""
+    ids = sample_ids(70, seed=2)
+    expected, program = reference(model_of("llama", dtype), ids), program_of("llama", dtype)
+    asked = torch.compiler.is_exporting
+    slow = Waiting()
+
+    def trace() -> None:
+        with tracing("cpu"):
+            torch.export.export(slow, (torch.zeros(3),), strict=False)
+
+    thread = threading.Thread(target=trace)
+    thread.start()
+    try:
+        assert slow.there.wait(60)
+        assert not torch.compiler.is_exporting()
+        assert not torch.compiler.is_compiling()
+        run = program.start(ids)
+        masks: list[Tensor | None] = []
+        while not run.done:
+            run.step()
+            masks += run.masks.values()
+        assert masks
+        assert all(mask is None for mask in masks), "the causal kernel needs none"
+        assert differences(outcome(run.result()), expected) == []
+    finally:
+        slow.go_on.set()
+        thread.join()
+    assert slow.exports.is_set(), "a model that is traced sees that it is"
+    assert torch.compiler.is_exporting is asked

@@ -6,6 +6,7 @@ length are attended as one batch, as the unmodified model would.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from fpcompile.executor.inputs import Group, Layout
 from fpcompile.executor.kv import KV, LayerKV, owned
+from fpcompile.executor.masks import block_mask, keys_of
 from fpcompile.executor.racks import Abreast
 from fpcompile.executor.run import Run
-from fpcompile.executor.schedule import EXACT_ROWS, Launch
-from fpcompile.models.attention import AttentionCall, MaskKind
+from fpcompile.executor.schedule import Launch
+from fpcompile.models.attention import AttentionCall
 
 
 def attend(run: Run, layout: Layout, call: AttentionCall, q: Tensor) -> Tensor:
@@ -43,7 +45,7 @@ def mask_of(run: Run, call: AttentionCall, group: Group, kv: KV, like: Tensor) -
     if isinstance(kv, Abreast) and kv.rows.ragged:
         return _ragged_mask(run, call, kv, like)
     if group.length == 1 and call.mask.hides_nothing(call.implementation):
-        return None
+        return _nothing_hidden(run, call, kv, like)
     key: Hashable = (call.mask, call.implementation, kv.start, group)
     if key not in run.masks:
         run.masks[key] = call.mask.build(
@@ -56,6 +58,20 @@ def mask_of(run: Run, call: AttentionCall, group: Group, kv: KV, like: Tensor) -
             config=run.program.config,
         )
     return run.masks[key]
+
+
+def _nothing_hidden(run: Run, call: AttentionCall, kv: KV, like: Tensor) -> Tensor | None:
+    """None, as the model has it, for a sequence alone. Beside others a mask that hides nothing: with one,
+    transformers folds grouped heads into rows, which the kernel for CPUs does in a fraction of the time.
+    """
+    if len(run.kv) == 1 or call.heads == call.kv_heads or like.device.type != "cpu":
+        return None
+    length = int(kv.keys.shape[2])
+    key: Hashable = ("nothing hidden", length)
+    known = run.masks.get(key)
+    if known is None:
+        known = run.masks[key] = like.new_zeros(1, 1, 1, length)
+    return known
 
 
 def _ragged_mask(run: Run, call: AttentionCall, kv: Abreast, like: Tensor) -> Tensor:
@@ -85,44 +101,50 @@ def unpack(packed: Tensor, group: Group) -> Tensor:
 
 
 def attend_tile(run: Run, layout: Layout, call: AttentionCall, q: Tensor, tile: Launch, out: Tensor) -> None:
-    """Attend one block of query rows and key/value heads, and write it into ``out [1, tokens, Hq, Dv]``.
+    """Attend one block of query rows and heads, and write it into ``out [1, tokens, Hq, Dv]``.
 
     Keys behind the block are left out; keys before a sliding window too, in whole blocks, so that the
     kernel walks the same blocks as for the whole. Sequences side by side have one new token each, and differ
     in what they see: there all of the group's keys are attended under its mask.
     """
+    unit, fold = call.heads // (call.tiled_heads or 1), call.heads // call.kv_heads
+    for q_heads, heads in _by_group(tile.head_start * unit, tile.head_stop * unit, fold):
+        _attend_heads(run, layout, call, q, tile, out, q_heads, heads)
+
+
+def _by_group(start: int, stop: int, fold: int) -> list[tuple[slice, slice]]:
+    """Query heads ``start`` to ``stop`` and their key/value heads: at once, or each group that is not whole
+    by itself; all of them where ``stop`` is 0.
+    """
+    if not stop:
+        return [(slice(None), slice(None))]
+    if start % fold == stop % fold == 0:
+        return [(slice(start, stop), slice(start // fold, stop // fold))]
+    return [
+        (slice(max(start, g * fold), min(stop, (g + 1) * fold)), slice(g, g + 1))
+        for g in range(start // fold, math.ceil(stop / fold))
+    ]
+
+
+def _attend_heads(
+    run: Run,
+    layout: Layout,
+    call: AttentionCall,
+    q: Tensor,
+    tile: Launch,
+    out: Tensor,
+    q_heads: slice,
+    heads: slice,
+) -> None:
     group, kv = layout.groups[tile.group], run.kv[tile.group][call.layer]
-    fold = call.heads // call.kv_heads
-    heads = slice(tile.head_start, tile.head_stop) if tile.head_stop else slice(None)
-    q_heads = slice(tile.head_start * fold, tile.head_stop * fold) if tile.head_stop else slice(None)
     if isinstance(kv, Abreast) and kv.rows.ragged:
         mask = _ragged_mask(run, call, kv, q)
-        block = call.attend_block(
-            unpack(q, group)[:, q_heads], kv.keys[:, heads], kv.values[:, heads], mask
-        )
+        block = call.attend_block(unpack(q, group)[:, q_heads], kv.keys[:, heads], kv.values[:, heads], mask)
         out[0, group.start : group.stop].view(group.batch, 1, *out.shape[2:])[:, :, q_heads] = block
         return
-    cached = group.past - kv.start
-    low = 0
-    if call.mask.kind is MaskKind.SLIDING:
-        low = max(0, cached + tile.start - call.mask.span + 1) // EXACT_ROWS * EXACT_ROWS
-    visible = slice(low, int(kv.keys.shape[2]))
-    if call.mask.kind is not MaskKind.BIDIRECTIONAL:
-        visible = slice(low, cached + tile.stop)
+    visible = keys_of(call, group, kv, tile, q.device.type)
     queries = unpack(q, group)[:, q_heads, tile.start : tile.stop]
     keys, values = kv.keys[:, heads, visible], kv.values[:, heads, visible]
-    key: Hashable = (call.mask, call.implementation, kv.start, group, tile.start, tile.stop)
-    if key not in run.masks:
-        run.masks.clear()
-        run.masks[key] = call.mask.build(
-            call.implementation,
-            queries=tile.stop - tile.start,
-            q_offset=group.past + tile.start,
-            keys=int(keys.shape[2]),
-            k_offset=kv.start + low,
-            like=queries,
-            config=run.program.config,
-        )
-    block = call.attend_block(queries, keys, values, run.masks[key])
+    block = call.attend_block(queries, keys, values, block_mask(run, call, group, kv, tile, visible, queries))
     rows = out[0, group.start : group.stop].view(group.batch, group.length, *out.shape[2:])
     rows[:, tile.start : tile.stop, q_heads] = block

@@ -23,6 +23,7 @@ import torch
 
 from fpcompile.executor.cost_model import Coefficients, CostModel, Curve, Key, Samples
 from fpcompile.executor.schedule import Launch
+from fpcompile.executor.tile_costs import of_tiles, tile_costs
 from fpcompile.ir import LiveSet, PartKind, Route
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def measure(program: Program, *, lengths: tuple[int, ...] = LENGTHS, seconds: fl
     measured: dict[Key, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     limit = program.max_tokens or max(lengths)
     end = time.perf_counter() + seconds
-    jump = _jump(program) if program.plan.route is Route.PACKED else None
+    jump = find_jump(program) if program.plan.route is Route.PACKED else None
     share = 1.0 if jump is None else 1 - (jump[1] - jump[0]) / len(program.stages)
     ladder = sorted({min(n, limit) for n in lengths})
     whole = min(_timed(program, ladder[0], None, None) for _ in range(2))  # seconds of a run to its end
@@ -81,12 +82,12 @@ def measure(program: Program, *, lengths: tuple[int, ...] = LENGTHS, seconds: fl
             times.append(_timed(program, length, into, None if small else jump, rows=rows))
         whole = min(times) / (1.0 if small else share)
     return {
-        key: tuple((n, _lower_median(times)) for n, times in sorted(found.items()))
+        key: tuple((n, lower_median(times)) for n, times in sorted(found.items()))
         for key, found in measured.items()
     }
 
 
-def _lower_median(times: Sequence[float]) -> float:
+def lower_median(times: Sequence[float]) -> float:
     """The median; of two in the middle the shorter one."""
     return sorted(times)[(len(times) - 1) // 2]
 
@@ -97,7 +98,9 @@ def cost_model(program: Program, samples: Samples) -> CostModel:
     A stage that was not measured (of another variant of a generic program) is given the mean of the others.
     """
     kinds = {s.key: s.over not in ("tokens", "rows") for s in program.stages}
-    curves = {key: Curve.through(found, pairs=kinds.get(key, True)) for key, found in samples.items()}
+    stages = {key: found for key, found in samples.items() if not of_tiles(key)}
+    curves = {key: Curve.through(found, pairs=kinds.get(key, True)) for key, found in stages.items()}
+    tiles = {s.key: tile_costs(s.key, samples, s.experts) for s in program.stages}
     mean = sum((c.fit for c in curves.values()), Coefficients(0.0, 0.0, 0.0)).scaled(1 / len(curves))
     other = Curve(mean)
     return CostModel(
@@ -106,6 +109,7 @@ def cost_model(program: Program, samples: Samples) -> CostModel:
         segments=tuple(s.segment for s in program.stages),
         by_rows=tuple(s.over == "rows" for s in program.stages),
         samples=samples,
+        tiles=tuple(tiles[s.key] for s in program.stages),
     )
 
 
@@ -150,7 +154,7 @@ def _measure(
     run.release()
 
 
-def _jump(program: Program) -> tuple[int, int, dict[str, str]] | None:
+def find_jump(program: Program) -> tuple[int, int, dict[str, str]] | None:
     """(stage, later stage, value there -> value here): what lies between has been measured before.
 
     None where there is none: the live sets of no two cuts agree, or attention comes behind.

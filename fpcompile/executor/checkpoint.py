@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fpcompile.executor.program import Program
     from fpcompile.executor.run import Run
 
-FORMAT = "fpcompile-checkpoint-2"
+FORMAT = "fpcompile-checkpoint-3"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

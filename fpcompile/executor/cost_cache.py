@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fpcompile.executor.cost_model import Samples
+from fpcompile.executor.measure_tiles import TileBits
 
 if TYPE_CHECKING:
     from fpcompile.executor.program import Program
 
-FORMAT = "fpcompile-costs-2"
+FORMAT = "fpcompile-costs-3"
 VARIABLE = "FPCOMPILE_CACHE"
 _log = logging.getLogger(__name__)
 
@@ -54,11 +55,23 @@ def read(program: Program) -> Samples | None:
         return None
 
 
-def write(program: Program, samples: Samples) -> None:
+def read_bits(program: Program) -> TileBits | None:
+    """What was found of the bits of tiles beside the measurement that :func:`read` gives, or None."""
+    where = _file(program)
+    try:
+        content = json.loads(where.read_text(encoding="utf-8")) if where is not None else {}
+        if content["format"] == FORMAT and dict(content["identity"]) == identity(program):
+            return TileBits.read(content["bits"])
+    except (OSError, AttributeError, KeyError, TypeError, ValueError):
+        pass  # there is none, or what is broken was noted when the measurement was read
+    return None
+
+
+def write(program: Program, samples: Samples, bits: TileBits | None = None) -> None:
     """Keep what was measured; an older measurement is replaced."""
     where = _file(program)
     if where is not None:
-        write_file(where, write_text(program, samples))
+        write_file(where, write_text(program, samples, bits))
 
 
 def write_file(where: Path, text: str) -> None:
@@ -77,10 +90,11 @@ def write_file(where: Path, text: str) -> None:
         _log.warning("measured costs cannot be kept in %s: %s", where, error)
 
 
-def write_text(program: Program, samples: Samples) -> str:
-    """Samples and their identity as JSON."""
+def write_text(program: Program, samples: Samples, bits: TileBits | None = None) -> str:
+    """Samples, their identity, and what was found of the bits of tiles, as JSON."""
     rows = [[list(key), [list(pair) for pair in found]] for key, found in samples.items()]
-    return json.dumps({"format": FORMAT, "identity": identity(program), "samples": rows})
+    content = {"format": FORMAT, "identity": identity(program), "samples": rows}
+    return json.dumps(content if bits is None else {**content, "bits": bits.plain()})
 
 
 def read_text(program: Program, text: str, where: str) -> Samples | None:

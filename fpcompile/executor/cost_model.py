@@ -20,8 +20,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from fpcompile.executor.tile_costs import TileCosts
 
 Key = tuple[str, ...]
 Samples = dict[Key, tuple[tuple[int, float], ...]]
@@ -64,7 +68,7 @@ class Curve:
         """The curve through medians at rising lengths; one above a later one is noise and is lowered."""
         lowest = np.minimum.accumulate([seconds for _, seconds in reversed(samples)])[::-1]
         knots = tuple((n, float(s)) for (n, _), s in zip(samples, lowest, strict=True))
-        return cls(_fit(samples, pairs), pairs, knots)
+        return cls(fit(samples, pairs), pairs, knots)
 
     def seconds(self, tokens: int, context: float) -> float:
         """Predicted seconds for ``tokens`` tokens (or rows) that end ``context``."""
@@ -97,22 +101,26 @@ class Curve:
 
     @functools.cached_property
     def _head(self) -> Coefficients:
-        return _fit(self.knots[:_TAIL], self.pairs)
+        return fit(self.knots[:_TAIL], self.pairs)
 
     @functools.cached_property
     def _tail(self) -> Coefficients:
-        return _fit(self.knots[-_TAIL:], self.pairs)
+        return fit(self.knots[-_TAIL:], self.pairs)
 
 
 @dataclasses.dataclass(frozen=True)
 class CostModel:
-    """Predicted seconds of every stage of one program on one device; ``samples`` is what was measured."""
+    """Predicted seconds of every stage of one program on one device; ``samples`` is what was measured.
+
+    ``tiles`` are those of each stage; where a tile was not measured it is priced as a prefill of its length.
+    """
 
     device: str
     curves: tuple[Curve, ...]
     segments: tuple[int, ...]
     by_rows: tuple[bool, ...]
     samples: Samples
+    tiles: tuple[TileCosts, ...] = ()
 
     @property
     def coefficients(self) -> tuple[Coefficients, ...]:
@@ -124,6 +132,28 @@ class CostModel:
         if self.by_rows[index]:
             return self.curves[index].seconds(rows, rows)
         return self.curves[index].seconds(tokens, context)
+
+    def tile(self, index: int, *, tokens: int, context: float) -> float:
+        """Predicted seconds of a tile of stage ``index``: of ``tokens`` tokens or rows, or of a block of as
+        many queries, all heads, that end ``context``.
+        """
+        found = self.tiles[index].seconds(tokens, context) if self.tiles else None
+        return self.stage(index, tokens=tokens, rows=tokens, context=context) if found is None else found
+
+    def written(self, index: int, *, tokens: int) -> float:
+        """Predicted seconds that the first tile of attention takes besides: it writes all keys and values."""
+        found = self.tiles[index].written if self.tiles else None
+        return 0.0 if found is None else found * tokens
+
+    def experts(self, index: int, *, tokens: int, share: float) -> float:
+        """Predicted seconds of a range of experts with ``share`` of the rows of ``tokens`` tokens."""
+        found = self.tiles[index].experts(tokens, share) if self.tiles else None
+        return share * self.stage(index, tokens=tokens, rows=1, context=tokens) if found is None else found
+
+    def collected(self, index: int, *, tokens: int) -> float:
+        """Predicted seconds of collecting ``tokens`` tokens behind the last range of experts."""
+        curve = self.tiles[index].collected if self.tiles else None
+        return 0.0 if curve is None else curve.whole(tokens)
 
     def segment(self, index: int, *, tokens: int, rows: int, context: float) -> float:
         """Predicted seconds of segment ``index``."""
@@ -170,7 +200,7 @@ class CostModel:
         return [(str(i), (c.a, c.b, c.d)) for i, c in enumerate(self.coefficients)]
 
 
-def _fit(samples: Sequence[tuple[int, float]], pairs: bool) -> Coefficients:
+def fit(samples: Sequence[tuple[int, float]], pairs: bool) -> Coefficients:
     """Non-negative least squares of the relative error over the medians, by dropping negative terms."""
     n = np.array([size for size, _ in samples], dtype=float)
     y = np.array([seconds for _, seconds in samples])

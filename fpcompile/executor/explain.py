@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from collections.abc import Sequence
 
 import sympy
 from rich.console import Console
@@ -23,8 +24,8 @@ def _formula(expr: sympy.Expr) -> str:
     return str(expr).replace("**2", "²").replace("tokens", "n").replace("rows", "r").replace("context", "c")
 
 
-def explain(plan: Plan, tokens: int) -> str:
-    """Table of ``plan``; n = tokens, r = rows of logits, c = context (visible tokens)."""
+def explain(plan: Plan, tokens: int, more: Sequence[str] = ()) -> str:
+    """Table of ``plan``, its notes and ``more``: n = tokens, r = rows of logits, c = context (visible)."""
     table = Table(
         title=f"{plan.architecture}: {len(plan.segments)} segments, route {plan.route}, "
         f"granularity {plan.granularity}",
@@ -43,6 +44,6 @@ def explain(plan: Plan, tokens: int) -> str:
     if refused := Counter(reason for s in plan.segments for _, reason in s.refused):
         told = ", ".join(f"{count} {reason}" for reason, count in refused.most_common())
         console.print(f"- {refused.total()} operators without a cut behind them: {told}")
-    for note in plan.notes:
+    for note in (*plan.notes, *more):
         console.print(f"- {note}")
     return buffer.getvalue()

@@ -17,13 +17,14 @@ from fpcompile.executor import inputs as checks
 from fpcompile.executor.attend import attend, attend_tile, write
 from fpcompile.executor.call import Call
 from fpcompile.executor.cudagraphs import Graphs
-from fpcompile.executor.experts import divisions
+from fpcompile.executor.experts import Divisions
 from fpcompile.executor.inputs import Group, Layout
 from fpcompile.executor.kv import pad_layers, read_cache, write_cache
 from fpcompile.executor.program import Program
 from fpcompile.executor.run import Run
 from fpcompile.executor.schedule import Launch, Shape
 from fpcompile.executor.stages import Executable, build_stages
+from fpcompile.executor.strips import in_strips
 from fpcompile.executor.weights import WeightWatch
 from fpcompile.ir import Part, PartKind
 from fpcompile.models.capture import Bindings
@@ -152,13 +153,15 @@ class PackedProgram(Program):
         self._decoder: Decoder | None = None
         self._forward = inspect.signature(type(captured.model).forward).parameters
         graphs = Graphs(next(captured.model.parameters()).device)
+        divisions = Divisions(captured)
         stages = build_stages(
             partitioned.plan,
             functools.partial(_bind, partitioned, captured, weights, graphs),
-            divisions(captured),
+            divisions.of,
         )
+        notes = (*partitioned.plan.notes, *graphs.notes, *divisions.notes)
         super().__init__(
-            dataclasses.replace(partitioned.plan, notes=(*partitioned.plan.notes, *graphs.notes)),
+            dataclasses.replace(partitioned.plan, notes=tuple(dict.fromkeys(notes))),
             stages,
             weights,
             WeightWatch(model),
@@ -325,6 +328,8 @@ def _bind(
         step = graph_step(part, function, weights)
         if function.buckets:
             step = graphs.step(part, function, [weights[p] for p in part.params], step)
+        elif captured.model.device.type == "cpu":
+            step = in_strips(step, part, function)
         return step, function.names
     return (_attention_step if part.kind is PartKind.ATTENTION else _leaf_step)(captured, part), ()
 

@@ -25,7 +25,9 @@ from fpcompile.errors import BudgetError, BudgetWarning, InvalidInputError
 from fpcompile.executor import cost_cache
 from fpcompile.executor.calibrate import cost_model, measure
 from fpcompile.executor.cost_model import CostModel, Samples
+from fpcompile.executor.experts import state_notes
 from fpcompile.executor.explain import explain
+from fpcompile.executor.measure_tiles import TileBits, measure_tiles
 from fpcompile.executor.run import Run
 from fpcompile.executor.schedule import Launch, Shape, by_budget, by_segment, launch_seconds
 from fpcompile.executor.stages import Stage, live_before
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
 
 _TOLERANCE = 1.001  # of a predicted time against the budget: rounding
+_SECONDS = 5.0  # of a calibration, where nobody says
+_TILES = 0.4  # times as long for tiles
 
 
 class Program(abc.ABC):
@@ -69,6 +73,7 @@ class Program(abc.ABC):
         self.max_blocking_ms = check_budget(max_blocking_ms)
         self.strict_budget = strict_budget
         self._costs: CostModel | None = None
+        self._bits: TileBits | None = None
         self._calibrating = threading.RLock()
         self._digest: tuple[int, str] | None = None
         self._warned = False
@@ -84,8 +89,24 @@ class Program(abc.ABC):
         return str(self.plan.route)
 
     def explain(self, tokens: int = 2048) -> str:
-        """The plan as a table: each segment's work and live bytes, as formulas and at ``tokens`` tokens."""
-        return explain(self.plan, tokens)
+        """The plan as a table: each segment's work and live bytes, as formulas and at ``tokens`` tokens.
+
+        Below it what the compiler has to say, and what is known of tiles: where their bits were seen to be
+        others than the whole's (once the program was calibrated), and what ranges of experts hold.
+        """
+        return explain(
+            self.plan, tokens, (*self._tile_notes(), *state_notes(self.stages, self.dtype, tokens))
+        )
+
+    def _tile_notes(self) -> tuple[str, ...]:
+        if self._costs is None:
+            return ()
+        if self._bits is None:
+            self._bits = cost_cache.read_bits(self)
+        if self._bits is None:
+            tiled = any(stage.over for stage in self.stages)
+            return ("tiles were not compared with the whole yet: calibrate() does",) if tiled else ()
+        return self._bits.notes(self.stages, self.segments)
 
     @abc.abstractmethod
     def start(self, input_ids: Any = None, **kwargs: Any) -> Run:
@@ -110,7 +131,7 @@ class Program(abc.ABC):
 
     @abc.abstractmethod
     def kv_heads(self) -> Sequence[int]:
-        """For each stage, the key/value heads that can be attended apart; 0 for none."""
+        """For each stage, the heads, or groups of heads, that can be attended apart; 0 for none."""
 
     def tile_plan(
         self, shape: Shape, max_blocking_ms: float | None, *, strict: bool = False, warn: bool = True
@@ -224,9 +245,12 @@ class Program(abc.ABC):
         Without options, what was measured is kept on disk too (:mod:`fpcompile.executor.cost_cache`).
         """
         with self._calibrating:
+            seconds = _TILES * float(options.get("seconds", _SECONDS))
             samples = measure(self, **options)
+            tiles, self._bits = measure_tiles(self, cost_model(self, samples), seconds=seconds)
+            samples = {**samples, **tiles}
             if not options:
-                cost_cache.write(self, samples)
+                cost_cache.write(self, samples, self._bits)
             return self.use_costs(samples)
 
     def use_costs(self, samples: Samples) -> CostModel:

@@ -12,13 +12,13 @@ import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from fpcompile.errors import InternalError, UsageError
 from fpcompile.executor.experts import with_range
 from fpcompile.executor.faults import segment_error
 from fpcompile.executor.kv import KV, kv_bytes, storages_of
+from fpcompile.executor.rooms import room
 from fpcompile.executor.schedule import Launch
 from fpcompile.executor.stages import Stage, Step
 from fpcompile.ir import Segment
@@ -186,7 +186,7 @@ class Run:
                 continue
             whole = self.partial.get(name)
             if whole is None:
-                whole = _room(local[name], axis, self.call.lengths[stage.over])
+                whole = room(local[name], axis, self.call.lengths[stage.over])
                 self.partial[name] = whole
             whole.narrow(axis, launch.start, size).copy_(local[name])
 
@@ -244,11 +244,3 @@ class Run:
             raise InternalError(
                 "a run holds other values than its live set", expected=str(live), got=str(list(self.values))
             )
-
-
-def _room(tile: Tensor, axis: int, length: int) -> Tensor:
-    """Memory for the whole of which ``tile`` is a part, with the same order of dimensions."""
-    sizes = [length if d == axis else int(n) for d, n in enumerate(tile.shape)]
-    strides = [int(s) for s in tile.stride()]
-    order = sorted(range(tile.dim()), key=lambda d: (-strides[d], d))
-    return torch.empty_permuted(sizes, order, dtype=tile.dtype, device=tile.device)

@@ -3,15 +3,18 @@
 Without a budget one launch is one segment. With a budget (seconds that the device may be busy with one
 launch) consecutive stages are launched together while their predicted sum stays under it, and a stage that
 alone exceeds it is tiled: token-wise stages over ranges of at least 64 rows, attention over blocks of query
-rows and groups of key/value heads.
+rows and heads.
 
-Row blocks of attention are multiples of 512 where the budget allows: there the tiles give the bits of the
-whole on CPU; smaller blocks agree to rounding (measured, see docs/design.md).
+A block of attention is given its keys in whole blocks of 512, and has the bits of the whole then, whatever
+its size (on a CPU, see :mod:`fpcompile.executor.masks`; each machine is asked, see
+:mod:`fpcompile.executor.measure_tiles`).
 
-Experts are tiled over ranges of tokens, or over ranges of tokens and of experts where that is predicted to
-cost less: every range of tokens reads the weights of all experts that it chooses, a range of experts its own
-only. Which rows an expert is given is not known before; a plan allows for twice its share. Ranges of experts
-give the bits of one call (:mod:`fpcompile.models.division`).
+Experts are tiled over ranges of experts and all tokens where one expert fits the budget: such ranges give the
+bits of one call (:mod:`fpcompile.models.division`). Fewer tokens would give an expert fewer rows, and its
+product other bits. Which rows an expert is given is not known before; a plan allows for twice its share.
+Behind the last range the results are collected, by ranges of tokens. Where one expert is too much, it is
+ranges of tokens, or of tokens and of experts, whichever is predicted to cost less: every range of tokens
+reads the weights of all experts that it chooses, a range of experts its own only.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ from fpcompile.executor.stages import Stage
 MIN_ROWS = 64
 SKEW = 2.0  # times its share of the rows that an expert may be given for its range to keep the budget
 _WORTH = 1.1  # ranges of tokens that cost no more than this times ranges of experts are preferred
-EXACT_ROWS = 512
+KEY_BLOCK = 512
+_ALIKE = 1.02  # costs that are not told apart
+_INSTANT = 1e-9  # seconds
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,7 +40,8 @@ class Launch:
     """Whole stages ``first`` to ``last`` (exclusive), or one tile of stage ``first``.
 
     A tile covers ``start`` to ``stop`` (tokens, rows, or positions within sequence group ``group``) and the
-    key/value heads (or experts) ``head_start`` to ``head_stop``; ``final`` marks the last tile of its stage.
+    heads (or experts) ``head_start`` to ``head_stop``; ``final`` marks the last tile of its stage. An
+    empty range of experts behind the last one collects the results of its tokens.
     """
 
     first: int
@@ -72,7 +78,26 @@ class StageCosts(Protocol):
     """Predicted seconds of a stage for a number of tokens (or rows) that end a context."""
 
     def stage(self, index: int, *, tokens: int, rows: int, context: float) -> float:
-        """Seconds of stage ``index``."""
+        """Seconds of stage ``index`` executed whole."""
+
+    def tile(self, index: int, *, tokens: int, context: float) -> float:
+        """Seconds of a tile of ``tokens`` tokens or rows; of attention a block of so many queries, all heads,
+        that end ``context``.
+        """
+
+    def written(self, index: int, *, tokens: int) -> float:
+        """Seconds that the first tile of attention takes besides, for the keys and values of all tokens."""
+
+    def experts(self, index: int, *, tokens: int, share: float) -> float:
+        """Seconds of a range of experts that is given ``share`` of what all of them are given."""
+
+    def collected(self, index: int, *, tokens: int) -> float:
+        """Seconds of collecting the results of ``tokens`` tokens behind the last range of experts."""
+
+
+def keys_given(context: int) -> int:
+    """How many keys a block of queries is given that ends ``context``, where there are as many."""
+    return -(-context // KEY_BLOCK) * KEY_BLOCK
 
 
 def by_segment(stages: Sequence[Stage]) -> tuple[Launch, ...]:
@@ -91,7 +116,7 @@ def by_budget(
 ) -> tuple[Launch, ...]:
     """Launches of at most ``seconds`` predicted seconds each, as far as the smallest tile allows.
 
-    ``kv_heads[i]`` is the number of key/value heads of stage i, 0 when it is no attention or its heads
+    ``kv_heads[i]`` is the number of heads of stage i that can be tiled, 0 when it is no attention or they
     cannot be computed apart.
     """
     launches: list[Launch] = []
@@ -133,79 +158,117 @@ def launch_seconds(
     if not launch.tiled:
         return sum(_stage_seconds(i, shape, costs) for i in range(launch.first, launch.last))
     size = launch.stop - launch.start
-    if stages[index].over != "attention":
-        experts = launch.head_stop - launch.head_start
-        share = min(1.0, SKEW * experts / stages[index].experts) if experts else 1.0
-        return share * costs.stage(index, tokens=size, rows=size, context=size)
-    batch, length, context = shape.groups[launch.group]
-    share = (launch.head_stop - launch.head_start) / kv_heads[index] if kv_heads[index] else 1.0
-    visible = context - length + launch.stop
-    return share * batch * costs.stage(index, tokens=size, rows=1, context=visible)
+    heads = launch.head_stop - launch.head_start
+    if stages[index].over == "attention":
+        batch, length, context = shape.groups[launch.group]
+        share = heads / kv_heads[index] if kv_heads[index] else 1.0
+        visible = context - length + launch.stop
+        seconds = share * batch * costs.tile(index, tokens=size, context=visible)
+        first = launch.start == launch.group == launch.head_start == 0
+        return seconds + (costs.written(index, tokens=shape.tokens) if first else 0.0)
+    if not launch.head_stop:
+        return costs.tile(index, tokens=size, context=size)
+    if not heads:
+        return costs.collected(index, tokens=size)
+    return costs.experts(index, tokens=size, share=_skewed(heads, stages[index].experts))
 
 
 def _stage_seconds(index: int, shape: Shape, costs: StageCosts) -> float:
     return costs.stage(index, tokens=shape.tokens, rows=shape.rows, context=shape.mean_context)
 
 
+def _skewed(some: int, experts: int) -> float:
+    """The share of the work that a plan allows a range of ``some`` experts."""
+    return min(1.0, SKEW * some / experts)
+
+
 def _row_tiles(index: int, over: str, shape: Shape, costs: StageCosts, seconds: float) -> list[Launch]:
     total = shape.tokens if over == "tokens" else shape.rows
+    ranges = _row_ranges(total, lambda n: costs.tile(index, tokens=n, context=n), seconds)
+    if len(ranges) == 1:  # as a tile it would keep the budget, and as a whole it does not
+        ranges = _ranges(total, MIN_ROWS * math.ceil(total / 2 / MIN_ROWS))
+    return _final([Launch(index, index + 1, a, b, final=False) for a, b in ranges])
 
-    def cost(n: int) -> float:
-        return costs.stage(index, tokens=n, rows=n, context=n)
 
+def _row_ranges(total: int, cost: Callable[[int], float], seconds: float) -> list[tuple[int, int]]:
+    """About equal ranges, none of which costs more than ``seconds``, as far as the smallest tile allows."""
     units = max(1, _largest(lambda k: cost(MIN_ROWS * k), seconds, total // MIN_ROWS))
     count = math.ceil(total / (MIN_ROWS * units))
     units = math.ceil(total / count / MIN_ROWS)
     while units > 1 and cost(max(b - a for a, b in _ranges(total, MIN_ROWS * units))) > seconds:
         units -= 1  # the remainder made the last tile too long
-    return _final([Launch(index, index + 1, a, b, final=False) for a, b in _ranges(total, MIN_ROWS * units)])
+    return _ranges(total, MIN_ROWS * units)
 
 
 def _expert_tiles(index: int, experts: int, shape: Shape, costs: StageCosts, seconds: float) -> list[Launch]:
-    """Ranges of tokens, or ranges of experts over ranges of tokens that are as long as one expert allows."""
+    """Ranges of experts over all tokens; else ranges of tokens, or of experts over ranges of tokens that are
+    as long as one expert allows.
+    """
 
-    def cost(n: int) -> float:
-        return costs.stage(index, tokens=n, rows=n, context=n)
+    def one(n: int) -> float:
+        return costs.experts(index, tokens=n, share=_skewed(1, experts))
 
+    if one(shape.tokens) <= seconds:
+        return _ranges_of_experts(index, experts, [(0, shape.tokens)], costs, seconds)
     by_rows = _row_tiles(index, "tokens", shape, costs, seconds)
-    most = math.ceil(shape.tokens / MIN_ROWS)
-    units = max(1, _largest(lambda k: SKEW * cost(min(MIN_ROWS * k, shape.tokens)) / experts, seconds, most))
-    ranges = _ranges(shape.tokens, MIN_ROWS * units)
-    longest = max(cost(b - a) for a, b in ranges)
-    if units > 1 and SKEW * longest > seconds * experts:  # the remainder made the last range too long
-        ranges = _ranges(shape.tokens, MIN_ROWS * (units - 1))
-        longest = max(cost(b - a) for a, b in ranges)
-    group = max(1, min(experts, int(seconds * experts / (SKEW * longest))))
-    sizes = [t.stop - t.start for t in by_rows]
-    if group == experts or (
-        max(map(cost, sizes)) <= seconds
-        and sum(map(cost, sizes)) <= _WORTH * sum(cost(b - a) for a, b in ranges)
-    ):
-        return by_rows
-    return _final(
-        [
-            Launch(index, index + 1, a, b, 0, first, min(first + group, experts), final=False)
-            for a, b in ranges
+    ranges = _row_ranges(shape.tokens, one, seconds)
+    by_experts = _ranges_of_experts(index, experts, ranges, costs, seconds)
+    rows = [costs.tile(index, tokens=t.stop - t.start, context=t.stop - t.start) for t in by_rows]
+    parts = [
+        costs.experts(index, tokens=b - a, share=1.0) + costs.collected(index, tokens=b - a)
+        for a, b in ranges
+    ]
+    return by_rows if max(rows) <= seconds and sum(rows) <= _WORTH * sum(parts) else by_experts
+
+
+def _ranges_of_experts(
+    index: int, experts: int, ranges: Sequence[tuple[int, int]], costs: StageCosts, seconds: float
+) -> list[Launch]:
+    """For each range of tokens the ranges of experts, and behind them the collected ranges of its tokens."""
+    tiles: list[Launch] = []
+    for start, stop in ranges:
+        size = stop - start
+
+        def some(count: int, size: int = size) -> float:
+            return costs.experts(index, tokens=size, share=_skewed(count, experts))
+
+        group = max(1, _largest(some, seconds, experts))
+        tiles += [
+            Launch(index, index + 1, start, stop, 0, first, min(first + group, experts), final=False)
             for first in range(0, experts, group)
         ]
-    )
+        tiles += [
+            Launch(index, index + 1, start + a, start + b, 0, experts, experts, final=False)
+            for a, b in _row_ranges(size, lambda n: costs.collected(index, tokens=n), seconds)
+        ]
+    return _final(tiles)
 
 
 def _attention_tiles(index: int, shape: Shape, costs: StageCosts, seconds: float, heads: int) -> list[Launch]:
     tiles: list[Launch] = []
+    written = costs.written(index, tokens=shape.tokens)
     for group, (batch, length, context) in enumerate(shape.groups):
         past = context - length
 
         def cost(start: int, rows: int, batch: int = batch, past: int = past) -> float:
-            return batch * costs.stage(index, tokens=rows, rows=1, context=past + start + rows)
+            return batch * costs.tile(index, tokens=rows, context=past + start + rows)
+
+        def pairs(start: int, rows: int, past: int = past) -> int:
+            return rows * (2 * (past + start) + rows)
 
         start = 0
         while start < length:
             rest = length - start
-            rows, share = _block(functools.partial(cost, start), seconds, rest, heads)
+            limit = seconds if start or group else max(seconds - written, _INSTANT)
+            rows, share = _block(
+                functools.partial(cost, start), functools.partial(pairs, start), limit, rest, heads
+            )
             if 0 < rest - rows < MIN_ROWS:  # the remainder joins, unless that makes the block too long
-                fits = cost(start, rest) <= seconds * share or rows <= MIN_ROWS
-                rows = rest if fits else rows - (EXACT_ROWS if rows > EXACT_ROWS else MIN_ROWS)
+                needed = math.ceil(cost(start, rest) / limit)
+                if needed <= max(heads, 1) or rows <= MIN_ROWS:
+                    rows, share = rest, max(1, min(needed, max(heads, 1)))
+                else:
+                    rows -= MIN_ROWS
             step = max(1, heads // share) if heads else 0  # at most 1 / share of the heads in each tile
             for head in range(0, max(heads, 1), max(step, 1)):
                 tiles.append(
@@ -224,17 +287,24 @@ def _attention_tiles(index: int, shape: Shape, costs: StageCosts, seconds: float
     return _final(tiles)
 
 
-def _block(cost: Callable[[int], float], seconds: float, rest: int, heads: int) -> tuple[int, int]:
-    """(rows, head groups) of the next block: exact row blocks first, heads apart if they must be."""
-    exact = EXACT_ROWS * max(1, _largest(lambda k: cost(EXACT_ROWS * k), seconds, rest // EXACT_ROWS))
-    rows = min(exact, rest)
-    share = math.ceil(cost(rows) / seconds)
-    if share <= max(heads, 1):
-        return rows, max(1, share)
-    rows = MIN_ROWS * max(
-        1, _largest(lambda k: cost(MIN_ROWS * k) / max(heads, 1), seconds, rows // MIN_ROWS)
-    )
-    return min(rows, rest), max(heads, 1)
+def _block(
+    cost: Callable[[int], float], pairs: Callable[[int], int], seconds: float, rest: int, heads: int
+) -> tuple[int, int]:
+    """(rows, head groups) of the next block: of the numbers of rows that heads apart make short enough one
+    that costs the least for a pair of query and key, and of these one with few launches.
+    """
+    most = max(heads, 1)
+    units = _largest(lambda k: cost(MIN_ROWS * k) / most, seconds, rest // MIN_ROWS)
+    sizes = [MIN_ROWS * k for k in sorted({units, *(1 << i for i in range(units.bit_length()))}) if k]
+    if cost(rest) <= seconds * most:
+        sizes.append(rest)
+    if not sizes:
+        return min(MIN_ROWS, rest), most
+    share = {rows: min(most, max(1, math.ceil(cost(rows) / seconds))) for rows in sizes}
+    price = {rows: cost(rows) / pairs(rows) for rows in sizes}
+    cheap = [rows for rows in sizes if price[rows] <= _ALIKE * min(price.values())]
+    best = min(cheap, key=lambda rows: math.ceil(most / (most // share[rows])) / pairs(rows))
+    return best, share[best]
 
 
 def _largest(cost: Callable[[int], float], limit: float, upto: int) -> int:

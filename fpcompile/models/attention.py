@@ -103,6 +103,19 @@ class MaskSpec:
         )
         return mask
 
+    def band(self, rows: int, width: int, ahead: int, like: Tensor) -> Tensor:
+        """``[1, 1, rows, width + ahead]`` of ``like``'s dtype: 0 where one of the last ``rows`` of ``width``
+        positions sees a key, else minus infinity; nobody sees the ``ahead`` keys behind. Causal and sliding
+        masks only: others do not follow distances.
+        """
+        mask = like.new_zeros(rows, width + ahead)
+        later = torch.ones(rows, rows + ahead, dtype=torch.bool, device=like.device).triu_(1)
+        mask[:, width - rows :].masked_fill_(later, float("-inf"))
+        if self.span:
+            behind = torch.ones(rows, width, dtype=torch.bool, device=like.device)
+            mask[:, :width].masked_fill_(behind.tril_(width - rows - self.span), float("-inf"))
+        return mask[None, None]
+
 
 def _closure(function: Callable[..., Any]) -> dict[str, Any]:
     cells = function.__closure__ or ()
@@ -186,8 +199,16 @@ class AttentionCall:
 
     @property
     def tiled_heads(self) -> int:
-        """Number of key/value heads that can be computed apart, 0 when the function needs all of them."""
-        return 0 if hasattr(self.module, "sinks") else self.kv_heads
+        """How many heads, or groups of heads, can be computed apart; 0 when the function needs all of them.
+
+        Torch's kernel on a CPU takes any query heads with their key head; the model's own functions repeat
+        the keys for all query heads of a group.
+        """
+        if hasattr(self.module, "sinks"):
+            return 0
+        weight = next(self.module.parameters(), None)
+        alone = self.implementation == "sdpa" and weight is not None and weight.device.type == "cpu"
+        return self.heads if alone else self.kv_heads
 
 
 class CacheProbe(DynamicCache):

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fpcompile
-from fpcompile.errors import CheckpointError
+from fpcompile.errors import BudgetError, BudgetWarning, CheckpointError
+from fpcompile.executor.cost_model import Samples
 from fpcompile.executor.schedule import MIN_ROWS, SKEW, Launch, Shape, by_budget, launch_seconds
 from fpcompile.executor.stages import Stage, Step
+from fpcompile.executor.tile_costs import COLLECTED, PART, RANGE
 from fpcompile.ir import Cost, Part, PartKind
 from fpcompile.models.division import Division
 from fpcompile.models.leaves import experts_leaf
@@ -48,13 +50,13 @@ def test_ranges_of_experts_give_the_bits_of_one_call(
         weights, choices = scores.topk(2, dim=-1)
         tensors = (hidden, choices, weights.to(dtype))
         with torch.no_grad():
-            assert division.agrees()
+            assert division.disagreement() is None
             (whole,) = leaf.run(tensors, (tokens,))
             for bounds in ((0, 1, 2, 3, 4), (0, 3, 4), (0, 4)):
                 state = division.room(tensors)
                 for start, stop in itertools.pairwise(bounds):
                     division.add(state, tensors, start, stop)
-                assert same_bits(division.result(state, tensors), whole)
+                assert same_bits(division.collect(state, tensors), whole)
 
 
 def test_what_cannot_be_divided_is_left_whole() -> None:
@@ -70,23 +72,46 @@ def test_what_cannot_be_divided_is_left_whole() -> None:
     def mixing(module: nn.Module, hidden: Any, choices: Any, weights: Any) -> Any:
         return found.forward(module, hidden, choices, weights) + hidden.sum()
 
-    assert not Division(module, mixing, EXPERTS, "at once", 64, 2).agrees()
-    assert not Division(module, found.forward, EXPERTS, "in order", 64, 3).agrees(), "another order of sums"
+    mixed = Division(module, mixing, EXPERTS, "at once", 64, 2).disagreement()
+    assert mixed is not None
+    assert "other bits than one call at 9 tokens" in mixed
+    assert Division(module, found.forward, EXPERTS, "in order", 64, 3).disagreement() is not None, "order"
 
     def refusing(module: nn.Module, hidden: Any, choices: Any, weights: Any) -> Any:
         raise ValueError("two choices are expected")
 
-    assert not Division(module, refusing, EXPERTS, "at once", 64, 2).agrees()
+    refused = Division(module, refusing, EXPERTS, "at once", 64, 2).disagreement()
+    assert refused is not None
+    assert "rows of one choice (ValueError)" in refused
+
+    def wide(module: nn.Module, hidden: Any, choices: Any, weights: Any) -> Any:
+        return found.forward(module, hidden, choices, weights) * (2 if len(hidden) >= MIN_ROWS else 1)
+
+    late = Division(module, wide, EXPERTS, "at once", 64, 2).disagreement()
+    assert late is not None, "a kernel that changes with the number of rows"
+    assert "at 64 tokens" in late
 
 
 class Costs:
-    """Seconds of experts: their weights, and their rows."""
+    """Seconds of experts: their weights, and their rows; ``sums`` for collecting the results of a token."""
 
-    def __init__(self, fixed: float, each: float) -> None:
-        self.fixed, self.each = fixed, each
+    def __init__(self, fixed: float, each: float, sums: float = 0.0) -> None:
+        self.fixed, self.each, self.sums = fixed, each, sums
 
     def stage(self, index: int, *, tokens: int, rows: int, context: float) -> float:
         return self.fixed + self.each * tokens
+
+    def tile(self, index: int, *, tokens: int, context: float) -> float:
+        return self.fixed + self.each * tokens
+
+    def written(self, index: int, *, tokens: int) -> float:
+        return 0.0
+
+    def experts(self, index: int, *, tokens: int, share: float) -> float:
+        return share * (self.fixed + self.each * tokens)
+
+    def collected(self, index: int, *, tokens: int) -> float:
+        return self.sums * tokens
 
 
 def stage_of(experts: int) -> Stage:
@@ -101,42 +126,66 @@ def stage_of(experts: int) -> Stage:
     tokens=st.integers(1, 3000),
     fixed=st.floats(0.0, 500.0),
     each=st.floats(0.001, 1.0),
+    sums=st.floats(0.0, 0.5),
     budget=st.floats(0.5, 4000.0),
 )
 def test_a_plan_covers_every_pair_of_token_and_expert_once(
-    experts: int, tokens: int, fixed: float, each: float, budget: float
+    experts: int, tokens: int, fixed: float, each: float, sums: float, budget: float
 ) -> None:
-    stages, shape, costs = (stage_of(experts),), Shape(tokens, 1, ((1, tokens, tokens),)), Costs(fixed, each)
+    stages, shape = (stage_of(experts),), Shape(tokens, 1, ((1, tokens, tokens),))
+    costs = Costs(fixed, each, sums)
     plan = by_budget(stages, shape, costs, budget, [0])
     if not plan[0].tiled:
         assert len(plan) == 1
         return
-    whole = [(0, experts)]
-    ranges: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    collected, stop, expert = 0, 0, experts  # results so far; the range of tokens under way; its next expert
     for tile in plan:
-        ranges.setdefault((tile.start, tile.stop), []).append((tile.head_start, tile.head_stop or experts))
-    bounds = [0, *(stop for _, stop in ranges)]
-    assert list(ranges) == list(itertools.pairwise(bounds))
-    assert bounds[-1] == tokens
-    for found in ranges.values():
-        assert [a for a, _ in found] == [0, *(b for _, b in found[:-1])]
-        assert found[-1][1] == experts
+        if tile.head_start < tile.head_stop:  # a range of experts
+            if expert == experts:
+                assert tile.start == stop == collected, "nothing is left of the range of tokens before"
+                stop, expert = tile.stop, 0
+            assert (tile.start, tile.stop, tile.head_start) == (collected, stop, expert)
+            expert = tile.head_stop
+        else:  # results: of all experts at once, or behind the last range
+            assert expert == experts
+            assert tile.head_start in (0, experts)
+            assert tile.start == collected
+            collected = tile.stop
+            stop = max(stop, collected)
+    assert (collected, expert) == (tokens, experts)
     assert [t.final for t in plan] == [False] * (len(plan) - 1) + [True]
-    smallest = SKEW * costs.stage(0, tokens=min(tokens, 2 * MIN_ROWS), rows=1, context=1) / experts
+    few = min(tokens, 2 * MIN_ROWS)
+    smallest = max(SKEW * (fixed + each * few) / experts, sums * few)
     longest = max(launch_seconds(t, stages, shape, costs, [0]) for t in plan)
-    by_expert = any(found != whole for found in ranges.values())
+    by_expert = any(t.head_stop for t in plan)
     assert longest <= budget * 1.0001 or (by_expert and smallest > budget) or tokens < 2 * MIN_ROWS
 
 
-def test_experts_are_divided_where_reading_their_weights_is_the_work() -> None:
+def test_experts_are_divided_wherever_one_of_them_keeps_the_budget() -> None:
+    """Ranges of tokens would give an expert fewer rows, and its product other bits."""
     shape = Shape(2048, 1, ((1, 2048, 2048),))
     heavy = by_budget((stage_of(64),), shape, Costs(1000.0, 0.1), 100.0, [0])
     assert {(t.start, t.stop) for t in heavy} == {(0, 2048)}, "no range of tokens reads the weights again"
-    assert {t.head_stop - t.head_start for t in heavy} == {2}, (
+    assert {t.head_stop - t.head_start for t in heavy[:-1]} == {2}, (
         "64 experts take 1205 s, twice as many in a skew"
     )
+    assert (heavy[-1].head_start, heavy[-1].head_stop) == (64, 64)
     light = by_budget((stage_of(64),), shape, Costs(1.0, 1.0), 300.0, [0])
-    assert all(not t.head_stop for t in light), "rows are the work: ranges of tokens keep the budget exactly"
+    assert {(t.start, t.stop) for t in light} == {(0, 2048)}
+    few = by_budget((stage_of(2),), shape, Costs(1.0, 1.0), 300.0, [0])
+    assert all(not t.head_stop for t in few), (
+        "one expert is too much: ranges of tokens keep the budget exactly"
+    )
+
+
+def test_what_collecting_takes_is_part_of_the_plan() -> None:
+    """The sum over the choices of all tokens takes 2048 s, that of 64 tokens 64 s."""
+    shape, stages, costs = Shape(2048, 1, ((1, 2048, 2048),)), (stage_of(64),), Costs(1000.0, 0.1, sums=1.0)
+    plan = by_budget(stages, shape, costs, 100.0, [0])
+    sums = [t for t in plan if t.head_start == 64]
+    assert [(t.start, t.stop) for t in sums] == [(64 * i, 64 * i + 64) for i in range(32)]
+    assert max(launch_seconds(t, stages, shape, costs, [0]) for t in plan) <= 100.0
+    assert launch_seconds(sums[0], stages, shape, costs, [0]) == 64.0
 
 
 @pytest.mark.slow
@@ -150,7 +199,8 @@ def test_a_run_over_ranges_of_experts_has_the_models_bits(arch: str, tmp_path: P
     for i, stage in enumerate(program.stages):
         if stage.experts:
             assert [s.part.kind for s in stage.steps] == [PartKind.LEAF]
-            tiles = [Launch(i, i + 1, 0, 30, 0, e, e + 2, final=e == 2) for e in (0, 2)]
+            tiles = [Launch(i, i + 1, 0, 30, 0, e, e + 2, final=False) for e in (0, 2)]
+            tiles += [Launch(i, i + 1, a, b, 0, 4, 4, final=b == 30) for a, b in ((0, 13), (13, 30))]
             schedule += tiles
         else:
             schedule.append(Launch(i, i + 1))
@@ -168,7 +218,7 @@ def test_a_checkpoint_does_not_go_on_where_experts_are_not_divided(monkeypatch: 
     """Whether they are depends on the machine's kernels, and launches are numbered by stages."""
     model = tiny_model("mixtral")
     divided = fpcompile.segment(model, route="packed", granularity="model", verify=False)
-    monkeypatch.setattr(Division, "agrees", lambda self: False)
+    monkeypatch.setattr(Division, "disagreement", lambda self: "other bits at 64 tokens")
     whole = fpcompile.segment(model, route="packed", granularity="model", verify=False)
     assert len(divided.stages) > len(whole.stages)
     checkpoint = divided.start(sample_ids(9)).checkpoint()
@@ -197,7 +247,8 @@ def test_a_budget_divides_experts_and_failures_name_them(monkeypatch: pytest.Mon
     )
     run = program.start(sample_ids(150), max_blocking_ms=0.6)
     ranges = [(t.start, t.stop, t.head_start, t.head_stop) for t in run.schedule if t.head_stop]
-    assert ranges == [(0, 150, e, e + 1) for e in range(EXPERTS)] * 2
+    results = (0, 150, EXPERTS, EXPERTS)
+    assert ranges == [*((0, 150, e, e + 1) for e in range(EXPERTS)), results] * 2
     assert differences(finish(run), reference(model, sample_ids(150))) == []
 
     def fail(*args: object) -> None:
@@ -207,3 +258,46 @@ def test_a_budget_divides_experts_and_failures_name_them(monkeypatch: pytest.Mon
     monkeypatch.setattr(Division, "add", fail)
     with pytest.raises(fpcompile.errors.SegmentError, match=r"layers\.0\.mlp"):
         finish(run)
+
+
+@pytest.mark.slow
+def test_a_strict_budget_refuses_what_collecting_makes_impossible() -> None:
+    """One expert of 150 tokens keeps 0.6 ms; summing the choices of 64 tokens may not."""
+    program = fpcompile.segment(tiny_model("qwen3_moe"), route="packed", verify=False)
+    ids = sample_ids(150)
+
+    def measured(collecting: float) -> None:
+        samples: Samples = {s.key: ((1, 1e-6), (512, 2e-6)) for s in program.stages}
+        (key,) = {s.key for s in program.stages if s.experts}
+        samples[key] = samples[(*key, RANGE)] = ((1, 1e-3), (512, 1.1e-3))
+        samples[(*key, PART)] = ((1, 1e-3 / EXPERTS), (512, 1.1e-3 / EXPERTS))
+        samples[(*key, COLLECTED)] = ((64, collecting), (512, 8 * collecting))
+        program.use_costs(samples)
+
+    measured(0.1e-3)
+    run = program.start(ids, max_blocking_ms=0.6, strict_budget=True)
+    assert any(t.head_start == EXPERTS for t in run.schedule)
+    run.release()
+    measured(5e-3)
+    with pytest.raises(BudgetError) as refused:
+        program.start(ids, max_blocking_ms=0.6, strict_budget=True)
+    assert refused.value.seconds >= 5e-3
+    with pytest.warns(BudgetWarning, match="experts"):
+        program.start(ids, max_blocking_ms=0.6)
+
+
+@pytest.mark.slow
+def test_a_tile_plan_says_why_experts_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("mixtral")
+    divided = fpcompile.segment(model, route="packed", verify=False)
+    assert "experts are not divided" not in divided.explain()
+    assert "n * 2 * 64 more values: 0.524 MB at n = 1024" in flat(divided.explain(tokens=1024))
+    monkeypatch.setattr(Division, "disagreement", lambda self: "other bits at 64 tokens")
+    told = flat(fpcompile.segment(model, route="packed", verify=False).explain())
+    assert "experts are not divided" in told
+    assert "other bits at 64 tokens: model.layers.0.mlp.experts and 1 more" in told
+
+
+def flat(text: str) -> str:
+    """Without line breaks."""
+    return " ".join(text.split())

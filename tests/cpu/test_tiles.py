@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fpcompile
-from fpcompile.executor.schedule import EXACT_ROWS, MIN_ROWS, Launch, Shape, by_budget, by_segment
+from fpcompile.executor.packed import PackedProgram
+from fpcompile.executor.schedule import (
+    KEY_BLOCK,
+    MIN_ROWS,
+    Launch,
+    Shape,
+    by_budget,
+    by_segment,
+    launch_seconds,
+)
 from fpcompile.executor.stages import Stage
+from fpcompile.models.attention import MaskKind, MaskSpec
 from fpcompile.models.zoo import MAIN_ARCHS, tiny_model
-from tests.cpu.support import finish, model_of, outcome, program_of, reference
+from tests.cpu.support import differences, finish, model_of, outcome, program_of, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::fpcompile.errors.BudgetWarning")
 
@@ -30,6 +42,18 @@ class FakeCosts:
         if self.overs[index] == "attention":
             return tokens * (2 * context - tokens) / 512
         return float(rows if self.overs[index] == "rows" else tokens)
+
+    def tile(self, index: int, *, tokens: int, context: float) -> float:
+        return self.stage(index, tokens=tokens, rows=tokens, context=context)
+
+    def written(self, index: int, *, tokens: int) -> float:
+        return 0.0
+
+    def experts(self, index: int, *, tokens: int, share: float) -> float:
+        raise AssertionError("there are none")
+
+    def collected(self, index: int, *, tokens: int) -> float:
+        raise AssertionError("there are none")
 
 
 def stages_of(overs: tuple[str, ...]) -> tuple[Stage, ...]:
@@ -96,10 +120,12 @@ def test_a_remainder_that_joins_the_last_tile_does_not_break_the_budget() -> Non
 
 
 def test_nor_one_that_joins_a_block_of_attention() -> None:
-    """Heads apart, 256 queries fit, but 256 + 44 do not: the blocks are 192 and 108 queries."""
+    """Heads apart, a block of 64 fits, and 64 + 44 fit with more heads apart only."""
     shape, costs = Shape(300, 1, ((1, 300, 300),)), FakeCosts(("attention",))
     plan = by_budget(stages_of(("attention",)), shape, costs, 40.0, [4])
-    assert sorted({(t.start, t.stop) for t in plan}) == [(0, 192), (192, 300)]
+    blocks = sorted({(t.start, t.stop) for t in plan})
+    assert [a for a, _ in blocks] == [0, *(b for _, b in blocks[:-1])]
+    assert blocks[-1] == (192, 300)
     assert max(seconds(t, shape, costs) for t in plan) <= 40.0
 
 
@@ -185,25 +211,111 @@ def test_a_checkpoint_inside_a_stage_is_not_changed_by_the_run_that_goes_on() ->
     assert torch.equal(finish(program.resume(snapshot)).logits, expected.logits)
 
 
-def test_row_blocks_of_512_give_the_bits_of_the_whole() -> None:
-    model = tiny_model("llama", overrides={"max_position_embeddings": 2 * EXACT_ROWS})
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("arch", ["llama", "gemma3_text"])
+def test_blocks_of_any_size_and_heads_have_the_bits_of_the_whole(arch: str, dtype: torch.dtype) -> None:
+    """Causal and sliding, behind cached tokens and without: keys are given in whole blocks."""
+    length, cached = 2 * KEY_BLOCK + 100, 70
+    model = tiny_model(arch, dtype=dtype, overrides={"max_position_embeddings": length})
     program = fpcompile.segment(model, verify=False)
-    length = 2 * EXACT_ROWS
     ids = torch.randint(0, program.vocabulary, (1, length), generator=torch.Generator().manual_seed(2))
-    run = program.start(ids)
-    run.schedule = tuple(
-        tile
-        for i, stage in enumerate(program.stages)
-        for tile in (
-            (Launch(i, i + 1, 0, EXACT_ROWS, 0, 0, 2, False), Launch(i, i + 1, EXACT_ROWS, length, 0, 0, 2))
+    expected = reference(model, ids)
+    past = finish_past(program, ids[:, :cached])
+    continued = reference(model, ids[:, cached:], past_key_values=past)
+    for options, want, size in (
+        ({}, expected, length),
+        ({"past_key_values": past}, continued, length - cached),
+    ):
+        run = program.start(ids[:, length - size :], **options)
+        bounds = [0, 64, 192, 448, 512, 1030, size]
+        run.schedule = tuple(
+            Launch(i, i + 1, a, b, 0, head, head + 1, final=(b, head + 1) == (size, program.kv_heads()[i]))
             if stage.over == "attention"
-            else (Launch(i, i + 1),)
+            else Launch(i, i + 1)
+            for i, stage in enumerate(program.stages)
+            for a, b in (itertools.pairwise(bounds) if stage.over == "attention" else [(0, 0)])
+            for head in range(program.kv_heads()[i] or 1)
         )
-    )
-    assert torch.equal(finish(run).logits, reference(model, ids).logits)
+        assert differences(finish(run), want) == []
+
+
+def finish_past(program: fpcompile.Program, ids: torch.Tensor) -> Any:
+    """The cache of a finished prompt."""
+    return program(ids, use_cache=True).past_key_values
 
 
 @pytest.mark.parametrize("bad", [0, -1.0, float("nan"), True, "fast"])
 def test_a_bad_budget_is_refused(bad: object) -> None:
     with pytest.raises(fpcompile.errors.InvalidInputError, match="max_blocking_ms"):
         program_of("qwen3").start([[1, 2]], max_blocking_ms=bad)
+
+
+class Writing(FakeCosts):
+    """The first tile writes keys and values for 300 s."""
+
+    def written(self, index: int, *, tokens: int) -> float:
+        return 300.0
+
+
+def test_the_first_block_leaves_time_for_writing_keys_and_values() -> None:
+    shape, costs = Shape(4096, 1, ((1, 4096, 4096),)), Writing(("attention",))
+    stages = stages_of(("attention",))
+    plan = by_budget(stages, shape, costs, 1100.0, [1])
+    took = [launch_seconds(t, stages, shape, costs, [1]) for t in plan]
+    assert took[0] > 300.0
+    assert max(took) <= 1100.0
+
+
+@given(
+    rows=st.integers(1, 90),
+    more=st.integers(0, 200),
+    span=st.sampled_from((0, 1, 7, 64, 1000)),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+)
+def test_bands_are_the_models_masks(rows: int, more: int, span: int, dtype: torch.dtype) -> None:
+    spec = MaskSpec(MaskKind.SLIDING, span) if span else MaskSpec(MaskKind.CAUSAL)
+    width, like = rows + more, torch.zeros(1, dtype=dtype)
+    own = spec.build(
+        "sdpa",
+        queries=rows,
+        q_offset=more,
+        keys=width,
+        k_offset=0,
+        like=like,
+        config=program_of("qwen3").config,
+    )
+    band = spec.band(rows + 5, width + 9, 3, like)[0, 0, 5:, 9:]
+    assert not (band[:, width:] == 0).any(), "nobody sees what lies ahead"
+    band = band[:, :width]
+    assert band.dtype == dtype
+    if own is not None:
+        assert torch.equal(band == 0, own[0, 0])
+        assert torch.equal(band == float("-inf"), ~own[0, 0])
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "gemma3_text"])
+def test_one_mask_serves_the_blocks_of_all_layers(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = program_of(arch)
+    assert isinstance(program, PackedProgram)
+    kinds = {call.mask for call in program.attention}
+    built: list[tuple[MaskSpec, int, int]] = []
+    own = MaskSpec.band
+
+    def band(spec: MaskSpec, rows: int, width: int, ahead: int, like: torch.Tensor) -> torch.Tensor:
+        built.append((spec, rows, width))
+        return own(spec, rows, width, ahead, like)
+
+    monkeypatch.setattr(MaskSpec, "band", band)
+    length = 4 * MIN_ROWS
+    run = program.start(torch.randint(0, 90, (1, length), generator=torch.Generator().manual_seed(1)))
+    run.schedule = tuple(
+        Launch(i, i + 1, a, a + MIN_ROWS, 0, 0, program.kv_heads()[i], final=a + MIN_ROWS == length)
+        if stage.over == "attention"
+        else Launch(i, i + 1)
+        for i, stage in enumerate(program.stages)
+        for a in (range(0, length, MIN_ROWS) if stage.over == "attention" else (0,))
+    )
+    finish(run)
+    assert {spec for spec, *_ in built} == kinds
+    assert len(built) <= 3 * len(kinds), "64 keys, 128, then 256"

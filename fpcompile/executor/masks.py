@@ -1,0 +1,93 @@
+"""Which keys a block of queries is given, and its mask: built once for all blocks of all layers.
+
+Torch's kernel on a CPU walks keys in blocks of 512. A block of queries has the bits of the whole, whatever
+its size, dtype or heads, when it is given whole blocks of keys, those behind it masked (seen; calibration
+compares them on each machine). With the last block cut short its sums are grouped otherwise, and round.
+
+What a query sees under a causal or a sliding mask depends on how far back a key lies, and on nothing else. So
+the mask of any block is a part of that of a larger one, a *band*, in the form that the kernel adds. The
+model's own mask would be built, and converted by the kernel, for each block of each layer: about as much work
+as the attention of a block of few heads. Masks are kept with the run until it is suspended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fpcompile.executor.inputs import Group
+from fpcompile.executor.kv import KV
+from fpcompile.executor.schedule import KEY_BLOCK, Launch, keys_given
+from fpcompile.models.attention import AttentionCall, MaskKind
+
+if TYPE_CHECKING:
+    from fpcompile.executor.run import Run
+
+_BAND = "band"
+
+
+def keys_of(call: AttentionCall, group: Group, kv: KV, tile: Launch, device: str) -> slice:
+    """The keys, counted from the first one held, that the block ``tile`` of a group is given: none before a
+    window, in whole blocks, and none behind the block of queries but the rest of a block of keys.
+    """
+    held, cached = int(kv.keys.shape[2]), group.past - kv.start
+    if call.mask.kind is MaskKind.BIDIRECTIONAL:
+        return slice(0, held)
+    low = 0
+    if call.mask.kind is MaskKind.SLIDING:
+        low = max(0, cached + tile.start - call.mask.span + 1) // KEY_BLOCK * KEY_BLOCK
+    stop = cached + tile.stop
+    if banded(call, device):
+        stop = min(held, keys_given(stop))
+    return slice(low, stop)
+
+
+def banded(call: AttentionCall, device: str) -> bool:
+    """Whether attention adds a band: torch's own on a CPU, under a mask that follows distances."""
+    kinds = (MaskKind.CAUSAL, MaskKind.SLIDING)
+    return device == "cpu" and call.implementation == "sdpa" and call.mask.kind in kinds
+
+
+def block_mask(
+    run: Run, call: AttentionCall, group: Group, kv: KV, tile: Launch, seen: slice, like: Tensor
+) -> Tensor | None:
+    """The mask of the block ``tile`` of a group over the keys ``seen``; None where causal is enough."""
+    rows, width = tile.stop - tile.start, seen.stop - seen.start
+    if banded(call, like.device.type):
+        ahead = seen.stop - (group.past - kv.start + tile.stop)
+        return _band(run, call, rows, width - ahead, ahead, int(kv.keys.shape[2]), like)
+    key: Hashable = (call.mask, call.implementation, kv.start, group, tile.start, tile.stop)
+    if key not in run.masks:
+        for old in [k for k in run.masks if not isinstance(k, tuple) or k[0] != _BAND]:
+            del run.masks[old]  # the newest one serves the block's other heads
+        run.masks[key] = call.mask.build(
+            call.implementation,
+            queries=rows,
+            q_offset=group.past + tile.start,
+            keys=width,
+            k_offset=kv.start + seen.start,
+            like=like,
+            config=run.program.config,
+        )
+    return run.masks[key]
+
+
+def _band(
+    run: Run, call: AttentionCall, rows: int, width: int, ahead: int, longest: int, like: Tensor
+) -> Tensor | None:
+    """``[1, 1, rows, width + ahead]`` for the last ``rows`` of ``width`` positions out of ``longest`` at
+    most, and ``ahead`` keys behind them.
+    """
+    span = call.mask.span
+    if not ahead and rows in (1, width) and (not span or width < span):
+        return None
+    key: Hashable = (_BAND, call.mask, like.dtype)
+    band = run.masks.get(key)
+    height, length = (0, 0) if band is None else (int(band.shape[2]), int(band.shape[3]) - KEY_BLOCK)
+    if band is None or height < rows or length < width:
+        height, length = max(height, rows), max(length, width)
+        length = max(length, min(1 << (length - 1).bit_length(), longest))  # seldom built again
+        run.masks[key] = band = call.mask.band(height, length, KEY_BLOCK, like)
+    return band[:, :, height - rows :, length - width : length + ahead]

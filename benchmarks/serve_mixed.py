@@ -1,6 +1,7 @@
 """Time between tokens of running streams while long prompts are processed, over HTTP.
 
-    python benchmarks/serve_mixed.py --streams 8 --prompt 4096
+    python benchmarks/serve_mixed.py --streams 8 --prompt 4096                  streams that ask for nothing
+    python benchmarks/serve_mixed.py --streams 8 --prompt 4096 --tbt-slo 0.05   streams that ask
 
 Starts `fpcompile serve` with a demo model, keeps streams running, and sends long prompts from time to time.
 Each gap between two tokens counts as *quiet* or, when a long prompt was live at its end, as *under prefill*:
@@ -31,15 +32,14 @@ from fpcompile.serving.bench_client import Endpoint, Sent, run_load
 
 
 @contextlib.contextmanager
-def server(arguments: argparse.Namespace) -> Iterator[str]:
-    """The address of a warm server."""
+def served(model: str, *flags: str) -> Iterator[tuple[str, int]]:
+    """The address and the process of a warm server of a demo model."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
         sys.executable, "-c", "from fpcompile.cli import main; main()", "serve", "--port", str(port),
-        "--random-weights", arguments.model, "--max-blocking-ms", str(arguments.max_blocking_ms),
-        "--policy", arguments.policy, "--weights", arguments.weights, "--threads", str(arguments.threads),
+        "--random-weights", model, *flags,
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
@@ -52,7 +52,7 @@ def server(arguments: argparse.Namespace) -> Iterator[str]:
             if process.poll() is not None or time.monotonic() > until:
                 raise SystemExit("the server has not started: run `fpcompile serve` by hand to see why")
             time.sleep(0.5)
-        yield url
+        yield url, process.pid
     finally:
         process.terminate()
         try:
@@ -109,7 +109,9 @@ def main() -> None:
     made.add_argument("--prompt", type=int, default=4096, help="tokens of a long prompt")
     made.add_argument("--prompts", type=int, default=3)
     made.add_argument("--every", type=float, default=8.0, help="seconds between long prompts")
-    made.add_argument("--tbt-slo", type=float, default=0.05, help="that the streams ask for, seconds")
+    made.add_argument(
+        "--tbt-slo", type=float, help="that the streams ask for, seconds; else the server's own"
+    )
     made.add_argument("--ttft-slo", type=float, default=60.0, help="that the long prompts ask for, seconds")
     made.add_argument("--max-blocking-ms", type=float, default=20.0)
     made.add_argument("--policy", default="fpcompile")
@@ -117,7 +119,11 @@ def main() -> None:
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--json", type=Path)
     arguments = made.parse_args()
-    with server(arguments) as url:
+    flags = [
+        "--max-blocking-ms", str(arguments.max_blocking_ms), "--policy", arguments.policy,
+        "--weights", arguments.weights, "--threads", str(arguments.threads),
+    ]  # fmt: skip
+    with served(arguments.model, *flags) as (url, _):
         endpoint = Endpoint(url, arguments.model, slo=True, ignore_eos=True)
         sent, seconds = asyncio.run(
             run_load(endpoint, requests(arguments), tbt_slos={"stream": arguments.tbt_slo})

@@ -45,3 +45,30 @@ def test_fastapi(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert sum(line.startswith("urgent: token") for line in lines) == 3
     assert lines[3].endswith("overtaken: True")
     assert "'completed': 4, 'cancelled': 1" in lines[4]
+
+
+def test_the_ten_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = _run("quickstart.py", monkeypatch, capsys)
+    assert [line.split()[0] for line in lines] == ["urgent", "long", "preemptions"]
+
+
+def test_a_policy_of_ones_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = _run("custom_policy.py", monkeypatch, capsys)
+    assert lines[0].startswith("fcfs: free 3000, free 400, free 40, gold 800; ")
+    assert lines[1].startswith("gold-first: gold 800, free 40, free 400, free 3000; ")
+    assert all(line.endswith("bits equal to the model's: True") for line in lines)
+
+
+def test_a_model_and_an_embedder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = _run("llm_and_embedder.py", monkeypatch, capsys)
+    assert lines[0] == "3 vectors while a long prompt was computed: True"
+    assert lines[2] == "equal to the models': vectors True, logits True, tokens True"
+
+
+def test_a_checkpoint_moves_to_another_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["checkpoint_and_move.py", "--tokens", "128"])
+    lines = _run("checkpoint_and_move.py", monkeypatch, capsys)
+    assert lines[0].startswith("first process: stopped at segment")
+    assert lines[-1] == "bits equal to the uninterrupted run: yes"

@@ -7,11 +7,12 @@
 | `s-edf`    | -(sgn(slack) / D)                                     | FlowPrefill, arXiv 2602.16603         |
 | `srpt`     | remaining device seconds                              | Schrage 1968, at the operator's grain |
 | `priority` | -priority (higher first)                              | SGLang's direction (vLLM: opposite)   |
-| `wfq`      | start tag of the tenant's virtual time                | start-time fair queueing, Goyal 1996  |
+| `wfq`      | the tenant's virtual finish time                      | fair queueing, Demers 1989            |
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from math import inf
 
 from fpcompile.errors import InvalidInputError
@@ -95,12 +96,13 @@ class Priority(KeyedPolicy):
 
 @register("wfq")
 class Wfq(KeyedPolicy):
-    """Fair shares of device time between tenants, by virtual start tags.
+    """Fair shares of device time between tenants: the earliest virtual finish time first.
 
-    ``weights`` are given as ``wfq:tenant=2.5`` (others have 1). A tenant that was idle starts at the present
-    virtual time: no credit is saved up. A start tag is the virtual finish time of what the tenant asked for
-    before. No arrival has a tag below that of the run on the device, so nobody is ever paused: tenants share
-    device time, whatever the lengths of their prompts, and wait for the prompt that is under way.
+    ``weights`` are given as ``wfq:tenant=2.5`` (others have 1). A request's virtual finish time is its cost /
+    weight behind that of the tenant's request before it, and behind the virtual time of its arrival: a tenant
+    that was idle saves up no credit. Virtual time goes on by 1 / (sum of the weights of all tenants that have
+    unended requests). So a short prompt overtakes a long one of another tenant, as often as that tenant's
+    share allows, and a flood delays its own tenant only.
     """
 
     def __init__(self, **weights: float) -> None:
@@ -110,23 +112,40 @@ class Wfq(KeyedPolicy):
         self._weights = weights
         self._finish: dict[str, float] = {}
         self._tags: dict[str, float] = {}
-        self._virtual = 0.0
+        self._live: Counter[str] = Counter()
+        self._active = 0.0
+        """Weights of the tenants that have unended requests."""
+        self._virtual = self._at = 0.0
         self._most = _TENANTS
 
+    def _weight(self, tenant: str) -> float:
+        return self._weights.get(tenant, 1.0)
+
+    def _advance(self, now: float) -> None:
+        if self._live:
+            self._virtual += max(now - self._at, 0.0) / self._active
+        self._at = now
+
     def arrived(self, view: RequestView, now: float) -> None:
-        request = view.request
-        start = max(self._virtual, self._finish.get(request.tenant, 0.0))
-        self._tags[request.id] = start
+        self._advance(now)
+        request, tenant = view.request, view.request.tenant
         if len(self._finish) > self._most:  # what has finished in virtual time says no more than no entry
             self._finish = {name: tag for name, tag in self._finish.items() if tag > self._virtual}
             self._most = max(_TENANTS, 2 * len(self._finish))
-        self._finish[request.tenant] = start + request.cost / self._weights.get(request.tenant, 1.0)
-
-    def launched(self, view: RequestView, now: float) -> None:
-        self._virtual = max(self._virtual, self._tags[view.request.id])
+        start = max(self._virtual, self._finish.get(tenant, 0.0))
+        self._tags[request.id] = self._finish[tenant] = start + request.cost / self._weight(tenant)
+        if not self._live[tenant]:
+            self._active += self._weight(tenant)
+        self._live[tenant] += 1
 
     def ended(self, view: RequestView, outcome: object, now: float) -> None:
-        self._tags.pop(view.request.id, None)
+        self._advance(now)
+        tenant = view.request.tenant
+        del self._tags[view.request.id]
+        self._live[tenant] -= 1
+        if not self._live[tenant]:
+            del self._live[tenant]
+            self._active = self._active - self._weight(tenant) if self._live else 0.0
 
     def key(self, view: RequestView, now: float) -> float:
         return self._tags[view.request.id]

@@ -5,7 +5,7 @@ arrive together, alike in everything (ties go by order of arrival); `late` canno
 
 What to look for: `edf` serves the hopeless one first, `s-edf` last. `chunked:100` and `layered:2` stop at
 1 s and 2 s, operators at 0.5 s, tiles at once. `vllm:100,60` gives the started ones their slices first. The
-published batching packs `x` and `y`. `wfq` leaves a run alone whose start tag is equal. `fpcompile` gives
+published batching packs `x` and `y`. `wfq` lets tenant `b` overtake while its share lasts. `fpcompile` gives
 `late` two turns of what it has earned, and goes on with what has a promise.
 """
 
@@ -88,13 +88,15 @@ GOLDEN: dict[str, str] = {
     """,
     "wfq": """
         0 launch long
-        4 done long
-        4 launch x
-        4.6 done x
-        4.6 launch y
-        5.2 done y
-        5.2 launch late
-        6.2 done late
+        0.3 pause long
+        0.5 launch x
+        1.1 done x
+        1.1 launch y
+        1.7 done y
+        1.7 launch late
+        2.7 done late
+        2.7 launch long
+        6.2 done long
     """,
     "chunked:100": """
         0 launch long

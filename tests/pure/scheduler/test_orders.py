@@ -161,16 +161,27 @@ def test_wfq_shares_between_tenants_and_keeps_no_credit() -> None:
     assert [line.split()[-1] for line in log if "done" in line] == ["f0", "f1", "f2", "o0", "o1", "f3"]
 
 
-def test_wfq_pauses_nobody() -> None:
-    """No arrival has a start tag below that of the run on the device."""
-    draw = random.Random(4)
-    requests = [
-        Request(f"r{i}", 0.25 * i, 99.0, 10, 0.25 * draw.randint(1, 9), tenant=draw.choice("abc"))
-        for i in range(60)
-    ]
-    log = run_all("wfq:a=3", requests)
-    assert len([line for line in log if "done" in line]) == 60
-    assert not [line for line in log if "pause" in line]
+def test_wfq_pauses_a_long_prompt_as_often_as_the_share_of_the_others_allows() -> None:
+    """Tenant `b` overtakes the 4 s of `a` until it would have had more than that."""
+    long = Request("long", 0.0, 99.0, 10, 4.0, tenant="a")
+    short = [Request(f"s{i}", 0.0, 99.0, 10, 0.75, tenant="b") for i in range(8)]
+    done = [line.split()[-1] for line in run_all("wfq", [long, *short]) if "done" in line]
+    assert done == ["s0", "s1", "s2", "s3", "s4", "long", "s5", "s6", "s7"]  # 5 x 0.75 < 4 < 6 x 0.75
+    done = [line.split()[-1] for line in run_all("wfq:a=2", [long, *short]) if "done" in line]
+    assert done == ["s0", "s1", "long", *(f"s{i}" for i in range(2, 8))]
+
+
+def test_wfq_virtual_time_goes_on_by_the_weights_of_who_has_work() -> None:
+    policy = Wfq(b=3.0)
+    a, b = (Job(Request(name, 0.0, 99.0, 10, 4.0, tenant=name), i) for i, name in enumerate("ab"))
+    policy.arrived(a, 0.0)
+    policy.arrived(b, 2.0)  # virtual time 2: a alone
+    assert (policy.key(a, 2.0), policy.key(b, 2.0)) == (4.0, 2.0 + 4 / 3)
+    policy.ended(a, None, 6.0)  # 3: a quarter as fast
+    policy.ended(b, None, 9.0)  # 4: a third
+    late = Job(Request("c", 50.0, 99.0, 10, 4.0, tenant="c"), 2)
+    policy.arrived(late, 50.0)  # nobody had work meanwhile
+    assert policy.key(late, 50.0) == 4.0 + 4.0
 
 
 def test_wfq_looks_at_all_tenants_once_in_a_while_only() -> None:

@@ -10,6 +10,7 @@ When a step begins
       the streams allows, and decode runs when it must.
     * Behind each step the prefill makes at least one launch, so that late streams do not starve it.
     * A step for which there was no memory is made once more, when what is paused has made room.
+    * Who has no memory for its next token is left out, see :mod:`fpcompile.engine.decode_memory`.
     * ``decode_first=False``: a step waits if it would make a prefill late that is not late yet.
 
 A step that began is a run like others: it stops at its cuts, for a prefill that came meanwhile, if the
@@ -17,6 +18,7 @@ deadlines of its tokens allow that.
 
 Words
     *member*  a request of the lane.
+    *away*    a request that was a member, and will be when its cache is back from the host.
     *due*     when its next token must be there; see :mod:`fpcompile.engine.generation`.
 
 Invariants
@@ -27,11 +29,12 @@ Invariants
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any, Final, Protocol, final
 
+from fpcompile.engine.decode_memory import Reserve, Rooms
 from fpcompile.engine.errors import twin
 from fpcompile.engine.generation import DEFAULT_TBT_SLO, Generation, check_tbt_slo
 from fpcompile.engine.health import Launching
@@ -41,7 +44,7 @@ from fpcompile.engine.pilot import Ending, Pilot
 from fpcompile.engine.prices import Prices
 from fpcompile.engine.recorder import Recorder
 from fpcompile.engine.steps import TokenStep
-from fpcompile.errors import InternalError, InvalidInputError
+from fpcompile.errors import InternalError, InvalidInputError, RequestRejectedError
 from fpcompile.executor.faults import forget_frames, out_of_memory
 
 __all__ = ["DecodeOptions", "Lane"]
@@ -94,6 +97,8 @@ class Lane:
         finish: Finish,
         make_room: Callable[[], object],
         recorder: Recorder | None,
+        rooms: Sequence[Rooms] = (),
+        renew: Callable[[Ticket], object] = lambda ticket: None,
     ) -> None:
         self.options = options
         self.tokens = 0
@@ -108,13 +113,15 @@ class Lane:
         self._flies = False
         self._again = False
         self._make_room = make_room
+        self._rooms, self._renew = rooms, renew
+        self._away: dict[str, Ticket] = {}
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self._members) + len(self._away)
 
     def get(self, request_id: str) -> Ticket | None:
-        """The member of this id."""
-        return self._members.get(request_id)
+        """The member of this id, or who is away."""
+        return self._members.get(request_id) or self._away.get(request_id)
 
     def launching(self) -> Launching | None:
         """For the watchdog, from any thread: the launch of a step under way, if one has the device."""
@@ -146,6 +153,7 @@ class Lane:
 
     def drop(self, ticket: Ticket) -> None:
         """A request has ended."""
+        self._away.pop(ticket.id, None)
         if self._members.pop(ticket.id, None) is None:
             return
         self._next = self._share = None
@@ -180,6 +188,7 @@ class Lane:
     def clear(self) -> None:
         """Everybody has ended."""
         self._members.clear()
+        self._away.clear()
         self._step = self._next = None
 
     def validate(self) -> None:
@@ -187,6 +196,9 @@ class Lane:
         for ticket in self._members.values():
             if ticket.ended is not None or ticket.state != "decoding" or ticket.generation is None:
                 raise InternalError("a member that does not decode", got=f"{ticket.id}: {ticket.state}")
+        for ticket in self._away.values():
+            if ticket.ended is not None or ticket.state != "paused" or ticket.id in self._members:
+                raise InternalError("somebody is away who is not", got=f"{ticket.id}: {ticket.state}")
         if self._step is not None and not any(t.id in self._members for t in self._step.tickets):
             raise InternalError("a step without members", got=str([t.id for t in self._step.tickets]))
 
@@ -194,6 +206,8 @@ class Lane:
 
     def lets(self, load: Load, launch: Callable[[], float] | None = None) -> bool:
         """Whether the prefill ``load`` may make another launch, predicted by ``launch()``, before a step."""
+        if self._away and self._step is None:
+            self._recall()
         if not self._members:
             return True
         if self._owes:
@@ -221,6 +235,52 @@ class Lane:
         return self._next
 
     # ---- the step
+
+    def ready(self) -> bool:
+        """Whether there is a step to go on with: else one is begun, if anybody has the memory for it."""
+        while self._step is None:
+            if self._away:
+                self._recall()
+            if not self._members:
+                break
+            before = len(self._members), len(self._away)
+            if self._begin() is None and before == (len(self._members), len(self._away)):
+                self._owes = True  # who holds the memory goes on
+                break
+        return self._step is not None
+
+    def _recall(self) -> None:
+        """Who was sent away is a member again, if its cache is back."""
+        for rooms in self._rooms:
+            found = rooms.back(self._away.values(), self._members.values())
+            for ticket in found.ready:
+                self._members[ticket.id] = self._away.pop(ticket.id)
+                ticket.came_back(self._clock())
+                self._next = self._share = None
+            for ticket in found.dropped:
+                self._renew(self._away.pop(ticket.id))
+
+    def _with_rooms(self, tickets: list[Ticket]) -> list[Ticket]:
+        """Those that have room for their next token; for that, some give theirs up."""
+        for rooms in self._rooms:
+            found = rooms.reserve(tickets, list(self._members.values()))
+            self._gave_way(found)
+            tickets = [ticket for ticket in found.ready if ticket.ended is None]
+        return tickets
+
+    def _gave_way(self, found: Reserve) -> None:
+        for ticket in (*found.away, *found.dropped):
+            self._members.pop(ticket.id, None)
+            self._next = self._share = None
+            ticket.gave_way(self._clock())
+        self._away.update((ticket.id, ticket) for ticket in found.away)
+        for ticket in found.dropped:
+            self._renew(ticket)
+        for ticket in found.stuck:
+            reason = "the cache has no block for its next token, and nobody will give one back"
+            remedy = "Engine(kv_blocks=...) or host_memory= of more"
+            error = RequestRejectedError(ticket.id, reason=reason, remedy=remedy)
+            self._finish(ticket, "failed", error=error)
 
     def fly(self, stop: Callable[[], bool], max_segments: int | None) -> None:
         """Go on with the step, or with a new one, until it is done, ``stop()``, or so many launches."""
@@ -261,6 +321,9 @@ class Lane:
 
     def _begin(self) -> TokenStep | None:
         tickets, due, seconds = self._plan()
+        tickets = self._with_rooms(tickets)
+        if not tickets:
+            return None
         generations = [_generation(ticket) for ticket in tickets]
         decoder = generations[0].decoder
         try:

@@ -31,11 +31,13 @@ from fpcompile.engine.hearing import Hearing
 from fpcompile.engine.loads import UNFINISHED, Load
 from fpcompile.engine.memory import Memory
 from fpcompile.engine.metrics import Ended, Ticket
+from fpcompile.engine.modes import Shape, whole
 from fpcompile.engine.pilot import Ending, Landing, Pilot
 from fpcompile.engine.prices import Prices, launch_of
 from fpcompile.engine.programs import Programs
 from fpcompile.engine.recorder import Recorder, joined
 from fpcompile.engine.registry import Registry
+from fpcompile.engine.renewal import renew
 from fpcompile.engine.statistics import Counts, EngineStatistics
 from fpcompile.errors import (
     DeviceFailedError,
@@ -49,6 +51,7 @@ from fpcompile.executor.faults import forget_frames, out_of_memory
 from fpcompile.executor.loop import Hook
 from fpcompile.scheduler.core import Scheduler
 from fpcompile.scheduler.events import (
+    Arrival,
     Cancelled,
     Command,
     Completed,
@@ -89,6 +92,7 @@ class Driver(Hearing):
         clock: Callable[[], float],
         decoding: DecodeOptions,
         memory: Memory,
+        shape: Shape = whole,
         max_blocking: float | None = None,
         recorder: Recorder | None = None,
         on_segment: Hook | None = None,
@@ -103,8 +107,13 @@ class Driver(Hearing):
         self.memory = memory
         self.lane = Lane(
             self.pilot, decoding, programs.names, clock=clock, finish=self._finish,
-            make_room=self._make_room, recorder=recorder,
+            make_room=self._make_room, recorder=recorder, rooms=memory.rooms, renew=self._renew,
         )  # fmt: skip
+        if memory.decoding is not None:
+            memory.decoding.give_way = self._give_way
+        if memory.budgeted is not None:
+            memory.budgeted.relieve = lambda budget: memory.relieve(self._last_first(), budget)
+        self._programs, self._shape = programs, shape
         self.abandoned = False
         """Whether the engine is closed without waiting for its requests."""
         self._flight: Flight | None = None
@@ -123,13 +132,14 @@ class Driver(Hearing):
         with self.pilot.ready():
             self._hear()
             flight = self._flight
-            if self.lane and (flight is None or flight.lends or not self.lane.lets(flight.load)):
-                self._decode(flight, max_segments)
-            elif flight is not None:
-                self._fly(flight, max_segments)
+            borrows = self.lane and (flight is None or flight.lends or not self.lane.lets(flight.load))
+            if borrows and self.lane.ready():  # may tell the scheduler that memory is short
+                self._decode(self._flight, max_segments)
+            elif self._flight is not None:
+                self._fly(self._flight, max_segments)
             else:
                 self.watchdog.left()
-                return False
+                return self.inbox.flag or (self.memory.decoding is not None and self.memory.decoding.freed)
         self.watchdog.left()
         return True
 
@@ -206,7 +216,7 @@ class Driver(Hearing):
                 got=str(sorted(self._known)),
             )
         self.lane.validate()
-        self.memory.validate(self.core.memory.free)
+        self.memory.validate(self.core.memory.free + self.core.memory.outside)
 
     # ---- the flight
 
@@ -436,7 +446,30 @@ class Driver(Hearing):
         if share != self._decoding and (not share or abs(share - self._decoding) > _NOTABLE):
             self._decoding = share
             told.append(Decoding(self._last, share))  # in front of who arrives
+        decoding = self.memory.decoding
+        if decoding is not None and (reserved := decoding.reserved(now, changed=True)) is not None:
+            told.append(reserved)
         return told
+
+    def _news(self) -> list[Event]:
+        decoding = self.memory.decoding
+        reserved = None if decoding is None or not decoding.freed else decoding.reserved(self._now())
+        return [] if reserved is None else [reserved]
+
+    def _give_way(self) -> None:
+        """What decodes needs more blocks than are free."""
+        assert self.memory.decoding is not None
+        if (reserved := self.memory.decoding.reserved(self._now())) is not None:
+            self._hear(reserved)
+
+    def _renew(self, ticket: Ticket) -> None:
+        """Its cache was dropped while it decoded: what it has so far comes again, as a prompt."""
+        try:
+            request = renew(ticket, self._programs, self._shape, self.memory, self.prices, self._now())
+            self.inbox.put(Arrival(self._now(), request, again=True))
+        except Exception as error:
+            self.pilot.check(error)
+            self._finish(ticket, "failed", error=error)
 
     def _pause(self, command: Pause, events: Sequence[Event]) -> None:
         flight = self._flight
@@ -497,6 +530,8 @@ class Driver(Hearing):
     def _forsaken(self) -> None:
         """The scheduler has failed: the flight was its own."""
         self._decoding = 0.0  # the next one was told nothing
+        if self.memory.decoding is not None:
+            self.memory.decoding.forsaken()
         if self._flight is not None:
             self.pilot.clear()
             self._land(self._flight)

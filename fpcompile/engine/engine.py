@@ -134,6 +134,7 @@ class Engine:
             clock=clock,
             decoding=self._decoding,
             memory=self._memory,
+            shape=plan.shape,
             max_blocking=None if max_blocking_ms is None else max_blocking_ms / 1e3,
             recorder=self._recorder,
             on_segment=on_segment,
@@ -239,7 +240,7 @@ class Engine:
         generation: Generation | None,
     ) -> Ticket:
         kept = self._shape(run, budget)
-        prompt = self._memory.prompt(name, kept, terms.tenant)
+        prompt = self._memory.prompt(name, kept, terms.tenant, generation)
         predicted = (
             seconds_behind(program, kept, prompt.cached)
             if prompt.cached
@@ -256,6 +257,7 @@ class Engine:
             tenant=terms.tenant,
             klass=terms.slo_class or name,
             kv_blocks=prompt.blocks,
+            decode_tokens=prompt.to_come,
         )
         handle = Handle(
             request.id, ask_cancel=self._ask_cancel, home=self._home, generates=generation is not None

@@ -68,7 +68,9 @@ class Boarding:
                 self._recorder.launched(ticket, now)
             if ticket.started is None:
                 self._registry.started()
+            if not ticket.seated:
                 error = self._seat(ticket) or error
+                ticket.seated = True
             ticket.launched(now, tickets)
             journal.launched(ticket)
         load = load_of(command, tickets, self._programs[tickets[0].program], self._pilot.cost)

@@ -91,14 +91,16 @@ class Generation:
     """One request's tokens so far. Times are seconds on the engine's clock."""
 
     __slots__ = (
-        "_base", "_begun", "_longest", "decoder", "finish_reason", "first", "last", "prompt", "sampler",
-        "sequence", "tbt_slo", "tokens",
+        "_base", "_begun", "_longest", "decoder", "finish_reason", "first", "last", "prompt", "renewable",
+        "sampler", "sequence", "tbt_slo", "tokens",
     )  # fmt: skip
 
     def __init__(self, decoder: Decoder, begun: Begun, sampler: Sampler, tbt_slo: float) -> None:
         self.decoder, self.sampler, self.tbt_slo = decoder, sampler, tbt_slo
         self.prompt = begun.ids
         """``[1, n]``."""
+        self.renewable = begun.context == int(begun.ids.shape[1]) and not begun.inputs
+        """Whether its tokens are all that its cache depends on, so that it can be computed again."""
         self._begun: Begun | None = begun
         self.sequence: Any = None
         """What the decoder continues; None before the prompt is done, and behind the end."""
@@ -118,11 +120,27 @@ class Generation:
         return self._begun.run
 
     def open(self, output: Any) -> int:
-        """The prompt is done, with ``output``: keep what is continued, and return the first token."""
+        """The prompt is done, with ``output``: keep what is continued, and return the first token.
+
+        The next one, of a generation that was renewed.
+        """
         begun, self._begun = self._begun, None
         assert begun is not None
         self.sequence, logits = self.decoder.open(begun, output)
         return int(self.sampler.choose(logits))
+
+    def renew(self, budget: float | None) -> Any:
+        """Its cache is lost: the run, of which nothing is executed, of a prompt of all its tokens so far.
+
+        Whoever executes it gives the result to ``open``, as for the first prompt.
+        """
+        self._begun = self.decoder.begin(self._ids(), max_blocking_ms=budget)
+        self.sequence = None
+        return self._begun.run
+
+    def _ids(self) -> torch.Tensor:
+        ids = self.prompt
+        return torch.cat([ids, torch.tensor([self.tokens], device=ids.device, dtype=ids.dtype)], dim=-1)
 
     @property
     def due(self) -> float:
@@ -165,9 +183,7 @@ class Generation:
 
     def output(self) -> GenerateDecoderOnlyOutput:
         """``sequences [1, n + new]``, as ``generate(return_dict_in_generate=True)`` gives them."""
-        ids = self.prompt
-        new = torch.tensor([self.tokens], device=ids.device, dtype=ids.dtype)
-        sequences: Any = torch.cat([ids, new], dim=-1)
+        sequences: Any = self._ids()
         return GenerateDecoderOnlyOutput(sequences=sequences)
 
     def release(self) -> None:

@@ -89,6 +89,10 @@ class Hearing(abc.ABC):
         """What the scheduler should know when it decides, and which is no reason to decide."""
 
     @abc.abstractmethod
+    def _news(self) -> list[Event]:
+        """What is a reason to decide although nobody has sent it."""
+
+    @abc.abstractmethod
     def _forsaken(self) -> None:
         """The scheduler has failed: take back the device from what it launched."""
 
@@ -115,7 +119,7 @@ class Hearing(abc.ABC):
 
         ``landed``: whom the run served that has just given the device back.
         """
-        events: list[Event] = [*(self.inbox.take() if self.inbox.flag else ()), *extra]
+        events: list[Event] = [*(self.inbox.take() if self.inbox.flag else ()), *extra, *self._news()]
         if self.clock() >= self._timer:
             self._timer = inf
             events.append(Timer(self._now()))
@@ -165,14 +169,16 @@ class Hearing(abc.ABC):
                 ticket = self.registry.get(event.request.id)
                 if ticket is None:
                     raise InternalError("a request arrived that was not admitted", got=event.request.id)
-                journal.arrived(ticket)
-                if self.recorder is not None:
-                    self.recorder.arrived(ticket)
+                if not event.again:
+                    journal.arrived(ticket)
+                    if self.recorder is not None:
+                        self.recorder.arrived(ticket)
                 if ticket.id in gone:
                     self._cancelled(ticket)
                     continue
                 self._known[ticket.id] = ticket
-                self._timeouts.add(ticket.request.arrival + ticket.timeout, ticket.id)
+                if not event.again:
+                    self._timeouts.add(ticket.request.arrival + ticket.timeout, ticket.id)
             kept.append(event)
         return kept
 

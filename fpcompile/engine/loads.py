@@ -130,7 +130,7 @@ def load_of(command: Launch, tickets: Sequence[Ticket], program: ProgramLike, pr
         load = pack(command.run, tickets, program, price) if several else alone(tickets[0], program, price)
         for ticket in tickets:
             ticket.load = load
-            ticket.shared = load.shared or isinstance(ticket.run, Chunks)
+            ticket.shared = ticket.shared or load.shared or isinstance(ticket.run, Chunks)
     return load
 
 

@@ -1,9 +1,7 @@
 """What paused runs hold, and where: cache blocks of a pool, and a budget for everything else.
 
 Words
-    *seat*     one request's part: its rooms in the pool, and its origin (as it was before its first launch).
-    *held*     a run that was launched and has not ended, under the scheduler's name: its seats, and its copy
-               on the host.
+    *seat*, *held*: see :mod:`fpcompile.engine.memory_seats`.
     *evict*    the scheduler wants the blocks of a paused run: its tensors and blocks are parked on the host.
     *relieve*  paused runs hold more than ``memory_budget``: their own tensors are parked, from the end of the
                scheduler's order on; blocks in the pool are not the budget's business, the pool is as large as
@@ -13,8 +11,9 @@ Words
                that it began with, so its bits are too.
 
 Invariants
-    A run that is launched has its blocks: the scheduler counts those of whole prompts, and the pool never has
-    fewer. What is parked or dropped is back before the run is stepped (``board``). Host memory is never above
+    A run that is launched has its blocks: the scheduler counts those of whole prompts, and is told what
+    requests that decode have (:mod:`fpcompile.engine.decode_memory`), so the pool never has fewer. What is
+    parked or dropped is back before the run is stepped (``board``). Host memory is never above
     ``host_memory``: copies of runs that are on the device go first, then runs are dropped. A run that cannot
     be dropped (its inputs are not tokens alone) stays on the device when the host is full.
     When the last request has ended, no block and no byte is held; cached prefixes are nobody's.
@@ -24,94 +23,32 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
+from fpcompile.engine.decode_budget import DecodeBudget
+from fpcompile.engine.decode_memory import DecodeMemory, Rooms
+from fpcompile.engine.generation import Generation
 from fpcompile.engine.loads import Load
 from fpcompile.engine.memory_facts import NOTHING, MemoryStatistics, Prompt
 from fpcompile.engine.memory_options import USUAL_RATE, MemoryOptions, copy_rate, make_pools
+from fpcompile.engine.memory_seats import Held, Seat, contexts, core_of, install, written
 from fpcompile.engine.metrics import Ticket
 from fpcompile.engine.prices import seconds_left
 from fpcompile.engine.programs import Programs
 from fpcompile.engine.recorder import Recorder
 from fpcompile.errors import InternalError, InvalidInputError
 from fpcompile.executor.device import Device
-from fpcompile.executor.offload import (
-    Flying,
-    Origin,
-    Parking,
-    caches_of,
-    own_bytes,
-    settle,
-    storage_bytes,
-)
-from fpcompile.executor.packed import PackedCall
-from fpcompile.executor.pool import KVPool, PooledKV, Room
+from fpcompile.executor.offload import Flying, Origin, Parking, settle, storage_bytes
+from fpcompile.executor.packed import PackedProgram
+from fpcompile.executor.pool import KVPool
+from fpcompile.executor.pool_growing import longest_span
 from fpcompile.executor.prefix import go_on_behind, prompt_keys, reusable
 from fpcompile.executor.run import Run
 from fpcompile.executor.slices import Chunks, Sliced
 from fpcompile.executor.together import Together
+from fpcompile.scheduler.future import Growing
 
 __all__ = ["Memory"]
-
-
-@dataclass(slots=True)
-class _Seat:
-    ticket: Ticket
-    origin: Origin | Sliced | None
-    rooms: list[Room] = field(default_factory=list)
-    held: _Held | None = None
-
-    @property
-    def run(self) -> Any:
-        return self.origin.run if isinstance(self.origin, Origin) else self.origin
-
-
-@dataclass(slots=True)
-class _Held:
-    """``parked``: its own tensors are on the host. ``evicted``: its blocks are given back.
-
-    ``dropped``: it begins again. ``device`` and ``host``: bytes that it holds, besides blocks, while paused.
-    """
-
-    load: Load
-    seats: list[_Seat]
-    parking: Parking
-    paused: bool = False
-    evicted: bool = False
-    dropped: bool = False
-    device: int = 0
-    host: int = 0
-
-    @property
-    def parked(self) -> bool:
-        return self.parking.parked
-
-    @property
-    def rooms(self) -> list[Room]:
-        return [room for seat in self.seats for room in seat.rooms]
-
-    @property
-    def droppable(self) -> bool:
-        """Whether it can be computed again."""
-        return all(seat.origin is not None for seat in self.seats)
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        """Tensors that are kept so that it can be computed again."""
-        return [t for seat in self.seats if isinstance(seat.origin, Origin) for t in seat.origin.tensors()]
-
-    @property
-    def own(self) -> int:
-        """Bytes on the device besides blocks."""
-        return storage_bytes(self.inputs) if self.dropped else own_bytes(self.load.run, self.inputs)
-
-    @property
-    def in_blocks(self) -> int:
-        """Bytes of its blocks."""
-        return sum(len(room.blocks) * room.pool.block_bytes for room in self.rooms)
 
 
 class Memory:
@@ -130,16 +67,61 @@ class Memory:
         self._programs = programs
         self._clock, self._recorder = clock, recorder
         self._pools = make_pools(programs, options)
-        self._seats: dict[str, _Seat] = {}
-        self._held: dict[str, _Held] = {}
+        self._seats: dict[str, Seat] = {}
+        self._held: dict[str, Held] = {}
         self._dropped: list[tuple[Load, float]] = []
         self._flying: Flying = []
         self._rate = copy_rate(device, clock) if self.active else USUAL_RATE
         self._counts = {"offloads": 0, "recomputations": 0, "copied_bytes": 0, "reused_tokens": 0}
+        self.decoding = self._decoding(self.pool)
+        """What decodes in the pool; None without one."""
+        self.budgeted = self._budgeted(options)
+        """What decodes elsewhere, where that is bounded."""
         self.paused_bytes = 0
         """Bytes on the device that paused runs hold, besides blocks."""
         self.host_bytes = 0
         """Bytes of host memory that copies take."""
+
+    def _decoding(self, pool: KVPool | None) -> DecodeMemory | None:
+        if pool is None:
+            return None
+        programs = {name: self._programs[name] for name in self._pools}
+        return DecodeMemory(
+            pool,
+            self,
+            lambda: Parking(self._device, self._flying),
+            self._begun,
+            deterministic=self.options.deterministic,
+            spans={n: longest_span(p) for n, p in programs.items() if isinstance(p, PackedProgram)},
+        )
+
+    def _budgeted(self, options: MemoryOptions) -> DecodeBudget | None:
+        if options.memory_budget is None:
+            return None
+        return DecodeBudget(
+            options.memory_budget,
+            self,
+            lambda: Parking(self._device, self._flying),
+            lambda: self.paused_bytes,
+            lambda ticket: self.decoding is not None and ticket in self.decoding,
+            deterministic=options.deterministic,
+        )
+
+    @property
+    def rooms(self) -> tuple[Rooms, ...]:
+        """Who is asked before a decode step."""
+        return tuple(rooms for rooms in (self.decoding, self.budgeted) if rooms is not None)
+
+    @property
+    def _decoding_on_host(self) -> int:
+        return sum(rooms.host_bytes for rooms in (self.decoding, self.budgeted) if rooms is not None)
+
+    def _begun(self) -> Iterator[Growing]:
+        """Of each prompt in the pool that will generate: its blocks, and the tokens to come."""
+        for seat in self._seats.values():
+            generation = seat.ticket.generation
+            if generation is not None and self.decoding is not None and any(r.blocks for r in seat.rooms):
+                yield seat.ticket.prompt.blocks, self.decoding.to_come(seat.ticket.program, generation)
 
     @property
     def active(self) -> bool:
@@ -157,62 +139,76 @@ class Memory:
         pool = self.pool
         if pool is None:
             return {}
-        return {"kv_blocks": pool.blocks.total, "move_s": 2 * pool.block_bytes / self._rate}
+        return {
+            "kv_blocks": pool.blocks.total,
+            "block_tokens": pool.block_tokens,
+            "lockstep": not self.options.deterministic,
+            "move_s": 2 * pool.block_bytes / self._rate,
+        }
 
     # ---- at submission
 
-    def prompt(self, name: str, run: Any, tenant: str) -> Prompt:
+    def prompt(self, name: str, run: Any, tenant: str, generation: Generation | None = None) -> Prompt:
         """What a run asks of the pool. Raises :class:`InvalidInputError` when the pool can never hold it."""
         pool = self._pools.get(name)
         if pool is None:
             return NOTHING
-        core, options = _core(run), self.options
+        core, options = core_of(run), self.options
         keeps = core is not run or options.reuses or getattr(core.call, "use_cache", True)
         if not keeps:
             return NOTHING  # a layer's cache is dropped as soon as it is read
-        blocks = sum(batch * pool.needed(tokens) for batch, tokens in _contexts(run))
+        blocks = sum(batch * pool.needed(tokens) for batch, tokens in contexts(run))
         if blocks > pool.blocks.total:
             raise InvalidInputError(
                 f"the request needs {blocks} cache blocks of {pool.block_tokens} tokens",
                 expected=f"at most {pool.blocks.total}, the size of the pool",
-                got=f"{sum(batch * tokens for batch, tokens in _contexts(run))} tokens of context",
+                got=f"{sum(batch * tokens for batch, tokens in contexts(run))} tokens of context",
                 remedy=f"Engine(kv_blocks={blocks}) or more, or a shorter prompt",
             )
+        to_come = 0
+        if generation is not None and self.decoding is not None:
+            self.decoding.check(name, core.context, generation)
+            to_come = self.decoding.to_come(name, generation)
         if not options.reuses:
-            return Prompt(blocks)
+            return Prompt(blocks, to_come=to_come)
         salt = f"{name}\0{core.program.watch.version}\0{tenant}".encode()
-        keys = tuple(prompt_keys(core, pool.block_tokens, salt))
+        found = prompt_keys(core, pool.block_tokens, salt)
+        if found is None:
+            return Prompt(blocks, to_come=to_come)
+        keys = tuple(found)
         most = min(reusable(core, pool.block_tokens), len(keys)) if core is run else 0
-        return Prompt(blocks, keys, most, pool.block_tokens * pool.blocks.known(keys[:most]))
+        cached = pool.block_tokens * pool.blocks.known(keys[:most])
+        return Prompt(blocks, keys, most, cached, to_come=to_come, salt=salt)
 
     # ---- launches
 
     def seat(self, ticket: Ticket) -> None:
         """Before a request's first launch: blocks for its whole prompt, or for what is not cached of it."""
         run, prompt = ticket.run, ticket.prompt
-        core = _core(run) if isinstance(run, (Run, Chunks, Sliced)) else None
+        core = core_of(run) if isinstance(run, (Run, Chunks, Sliced)) else None
         pool = self._pools.get(ticket.program) if prompt.blocks else None
         if core is None:
             return
         sliced = run.sliced if isinstance(run, Chunks) else run
         origin = sliced if isinstance(sliced, Sliced) else Origin(core)
         small = Origin(core).plain
-        seat = _Seat(ticket, origin if small or pool is not None else None)
+        seat = Seat(ticket, origin if small or pool is not None else None)
         self._seats[ticket.id] = seat
         if pool is None:
             return
+        spare = pool.needed(prompt.to_come)
         shared = pool.blocks.share(prompt.keys[: prompt.reusable])
         if shared:
             reused = len(shared) * pool.block_tokens
-            seat.rooms = [pool.room(1, core.tokens, shared)]
+            seat.rooms = [pool.room(1, core.tokens, shared, spare=spare)]
             go_on_behind(core, reused, ticket.budget)
-            _install(seat, reused)
+            install(seat, reused)
             ticket.reused_tokens = reused
             ticket.predicted = seconds_left(self._programs[ticket.program], core)
             self._counts["reused_tokens"] += reused
             return
-        seat.rooms = [pool.room(batch, tokens) for batch, tokens in _contexts(run)]
-        _install(seat)
+        seat.rooms = [pool.room(batch, tokens, spare=spare) for batch, tokens in contexts(run)]
+        install(seat)
 
     def board(self, load: Load) -> bool:
         """A run gets the device, for the first time or again: everything is there.
@@ -231,7 +227,7 @@ class Memory:
                 room.take()
         if again:
             for seat in held.seats:
-                _install(seat)
+                install(seat)
             if isinstance(load.run, Together):
                 load.run.again()  # who asked it meanwhile has joined it without its blocks
             load.begin_again()
@@ -248,11 +244,11 @@ class Memory:
     def _hold(self, load: Load) -> None:
         seats = [self._seats[t.id] for t in load.tickets if t.id in self._seats]
         if seats and not load.slices:  # the members of a step are never moved
-            held = self._held[load.name] = _Held(load, seats, Parking(self._device, self._flying))
+            held = self._held[load.name] = Held(load, seats, Parking(self._device, self._flying))
             for seat in seats:
                 seat.held = held
 
-    def _of(self, load: Load) -> _Held | None:
+    def _of(self, load: Load) -> Held | None:
         held = self._held.get(load.name)
         return held if held is not None and held.load is load else None
 
@@ -301,7 +297,7 @@ class Memory:
         over = self.paused_bytes - (self.options.budget if budget is None else budget)
         if over <= 0:
             return
-        chosen: list[tuple[_Held, int]] = []
+        chosen: list[tuple[Held, int]] = []
         for name in last_first:
             held = self._held.get(name)
             if over <= 0:
@@ -328,7 +324,7 @@ class Memory:
         self._note(held)
         return True
 
-    def _move(self, held: _Held) -> None:
+    def _move(self, held: Held) -> None:
         copying = held.parking.new_bytes(held.load.run)
         if self._better_again(held, copying):
             self._drop(held)
@@ -344,19 +340,19 @@ class Memory:
         dropped, self._dropped = self._dropped, []
         return dropped
 
-    def _better_again(self, held: _Held, copying: int) -> bool:
+    def _better_again(self, held: Held, copying: int) -> bool:
         """Whether computing again is predicted to take less than copying there and back."""
         moved = copying + held.own + held.in_blocks
         return held.droppable and held.load.executed < moved / self._rate
 
-    def _park(self, held: _Held) -> None:
+    def _park(self, held: Held) -> None:
         if not held.parked:
             self._counts["copied_bytes"] += held.parking.park(held.load.run)
             self._counts["offloads"] += 1
             for seat in held.seats:
                 seat.ticket.offloads += 1
 
-    def _drop(self, held: _Held) -> None:
+    def _drop(self, held: Held) -> None:
         if not held.droppable:
             raise InternalError("a run that cannot be computed again is dropped", got=held.load.name)
         held.parking.forget(held.rooms)
@@ -376,7 +372,7 @@ class Memory:
         self._dropped.append((load, load.seconds if load.shared else seconds_left(load.program, load.run)))
 
     @contextlib.contextmanager
-    def _copying(self, held: _Held, name: str) -> Iterator[None]:
+    def _copying(self, held: Held, name: str) -> Iterator[None]:
         """A span of the timeline."""
         start = self._clock()
         yield
@@ -384,7 +380,7 @@ class Memory:
             for seat in held.seats:
                 self._recorder.copied(seat.ticket, name, start, self._clock())
 
-    def _note(self, held: _Held) -> None:
+    def _note(self, held: Held) -> None:
         """Keep the sums, and the first member's metrics, as ``held`` is now."""
         device = held.own if held.paused else 0
         host = held.parking.host_bytes(held.rooms)
@@ -397,32 +393,51 @@ class Memory:
 
     # ---- the host
 
-    def _room_on_host(self, nbytes: int, spared: _Held) -> bool:
+    def room_for(self, nbytes: int) -> bool:
+        """See :class:`fpcompile.engine.decode_memory.Host`."""
+        return self._room_on_host(nbytes, None)
+
+    def _room_on_host(self, nbytes: int, spared: Held | None) -> bool:
         """Make room for more copies by dropping those of runs that are on the device."""
         limit = self.options.host_limit
+        decoding = self._decoding_on_host
         for held in list(self._held.values()) if nbytes <= limit else ():
-            if self.host_bytes + nbytes <= limit:
+            if self.host_bytes + decoding + nbytes <= limit:
                 break
             if held.host and held is not spared and not held.parked and not held.evicted:
                 held.parking.forget(held.rooms)
                 self._note(held)
-        return self.host_bytes + nbytes <= limit
+        if self.decoding is not None and self.host_bytes + decoding + nbytes > limit:
+            self.decoding.forget_copies()
+        return self.host_bytes + self._decoding_on_host + nbytes <= limit
 
     # ---- ends
 
     def completed(self, ticket: Ticket) -> None:
-        """A prompt is done: others may begin behind it."""
+        """A prompt is done: others may begin behind it, and what it generates goes on in its blocks.
+
+        Of a request that decodes: it is about to end.
+        """
         seat = self._seats.get(ticket.id)
+        generation, decoding = ticket.generation, self.decoding
+        if decoding is not None and generation is not None and generation.finish_reason is not None:
+            decoding.learn(ticket, whole=True)
         if seat is not None and len(seat.rooms) == 1 and not seat.rooms[0].parked:
             room = seat.rooms[0]
-            written = _written(seat.run, room) // room.pool.block_tokens
-            for block, key in zip(room.blocks[:written], ticket.prompt.keys, strict=False):
+            full = written(seat.run, room) // room.pool.block_tokens
+            for block, key in zip(room.blocks[:full], ticket.prompt.keys, strict=False):
                 room.pool.blocks.file(block, key)
+            if generation is not None and decoding is not None:
+                seat.rooms = []
+                decoding.keep(ticket, room)
 
     def release(self, tickets: Sequence[Ticket]) -> None:
         """Nobody executes these requests any more: their blocks and copies are free. Again is no mistake."""
         settle(self._flying)
         for ticket in tickets:
+            for rooms in (self.decoding, self.budgeted) if ticket.ended is not None else ():
+                if rooms is not None:
+                    rooms.ended(ticket)
             seat = self._seats.pop(ticket.id, None)
             if seat is None:
                 continue
@@ -441,77 +456,44 @@ class Memory:
         """A snapshot; from any thread."""
         pool = self.pool
         blocks = None if pool is None else pool.blocks
+        decoding = self.decoding
         return MemoryStatistics(
             paused_bytes=self.paused_bytes,
-            host_bytes=self.host_bytes,
+            host_bytes=self.host_bytes + self._decoding_on_host,
             blocks=0 if blocks is None else blocks.total,
             blocks_free=0 if blocks is None else blocks.free,
             blocks_used=0 if blocks is None else blocks.used,
             blocks_cached=0 if blocks is None else blocks.cached,
             block_bytes=0 if pool is None else pool.block_bytes,
+            blocks_decoding=0 if decoding is None else decoding.blocks,
+            decode_evictions=sum(r.evictions for r in (decoding, self.budgeted) if r is not None),
             **self._counts,
         )
 
     def validate(self, free: float) -> None:
-        """Check the invariants; ``free``: blocks that the scheduler believes free."""
+        """Check the invariants; ``free``: blocks that the scheduler believes free, without what decodes."""
         sums = (sum(h.device for h in self._held.values()), sum(h.host for h in self._held.values()))
-        if sums != (self.paused_bytes, self.host_bytes) or self.host_bytes > self.options.host_limit:
+        on_host = self.host_bytes + self._decoding_on_host
+        if sums != (self.paused_bytes, self.host_bytes) or on_host > self.options.host_limit:
             raise InternalError(
                 "memory is counted wrongly, or the host's is exceeded",
                 expected=f"{sums}, at most {self.options.host_limit} on the host",
-                got=f"{self.paused_bytes} on the device, {self.host_bytes} on the host",
+                got=f"{self.paused_bytes} on the device, {self.host_bytes} ({on_host}) on the host",
             )
         pool = self.pool
         if pool is None:
             return
         pool.blocks.validate()
-        rooms = {block for seat in self._seats.values() for room in seat.rooms for block in room.blocks}
+        assert self.decoding is not None
+        every = [room for seat in self._seats.values() for room in seat.rooms]
+        rooms = {block for room in (*every, *self.decoding.rooms) for block in room.blocks}
         if len(rooms) != pool.blocks.used:
             raise InternalError(
                 "blocks are used by nobody", expected=str(len(rooms)), got=str(pool.blocks.used)
             )
-        if free > pool.blocks.available:
+        if free - self.decoding.blocks > pool.blocks.available:
             raise InternalError(
                 "the scheduler counts more free blocks than there are",
                 expected=f"<= {pool.blocks.available}",
-                got=str(free),
+                got=str(free - self.decoding.blocks),
             )
-
-
-def _core(run: Any) -> Run:
-    """The run that was started, whatever form it is executed in."""
-    if isinstance(run, Chunks):
-        run = run.sliced
-    core: Run = run.run if isinstance(run, Sliced) else run
-    return core
-
-
-def _contexts(run: Any) -> list[tuple[int, int]]:
-    """(sequences, tokens of each with its past) of every room that a run needs."""
-    if isinstance(run, Chunks):
-        run = run.sliced
-    if isinstance(run, Sliced):
-        return [(1, tokens) for tokens in run.contexts]
-    call = run.call
-    assert isinstance(call, PackedCall)
-    return [(group.batch, group.context) for group in call.layout.groups]
-
-
-def _written(run: Any, room: Room) -> int:
-    """Tokens at the beginning of a room that the run has written in every layer."""
-    (cache,) = caches_of(run)
-    caches = [cache.get(layer) for layer, *_ in room.pool.layout.entries]
-    lengths = [kv.length if isinstance(kv, PooledKV) and kv.room is room else 0 for kv in caches]
-    return min(lengths, default=0)
-
-
-def _install(seat: _Seat, reused: int = 0) -> None:
-    """Let the run's caches lie in its rooms; what it continues is copied there."""
-    if not seat.rooms:
-        return
-    caches = caches_of(seat.run)
-    for cache, room in zip(caches, seat.rooms, strict=True):
-        for layer, *_ in room.pool.layout.entries:
-            past = cache.get(layer)
-            pooled = PooledKV(room, layer, reused, 0 if past is None else past.start)
-            cache[layer] = pooled if past is None else pooled.append(past.keys, past.values)

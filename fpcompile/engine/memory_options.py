@@ -31,8 +31,9 @@ class MemoryOptions:
     """``kv_blocks``: size of the pool, or ``{program: size}`` for the one program that shall have it.
 
     ``kv_memory``: the same in bytes. ``prefix_cache``: begin behind the blocks of an earlier prompt that
-    began alike. ``memory_budget``: device memory that paused runs may hold besides blocks, None for any.
-    ``host_memory``: host memory for what is moved off the device, None for a quarter of the machine's.
+    began alike. ``memory_budget``: device memory that paused runs and requests that decode may hold
+    besides blocks, None for any. ``host_memory``: host memory for what is moved off the device, None for a
+    quarter of the machine's.
     ``deterministic`` turns off what changes bits: prefix reuse.
     """
 

@@ -45,8 +45,9 @@ class RequestMetrics:
     preemption, ``packed_with`` those with whom it shared a launch. ``numerics``: ``bits`` when the result is
     that of the request alone to the bit, ``tolerance`` when it shared a launch, was sliced or began behind a
     cached prefix, so that kernels ran at other lengths. ``reused_tokens``: tokens of that prefix.
-    ``offloads``: how often it was moved to host memory while it was paused, ``recomputations``: how often it
-    was dropped there and began again, with the same bits. ``slo_met`` is None without a promise, before the
+    ``offloads``: how often it was moved to host memory, ``recomputations``: how often what it had computed
+    was dropped and computed again: with the same bits while its prompt was executed, to rounding when it
+    decoded. ``slo_met`` is None without a promise, before the
     end, and for cancelled requests.
 
     Of a request that generates, ``slo_met`` is about its first token. ``tokens_out`` are the tokens so far;
@@ -91,8 +92,8 @@ class Ticket:
     __slots__ = (
         "_launched", "_stopped", "budget", "ended", "executed", "generation", "handle", "load",
         "offloads", "packed_with", "paused_bytes", "predicted", "preempted_by", "preemptions", "program",
-        "prompt", "ready", "recomputations", "request", "reused_tokens", "run", "shared", "started", "state",
-        "suspended", "timed_out", "timeout",
+        "prompt", "ready", "recomputations", "request", "reused_tokens", "run", "seated", "shared", "started",
+        "state", "suspended", "timed_out", "timeout",
     )  # fmt: skip
 
     def __init__(
@@ -142,6 +143,8 @@ class Ticket:
         self.prompt = prompt
         """What it asks of the pool of cache blocks."""
         self.reused_tokens = self.offloads = self.recomputations = 0
+        self.seated = False
+        """Whether its run has what it needs to be launched."""
         self._launched = 0.0
         self._stopped = 0.0
 
@@ -172,6 +175,20 @@ class Ticket:
     def prefilled(self, generation: Generation) -> None:
         """Its prompt is done; from now on it is continued by decode steps."""
         self.state, self.run, self.load = "decoding", generation, None
+
+    def gave_way(self, now: float) -> None:
+        """It decoded, and has no cache now: that is on the host, or dropped."""
+        self.state, self._stopped = "paused", now
+
+    def came_back(self, now: float) -> None:
+        """It decodes again."""
+        self.state = "decoding"
+        self.suspended += now - self._stopped
+
+    def renewed(self, run: Any, prompt: Prompt, predicted: float) -> None:
+        """Its cache is computed again, by another run."""
+        self.run, self.load, self.prompt, self.predicted = run, None, prompt, predicted
+        self.ready, self.seated, self.shared = None, False, True
 
     def paused(self, nbytes: int, by: str | None) -> None:
         """It gave way to ``by``, and keeps ``nbytes`` meanwhile."""

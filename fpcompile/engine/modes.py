@@ -23,10 +23,16 @@ from fpcompile.executor.run import Run
 from fpcompile.executor.slices import Chunks, Sliced
 from fpcompile.scheduler.policy import Policy, StepPolicy
 
-__all__ = ["Shape", "shape_of"]
+__all__ = ["Shape", "shape_of", "whole"]
 
 Shape = Callable[[RunLike, float | None], Any]
 """(a run as started, its own budget in milliseconds) -> what the engine keeps of it."""
+
+
+def whole(run: RunLike, budget: float | None) -> Any:
+    """As it was started."""
+    return run
+
 
 _WHOLE = "a policy that runs one whole request at a time, such as 'fpcompile', 's-edf' or 'fcfs'"
 
@@ -39,7 +45,7 @@ def shape_of(policy: Policy, packs: bool, programs: Programs) -> Shape:
     steps = isinstance(policy, StepPolicy)
     chunks = policy.grain.unit == "tokens" and not steps
     if not (steps or chunks or packs):
-        return lambda run, budget: run
+        return whole
     does = "packs requests" if packs else "slices prompts"
     if packs and (steps or chunks):
         raise InvalidInputError(

@@ -82,11 +82,12 @@ class BlockPool:
         """Blocks that ``take`` could give."""
         return self.free + self.cached
 
-    def take(self, count: int) -> list[int]:
+    def take(self, count: int, spare: int = 0) -> list[int]:
         """``count`` blocks, in one extent if there is one, for whoever asks; their contents are undefined.
 
         The smallest extent that is large enough, so that large ones last; else the largest ones there are.
-        Cached blocks are given up when the free ones are too few.
+        Cached blocks are given up when the free ones are too few. ``spare``: blocks that will be asked for
+        later (``extend``): the place is then chosen so that as many stay free behind it, see ``_roomy``.
         """
         if count > self.available:
             raise InternalError(
@@ -97,19 +98,60 @@ class BlockPool:
         blocks: list[int] = []
         while len(blocks) < count:
             wanted = count - len(blocks)
-            fitting = [extent for extent in self._free if extent[1] >= wanted]
-            first, size = (
-                min(fitting, key=lambda e: (e[1], e[0]))
-                if fitting
-                else max(self._free, key=lambda e: (e[1], -e[0]))
-            )
-            part = min(size, wanted)
-            place = bisect_right(self._free, (first, size)) - 1
-            self._free[place : place + 1] = [(first + part, size - part)] if size > part else []
+            first, part = self._roomy(wanted, spare) if spare else self._tight(wanted)
+            self._cut(first, part)
             blocks += range(first, first + part)
-        self.free -= count
-        self._references.update((block, 1) for block in blocks)
         return blocks
+
+    def take_extent(self, count: int, spare: int = 0) -> list[int] | None:
+        """``count`` blocks in one extent, or None and nothing is taken; cached ones in it are given up."""
+        if any(size >= count for _, size in self._free):
+            return self.take(count, spare)
+        nobodys = [b for first, size in self._free for b in range(first, first + size)]
+        fitting = [e for e in extents(sorted([*nobodys, *self._cached])) if e[1] >= count]
+        if not fitting:
+            return None
+        first, _ = min(fitting, key=lambda e: (e[1], e[0]))
+        blocks = list(range(first, first + count))
+        for block in blocks:
+            if block in self._cached:
+                self._forget(block)
+        self._cut(first, count)
+        return blocks
+
+    def extend(self, block: int) -> int | None:
+        """The block right behind ``block``, if nobody holds it."""
+        behind = block + 1
+        if behind in self._cached:
+            self._forget(behind)
+        place = bisect_right(self._free, (behind, self.total)) - 1
+        if place < 0 or not behind < sum(self._free[place]):
+            return None
+        self._cut(behind, 1)
+        return behind
+
+    def _tight(self, wanted: int) -> tuple[int, int]:
+        """(first, count) of the smallest free extent that has so many, or of the largest."""
+        fitting = [extent for extent in self._free if extent[1] >= wanted]
+        if fitting:
+            return min(fitting, key=lambda e: (e[1], e[0]))[0], wanted
+        first, size = max(self._free, key=lambda e: (e[1], -e[0]))
+        return first, size
+
+    def _roomy(self, wanted: int, spare: int) -> tuple[int, int]:
+        """The same in the largest free extent, away from whoever is in front of it and may grow as well."""
+        first, size = max(self._free, key=lambda e: (e[1], -e[0]))
+        gap = min(spare, max(size - wanted, 0) // 2) if first else 0
+        return first + gap, min(size, wanted)
+
+    def _cut(self, first: int, count: int) -> None:
+        """Somebody holds these free blocks, which lie in one extent."""
+        place = bisect_right(self._free, (first, self.total)) - 1
+        start, size = self._free[place]
+        rest = [(start, first - start), (first + count, start + size - first - count)]
+        self._free[place : place + 1] = [extent for extent in rest if extent[1]]
+        self.free -= count
+        self._references.update((block, 1) for block in range(first, first + count))
 
     def known(self, keys: Sequence[bytes]) -> int:
         """How many of the first blocks named by ``keys`` are there; changes nothing."""

@@ -24,18 +24,20 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final, Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
-from fpcompile.errors import InvalidInputError
+from fpcompile.errors import InternalError, InvalidInputError
 from fpcompile.executor.cost_model import CostModel
 from fpcompile.executor.inputs import Group, Layout
-from fpcompile.executor.kv import KV, GrowingKV, kv_bytes
+from fpcompile.executor.kv import KV, GrowingKV, LayerKV, kv_bytes
 from fpcompile.executor.packed import PackedCall, PackedProgram
+from fpcompile.executor.pool import layout_of
+from fpcompile.executor.pool_growing import PooledGrowingKV, growing, kept_in_pool
 from fpcompile.executor.racks import Flight, Place, Racks
 from fpcompile.executor.run import Run
 from fpcompile.executor.sampling import Sampler, Wishes
@@ -115,6 +117,22 @@ class Decoder(abc.ABC):
     def nbytes(self, sequence: Any) -> int:
         """Bytes that a sequence holds."""
 
+    def cache_bytes(self, sequence: Any) -> int:
+        """Bytes of what it needs to see for the next token, that included."""
+        return self.nbytes(sequence)
+
+    def layers(self, sequence: Any) -> dict[int, LayerKV] | None:
+        """A copy of a sequence's cache; None where it cannot be taken out and put back."""
+        return None
+
+    def take_out(self, sequence: Any) -> None:
+        """The sequence holds nothing, until its cache is put back."""
+        raise InternalError("a cache that cannot be taken out", got=type(sequence).__name__)
+
+    def put_back(self, sequence: Any, layers: Mapping[int, LayerKV]) -> None:
+        """What ``layers`` gave is its cache again."""
+        raise InternalError("a cache that cannot be put back", got=type(sequence).__name__)
+
 
 @runtime_checkable
 class Generates(Protocol):
@@ -130,7 +148,7 @@ class PackedSequence:
 
     __slots__ = ("__weakref__", "kv", "past", "place")
 
-    def __init__(self, kv: dict[int, GrowingKV], past: int) -> None:
+    def __init__(self, kv: dict[int, GrowingKV | PooledGrowingKV], past: int) -> None:
         self.kv, self.past = kv, past
         self.place: Place | None = None
 
@@ -161,6 +179,8 @@ class PackedDecoder(Decoder):
             self._spans[call.layer] = max(spans) if all(spans) else 0
         abreast = abreast and all(call.implementation in _ABREAST for call in program.attention)
         self._racks = Racks(self._spans) if abreast else None
+        layout = layout_of(program.attention, program.dtype)
+        self._bytes = {layer: layout.layer_bytes(layer) for layer, *_ in layout.entries}
         self._turn = _turning_point(program)
         self._plans: dict[tuple[tuple[tuple[int, int, int], ...], float], _Plan] = {}
         self._costs: CostModel | None = None
@@ -203,8 +223,8 @@ class PackedDecoder(Decoder):
         """Take over the cache of the run."""
         (layers,) = begun.run.kv
         sequence = PackedSequence({}, begun.context)
-        if self._racks is None:
-            sequence.kv.update((i, GrowingKV(layer, self._spans[i])) for i, layer in layers.items())
+        if self._racks is None or kept_in_pool(layers):
+            sequence.kv.update((i, growing(layer, self._spans[i])) for i, layer in layers.items())
         else:
             self._racks.put(sequence, layers)
         return sequence, output.logits[0, -1]
@@ -220,6 +240,29 @@ class PackedDecoder(Decoder):
         if self._racks is not None and sequence.place is not None:
             return self._racks.nbytes(sequence)
         return kv_bytes([sequence.kv])
+
+    def cache_bytes(self, sequence: PackedSequence) -> int:
+        """Without the room behind it."""
+        after = sequence.past + 1
+        return sum(each * min(after, self._spans[layer] or after) for layer, each in self._bytes.items())
+
+    def layers(self, sequence: PackedSequence) -> dict[int, LayerKV]:
+        """All that it still sees."""
+        if self._racks is not None and sequence.place is not None:
+            return self._racks.layers(sequence)
+        return {layer: kv.kept() for layer, kv in sequence.kv.items()}
+
+    def take_out(self, sequence: PackedSequence) -> None:
+        """Its slot is free, or its memory."""
+        sequence.kv.clear()
+        sequence.place = None
+
+    def put_back(self, sequence: PackedSequence, layers: Mapping[int, LayerKV]) -> None:
+        """To a slot, or memory of its own."""
+        if self._racks is not None:
+            self._racks.put(sequence, layers)
+        else:
+            sequence.kv.update((i, GrowingKV(kv, self._spans[i])) for i, kv in layers.items())
 
     def step(self, sequences: Sequence[PackedSequence], tokens: Sequence[int], budgets: Budgets = ()) -> Step:
         """A packed run of one token of each: who lies on one rack is one group of the run."""

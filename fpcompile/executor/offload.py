@@ -36,7 +36,7 @@ from fpcompile.executor.run import Run
 from fpcompile.executor.slices import Chunks, Sliced
 from fpcompile.executor.together import Together
 
-__all__ = ["Flying", "Origin", "Parking", "caches_of", "own_bytes", "settle", "storage_bytes"]
+__all__ = ["Flying", "Origin", "Parking", "caches_of", "own_bytes", "settle", "storage_bytes", "unstashed"]
 
 _TOGETHER = 1 << 20  # bytes: smaller tensors are copied in one piece with others
 
@@ -137,7 +137,7 @@ class Parking:
 
     def unstashed(self, run: Any, rooms: Sequence[Room]) -> int:
         """Bytes that ``stash`` would have to copy."""
-        return sum(_unstashed(run, room) for room in rooms)
+        return sum(unstashed(room, _lengths(run, room)) for room in rooms)
 
     def _known(self, storage: Tensor) -> Tensor | None:
         """The host's copy of a storage that has not changed since."""
@@ -155,7 +155,7 @@ class Parking:
         self._placed, partial = _pack(run, packer)
         known = [self._known(storage) for storage in packer.storages]
         new = [s for s, host in zip(packer.storages, known, strict=True) if host is None]
-        moving = iter(self._to_host(new))
+        moving = iter(self.to_host(new))
         self._storages = [next(moving) if host is None else host for host in known]
         self._copied = {}
         self._partial = [storage.untyped_storage()._cdata in partial for storage in packer.storages]
@@ -166,7 +166,7 @@ class Parking:
 
     def bring_back(self) -> None:
         """The run's own tensors are on the device again; the host's copy is kept."""
-        moved = self._to_device(self._storages)
+        moved = self.to_device(self._storages)
         for shelf, name, placed in self._placed:
             if isinstance(placed, Placement):
                 shelf[name] = _view(moved, placed)
@@ -182,21 +182,22 @@ class Parking:
 
     def stash(self, run: Any, rooms: Sequence[Room]) -> int:
         """Copy what the rooms' stashes lack to the host; returns the bytes."""
-        copied = 0
-        for room in rooms:
-            new = room.copies(_lengths(run, room))
-            tensors = [t for pair in new.values() for t in pair]
-            host = self._to_host(tensors, fresh=True)
-            for layer, keys, values in zip(new, host[::2], host[1::2], strict=True):
-                room.stash.pieces.setdefault(layer, []).append((keys, values))
-            copied += sum(t.nbytes for t in tensors)
-        return copied
+        return sum(self.put_away(room, _lengths(run, room)) for room in rooms)
+
+    def put_away(self, room: Room, lengths: dict[int, int]) -> int:
+        """Copy what the room's stash lacks of the ``lengths`` tokens of each layer; returns the bytes."""
+        new = room.copies(lengths)
+        tensors = [t for pair in new.values() for t in pair]
+        host = self.to_host(tensors, fresh=True)
+        for layer, keys, values in zip(new, host[::2], host[1::2], strict=True):
+            room.stash.pieces.setdefault(layer, []).append((keys, values))
+        return sum(t.nbytes for t in tensors)
 
     def restore(self, rooms: Sequence[Room]) -> None:
         """Write the stashes into the rooms' blocks, which may be other ones; the stashes are kept."""
         for room in rooms:
             for layer, pieces in room.stash.pieces.items():
-                at, moved = 0, self._to_device([t for pair in pieces for t in pair])
+                at, moved = room.dropped, self.to_device([t for pair in pieces for t in pair])
                 for keys, values in zip(moved[::2], moved[1::2], strict=True):
                     room.write(layer, at, keys, values)
                     at += int(keys.shape[2])
@@ -207,7 +208,7 @@ class Parking:
         for room in rooms:
             room.stash.pieces.clear()
 
-    def _to_host(self, tensors: Sequence[Tensor], *, fresh: bool = False) -> list[Tensor]:
+    def to_host(self, tensors: Sequence[Tensor], *, fresh: bool = False) -> list[Tensor]:
         """Copies on the host, in order. ``fresh``: nobody else has these contiguous tensors."""
         device = self._device
         if not device.asynchronous:
@@ -226,7 +227,8 @@ class Parking:
             next(parts).view(t.dtype).view(t.shape) if t.nbytes < _TOGETHER else next(rest) for t in tensors
         ]
 
-    def _to_device(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def to_device(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Copies on the device, in order; what is launched from now on finds them complete."""
         if not tensors:
             return []
         copies, event = self._device.copy_to_device(tensors)
@@ -260,11 +262,12 @@ def _lengths(run: Any, room: Room) -> dict[int, int]:
     }
 
 
-def _unstashed(run: Any, room: Room) -> int:
+def unstashed(room: Room, lengths: dict[int, int]) -> int:
+    """Bytes of the ``lengths`` tokens of each layer that the room's stash lacks."""
     layout = room.pool.layout
     return sum(
-        (length - room.stash.tokens(layer)) * room.batch * layout.layer_bytes(layer)
-        for layer, length in _lengths(run, room).items()
+        (length - room.dropped - room.stash.tokens(layer)) * room.batch * layout.layer_bytes(layer)
+        for layer, length in lengths.items()
     )
 
 

@@ -6,6 +6,9 @@ Words
     *room*    the blocks of one group of sequences, in all layers. Reserved for the whole prompt when a run
               starts; what attention reads and writes there are :class:`PooledKV`, one for each layer.
     *stash*   the contents of a room in host memory, while it has no blocks, and (until dropped) after that.
+    *grow*    a sequence that decodes gets a block more: the next one if nobody has it; else the room moves to
+              an extent with one more, if there is one; else it is scattered.
+    *drop*    blocks at the beginning of a room that no layer will read again are given back.
 
 Layout of the memory: one tensor ``[heads, blocks * block_tokens, width]`` each for keys and values of a
 layer. So a room whose blocks form one extent is read as a strided view without a copy: rows of a head lie one
@@ -23,7 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor
@@ -32,6 +35,9 @@ from fpcompile.errors import InternalError, InvalidInputError
 from fpcompile.executor.blocks import BlockPool, extents
 from fpcompile.executor.kv import LayerKV
 from fpcompile.models.attention import AttentionCall
+
+if TYPE_CHECKING:
+    from fpcompile.executor.pool_growing import Tail
 
 __all__ = ["KVPool", "Layout", "PooledKV", "Room", "Stash", "layout_of"]
 
@@ -83,15 +89,15 @@ class KVPool:
         """Blocks of a sequence of ``tokens`` tokens."""
         return -(-tokens // self.block_tokens)
 
-    def room(self, batch: int, tokens: int, shared: Sequence[int] = ()) -> Room:
+    def room(self, batch: int, tokens: int, shared: Sequence[int] = (), *, spare: int = 0) -> Room:
         """Blocks for ``batch`` sequences of ``tokens`` tokens each.
 
         ``shared``: blocks at the beginning of the (single) sequence that hold their contents already; the
-        room takes over the references to them.
+        room takes over the references to them. ``spare``: blocks that it may grow by.
         """
         per = self.needed(tokens)
         try:
-            own = self.blocks.take(batch * per - len(shared))
+            own = self.blocks.take(batch * per - len(shared), spare)
         except Exception:
             self.blocks.give(shared)
             raise
@@ -120,12 +126,14 @@ class Stash:
 class Room:
     """The blocks of one group of ``batch`` sequences, ``per`` blocks each, one sequence behind the other."""
 
-    __slots__ = ("_base", "_gathered", "_spans", "batch", "blocks", "per", "pool", "stash")
+    __slots__ = ("_base", "_gathered", "_spans", "batch", "blocks", "dropped", "per", "pool", "stash", "tail")
 
     def __init__(self, pool: KVPool, batch: int, per: int, blocks: list[int]) -> None:
         self.pool, self.batch, self.per = pool, batch, per
         self.stash = Stash()
-        self._gathered: tuple[int, int, Tensor, Tensor] | None = None
+        self.dropped = 0
+        self.tail: Tail | None = None
+        self._gathered: tuple[tuple[int, int, int], Tensor, Tensor] | None = None
         self.blocks: list[int] = []
         self._place(blocks)
 
@@ -152,17 +160,19 @@ class Room:
         ]
         self.blocks = blocks
 
-    def _view(self, store: Tensor, base: int, stop: int) -> Tensor:
-        """The first ``stop`` tokens of every sequence, in place: ``[batch, heads, stop, width]``."""
+    def _view(self, store: Tensor, base: int, start: int, stop: int) -> Tensor:
+        """The tokens ``start`` to ``stop`` of every sequence, in place: ``[batch, heads, n, width]``."""
         heads, rows, width = store.shape
         distance = self.per * self.pool.block_tokens * width
         return store.as_strided(
-            (self.batch, heads, stop, width), (distance, rows * width, width, 1), base * width
+            (self.batch, heads, stop - start, width),
+            (distance, rows * width, width, 1),
+            (base + start - self.dropped) * width,
         )
 
     def _parts(self, sequence: int, start: int, stop: int) -> Iterable[tuple[int, int, int]]:
         """(place in the memory, from, to) of the tokens ``start`` to ``stop`` of a scattered sequence."""
-        begin = 0
+        begin = self.dropped
         for first, count in self._spans[sequence]:
             low, high = max(start, begin), min(stop, begin + count)
             if low < high:
@@ -172,16 +182,17 @@ class Room:
     def write(self, layer: int, at: int, keys: Tensor, values: Tensor) -> None:
         """Put ``keys [batch, heads, n, width]`` and ``values`` behind the ``at`` tokens that are there."""
         stop = at + int(keys.shape[2])
+        room = self.tokens
         for store, new in zip(self.pool.stores[layer], (keys, values), strict=True):
-            if new.dtype != store.dtype or stop > self.per * self.pool.block_tokens:
+            if new.dtype != store.dtype or stop > room:
                 raise InvalidInputError(
                     "keys or values do not fit the cache blocks",
-                    expected=f"{store.dtype}, at most {self.per * self.pool.block_tokens} tokens",
+                    expected=f"{store.dtype}, at most {room} tokens",
                     got=f"{new.dtype}, {stop} tokens",
                     remedy="use an Engine without kv_blocks for this program",
                 )
             if self._base is not None:
-                self._view(store, self._base, stop)[:, :, at:].copy_(new)
+                self._view(store, self._base, at, stop).copy_(new)
                 continue
             for sequence in range(self.batch):
                 for place, low, high in self._parts(sequence, at, stop):
@@ -189,21 +200,22 @@ class Room:
                     store[:, place : place + high - low].copy_(part)
         self._gathered = None
 
-    def read(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first ``tokens`` tokens: views, or gathered; of one layer at a time."""
+    def read(self, layer: int, stop: int, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Keys and values of the tokens ``start`` to ``stop``: views, or gathered; of one layer at a time."""
         keys, values = self.pool.stores[layer]
+        start = max(start, self.dropped)
         if self._base is not None:
-            return self._view(keys, self._base, tokens), self._view(values, self._base, tokens)
-        known = self._gathered
-        if known is None or known[:2] != (layer, tokens):
-            known = (layer, tokens, self._gather(keys, 0, tokens), self._gather(values, 0, tokens))
+            return self._view(keys, self._base, start, stop), self._view(values, self._base, start, stop)
+        known, what = self._gathered, (layer, start, stop)
+        if known is None or known[0] != what:
+            known = (what, self._gather(keys, start, stop), self._gather(values, start, stop))
             self._gathered = known
-        return known[2], known[3]
+        return known[1], known[2]
 
     def _gather(self, store: Tensor, start: int, stop: int) -> Tensor:
         """A copy of the tokens ``start`` to ``stop`` of every sequence."""
         if self._base is not None:
-            view = self._view(store, self._base, stop)[:, :, start:]
+            view = self._view(store, self._base, start, stop)
             return view.clone(memory_format=torch.contiguous_format)
         out = store.new_empty(self.batch, store.shape[0], stop - start, store.shape[2])
         for sequence in range(self.batch):
@@ -219,7 +231,7 @@ class Room:
         """For each layer the tokens that the stash lacks, of the ``lengths`` tokens that are written."""
         found: dict[int, tuple[Tensor, Tensor]] = {}
         for layer, length in lengths.items():
-            known = self.stash.tokens(layer)
+            known = self.dropped + self.stash.tokens(layer)
             if known < length:
                 keys, values = (self._gather(store, known, length) for store in self.pool.stores[layer])
                 found[layer] = (keys, values)
@@ -236,11 +248,62 @@ class Room:
         self.free()
         self.stash.pieces.clear()
 
-    def take(self) -> None:
-        """Blocks again, other ones perhaps; write into them what the run needs."""
+    def take(self, spare: int | None = None) -> None:
+        """Blocks again, other ones perhaps; write into them what the run needs.
+
+        ``spare``: blocks that it may grow by, of a sequence that decodes; None for one that does not.
+        """
         if not self.parked:
             raise InternalError("a room has blocks already", got=str(len(self.blocks)))
-        self._place(self.pool.blocks.take(self.batch * self.per))
+        blocks, count = self.pool.blocks, self.batch * self.per
+        extent = None if spare is None else blocks.take_extent(count, spare)
+        self._place(extent or blocks.take(count))
+
+    # ---- one sequence that goes on
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that each sequence has room for."""
+        return self.dropped + self.per * self.pool.block_tokens
+
+    def grow(self, spare: int = 0) -> None:
+        """One block more, see the module; ``spare``: blocks that may follow."""
+        blocks = self.pool.blocks
+        behind = blocks.extend(self.blocks[-1])
+        if behind is None and self.move(len(self.blocks) + 1, spare):
+            return
+        more = blocks.take(1) if behind is None else [behind]
+        self.per += 1
+        self._place([*self.blocks, *more])
+
+    def move(self, count: int, spare: int = 0) -> bool:
+        """To one extent of ``count`` blocks, if there is one. Blocks that others hold as well stay theirs."""
+        size, old = self.pool.block_tokens, self.blocks
+        new = self.pool.blocks.take_extent(count, spare)
+        if new is None:
+            return False
+        for store in (store for pair in self.pool.stores.values() for store in pair):
+            at = new[0] * size
+            for first, blocks in extents(old):
+                store[:, at : at + blocks * size] = store[:, first * size : (first + blocks) * size]
+                at += blocks * size
+        self.per = count
+        self.forget()
+        self._place(new)
+        self.pool.blocks.give(old)
+        return True
+
+    def drop(self, tokens: int) -> None:
+        """Nothing before ``tokens`` is read any more: whole blocks of that are given back."""
+        size = self.pool.block_tokens
+        count = min((tokens - self.dropped) // size, self.per - 1)
+        if count > 0:
+            gone, kept = self.blocks[:count], self.blocks[count:]
+            self.forget()
+            self.stash.pieces.clear()
+            self.dropped, self.per = self.dropped + count * size, self.per - count
+            self._place(kept)
+            self.pool.blocks.give(gone)
 
 
 @final

@@ -16,23 +16,23 @@ from fpcompile.models.attention import MaskKind
 __all__ = ["go_on_behind", "prompt_keys", "reusable"]
 
 
-def prompt_keys(run: Run, block_tokens: int, salt: bytes) -> list[bytes]:
-    """A key for each full block of the run's prompt; none when its cache depends on more than the tokens.
+def prompt_keys(run: Run, block_tokens: int, salt: bytes) -> list[bytes] | None:
+    """A key for each full block of the run's prompt; None when its cache depends on more than the tokens.
 
     That is so for batches, padding, positions of the caller's, the continuation of a cache, attention that
     looks ahead, and rotary frequencies that follow the length of the prompt.
     """
     call, program = run.call, run.program
     if not isinstance(call, PackedCall) or not isinstance(program, PackedProgram):
-        return []
+        return None
     groups = call.layout.groups
     if len(groups) > 1 or groups[0].batch > 1 or groups[0].past or call.padding is not None:
-        return []
+        return None
     if program.follows_length or any(c.mask.kind is MaskKind.BIDIRECTIONAL for c in program.attention):
-        return []
+        return None
     positions = run.values.get("position_ids")
     if positions is not None and positions[0].tolist() != list(range(run.tokens)):
-        return []
+        return None
     return prefix_keys(run.values["input_ids"][0].tolist(), block_tokens, salt)
 
 

@@ -159,6 +159,18 @@ class Racks:
         with self._lock:
             self._put(tenant, layers)
 
+    def layers(self, tenant: Tenant) -> dict[int, LayerKV]:
+        """A copy of what lies in its slot."""
+        with self._lock:
+            place, found = place_of(tenant), dict[int, LayerKV]()
+            for layer, pair in place.rack.tensors.items():
+                origin = place.origins[self._spans[layer]]
+                keys, values = (
+                    t[place.slot : place.slot + 1, :, : tenant.past - origin].clone() for t in pair
+                )
+                found[layer] = LayerKV(keys, values, origin)
+            return found
+
     def nbytes(self, tenant: Tenant) -> int:
         """Its part of its rack, slots without tenants shared out; from any thread."""
         place = tenant.place

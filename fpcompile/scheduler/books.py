@@ -38,7 +38,7 @@ class Books:
     def __init__(self, policy: Policy, options: SchedulerOptions, predictor: TtftPredictor | None) -> None:
         self.policy, self.options, self.predictor = policy, options, predictor
         self.batching = policy.batching or (slo_batching(options.pack) if options.pack else None)
-        self.memory = Blocks(options.kv_blocks)
+        self.memory = Blocks(options.kv_blocks, options.block_tokens, lockstep=options.lockstep)
         self.jobs: dict[str, Job] = {}
         self.ended: dict[str, Job] = {}
         self.refusals: deque[tuple[float, str, str, str]] = deque(maxlen=1000)
@@ -129,7 +129,8 @@ class Books:
         if len(self.ended) > _REMEMBERED:
             del self.ended[next(iter(self.ended))]
         if job.held:
-            self.memory.give(job, kept=sum(map(_kept, (job, *job.joined))))
+            told = self.memory.block_tokens > 0  # the driver says what decodes
+            self.memory.give(job, kept=0 if told else sum(map(_kept, (job, *job.joined))))
         self.policy.ended(job, State.CANCELLED if job.withdrawn else job.state, now)
 
     def reject(self, job: Job, reason: str, now: float) -> None:

@@ -38,6 +38,7 @@ from fpcompile.scheduler.events import (
     Event,
     Failed,
     Memory,
+    Reserved,
     SetTimer,
     Timer,
     Yielded,
@@ -96,6 +97,7 @@ class Scheduler:
             Cancelled: self._on_cancelled,
             Failed: self._on_failed,
             Memory: self._on_memory,
+            Reserved: self._on_reserved,
             Dropped: self._on_dropped,
             Decoding: self._on_decoding,
             Timer: self._on_timer,
@@ -182,6 +184,8 @@ class Scheduler:
 
     def _on_arrival(self, event: Arrival) -> None:
         request = event.request
+        if event.again:
+            self.ended.pop(request.id, None)
         if request.id in self.jobs or request.id in self.ended:
             raise EventOrderError(
                 f"request {request.id!r} arrived twice", expected="a new id", got=request.id
@@ -190,6 +194,7 @@ class Scheduler:
         job = Job(request, self._sequence)
         job.paced(self._books.pace, now)
         self._sequence += 1
+        job.started = event.again
         self.jobs[request.id] = job
         if request.kv_blocks > self.memory.capacity:
             self._books.reject(
@@ -199,7 +204,7 @@ class Scheduler:
         job.advance("arrival", now)
         self.policy.arrived(job, now)
         self.queue.add(job, now)
-        if self.options.max_queue_s < inf:
+        if self.options.max_queue_s < inf and not event.again:
             heappush(self._patience, (now + self.options.max_queue_s, job.sequence, job))
 
     def _on_yielded(self, event: Yielded) -> None:
@@ -239,6 +244,9 @@ class Scheduler:
 
     def _on_memory(self, event: Memory) -> None:
         self.memory.report(event.free_blocks)
+
+    def _on_reserved(self, event: Reserved) -> None:
+        self.memory.reserve(event.blocks, event.growing)
 
     def _on_dropped(self, event: Dropped) -> None:
         job = self._books.find(event.run, "Dropped")

@@ -6,6 +6,8 @@ the rule that illegal suggestions are refused and requests go on.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from fpcompile.scheduler.books import Books
 from fpcompile.scheduler.events import Evict, Launch, Pause, Restore
 from fpcompile.scheduler.guard import may_pause
@@ -26,6 +28,8 @@ class Decider:
         """Fill the idle device, or let the run on it be challenged."""
         books = self.books
         books.suspended.promote(now)
+        if books.memory.free < 0 and books.policy.eviction:
+            self._give_way(now)
         if not books.flight:
             self._fill(now)
         elif books.policy.preemptive and books.flight[0].state is State.RUNNING:
@@ -69,7 +73,27 @@ class Decider:
                 for victim in victims:
                     self._evict(victim, now)
                 return job
-        return next((other for other in order if other.state is State.PAUSED), None)
+        started = next((other for other in order if other.state is State.PAUSED), None)
+        return started or self._passing(job, now)
+
+    def _passing(self, job: Job, now: float) -> Job | None:
+        """Who goes before ``job``, for which requests hold too much that decode: the best one that needs memory
+        for its prompt only.
+        """
+        memory = self.books.memory
+        waiting = self.books.queue.ordered(now) if memory.outside else ()
+        fitting = (other for other in waiting if not other.growing and memory.fits(other))
+        return next((other for other in fitting if other is not job), None)
+
+    def _give_way(self, now: float) -> None:
+        """Requests that decode need blocks at once: paused runs are evicted, last in line first."""
+        paused = self.books.paused
+        order = [job.id for job in self.books.queue.among(list(paused.values()), now)]
+        for name in [*(name for name in paused if name not in order), *reversed(order)]:
+            if self.books.memory.free >= 0:
+                return
+            if paused[name].held:
+                self._evict(paused[name], now)
 
     def _order(self, job: Job, now: float, running: Job | None = None) -> list[Job]:
         """``job`` and the runs that have memory to give, best first: however many others wait."""
@@ -155,7 +179,7 @@ class Decider:
         batching, predictor = books.batching, books.predictor
         assert batching is not None
         assert predictor is not None
-        waiting = books.queue.ordered(now)
+        waiting = self._packable(job, now)
         mates, cost = batching.mates(job, waiting, now, books.memory.free, predictor, books.pace)
         for mate in mates:
             books.queue.remove(mate)
@@ -167,6 +191,14 @@ class Decider:
                 job.deadline = min(job.deadline, mate.deadline)
         job.joined = mates
         job.cost = job.left = cost
+
+    def _packable(self, lead: Job, now: float) -> Iterator[Job]:
+        """Who may join ``lead``: of those that generate, as many as there will be room for."""
+        beside = lead.growing
+        for job in self.books.queue.ordered(now):
+            if job is not lead and self.books.memory.admits(job, beside=beside):
+                yield job
+                beside += job.growing
 
     def _compose(self, policy: StepPolicy, now: float) -> None:
         """One step of token slices."""

@@ -19,6 +19,7 @@ from dataclasses import KW_ONLY, dataclass
 from math import inf, isfinite
 
 from fpcompile.errors import InvalidInputError
+from fpcompile.scheduler.future import Growing
 
 __all__ = [
     "Arrival",
@@ -35,6 +36,7 @@ __all__ = [
     "Pause",
     "Reject",
     "Request",
+    "Reserved",
     "Restore",
     "SetTimer",
     "Timer",
@@ -92,10 +94,15 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A new request; its id must not have been used before."""
+    """A new request; its id must not have been used before.
+
+    ``again``: one whose prompt was completed, and whose cache was dropped while it decoded. Its prompt is
+    everything that it has so far.
+    """
 
     time: float
     request: Request
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +159,22 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
+class Reserved:
+    """Blocks that no run of the core has: what requests that decode hold, and what they need at once.
+
+    ``growing``: for each of them (blocks, tokens to come); see :mod:`fpcompile.scheduler.future`.
+    """
+
+    time: float
+    blocks: int
+    growing: tuple[Growing, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.blocks < 0:
+            raise _bad("Reserved", "blocks", "blocks >= 0", self.blocks)
+
+
+@dataclass(frozen=True, slots=True)
 class Dropped:
     """What a run had computed is lost: it begins again, with ``remaining`` predicted device seconds left."""
 
@@ -186,11 +209,13 @@ class Timer:
     time: float
 
 
-Event = Arrival | Yielded | Completed | Cancelled | Failed | Memory | Dropped | Decoding | Timer
+Event = (
+    Arrival | Yielded | Completed | Cancelled | Failed | Memory | Reserved | Dropped | Decoding | Timer
+)  # fmt: skip
 
 _RANK: dict[type[object], int] = {
-    Completed: 0, Failed: 0, Yielded: 0, Memory: 1, Dropped: 1, Decoding: 1, Cancelled: 2, Arrival: 3,
-    Timer: 4,
+    Completed: 0, Failed: 0, Yielded: 0, Memory: 1, Reserved: 1, Dropped: 1, Decoding: 1,
+    Cancelled: 2, Arrival: 3, Timer: 4,
 }  # fmt: skip
 
 

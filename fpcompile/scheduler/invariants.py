@@ -40,7 +40,7 @@ def check(core: Scheduler) -> None:
     if core.memory.limited:
         held = sum(job.held for job in core.jobs.values())
         _need(core, held + max(core.memory.free, 0) <= core.memory.capacity, "memory held fits the cache")
-        _need(core, core.memory.free >= 0, "free memory is not negative")
+        _need(core, core.memory.free >= 0 or core.memory.outside > 0, "free memory is not negative")
     if not core.flight and core.queue.jobs and not core.memory.limited:
         _need(core, core.may_idle, "the device is not idle while a run could go")
 

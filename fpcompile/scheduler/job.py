@@ -10,6 +10,7 @@ from typing import Protocol
 
 from fpcompile.scheduler.errors import TransitionError
 from fpcompile.scheduler.events import Request
+from fpcompile.scheduler.future import Growing
 from fpcompile.scheduler.states import TRANSITIONS, State, legal_kinds
 
 __all__ = ["Job", "RequestView"]
@@ -94,6 +95,12 @@ class Job:
     def blocks(self) -> int:
         """Cache blocks that the whole run needs, members included."""
         return self.request.kv_blocks + sum(job.request.kv_blocks for job in self.joined)
+
+    @property
+    def growing(self) -> list[Growing]:
+        """Of each member that will generate: the blocks of its prompt, and the tokens to come."""
+        requests = [self.request, *(job.request for job in self.joined)]
+        return [(r.kv_blocks, r.decode_tokens) for r in requests if r.decode_tokens and r.kv_blocks]
 
     @property
     def has_joined(self) -> bool:

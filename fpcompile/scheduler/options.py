@@ -21,6 +21,9 @@ class SchedulerOptions:
 
     ``max_queue_s``: a request that has waited so long without being started is rejected.
     ``kv_blocks``: size of the device's cache in blocks; None: memory is not the core's business.
+    ``block_tokens``: tokens of a block, where the driver reports what decodes (``Reserved``): then a run that
+    generates is begun only if the predicted peak of all that do stays within the cache. 0: it does not.
+    ``lockstep``: whether what decodes gets its tokens together; else all that it may need is kept free.
     ``move_s``: device seconds to move one block away and back, if the driver knows; 0: policies do not ask.
     ``trail_cap``: a run that has executed more than this fraction of its size is paused only when the
     challenger would otherwise miss its deadline (TRAIL's limited preemption). inf: off.
@@ -33,6 +36,8 @@ class SchedulerOptions:
 
     max_queue_s: float = inf
     kv_blocks: int | None = None
+    block_tokens: int = 0
+    lockstep: bool = True
     move_s: float = 0.0
     trail_cap: float = inf
     suspension_cap_s: float = inf
@@ -49,10 +54,14 @@ class SchedulerOptions:
 
         for field in fields(self):
             value = getattr(self, field.name)
+            if isinstance(field.default, bool):
+                need(field.name, isinstance(value, bool), "a bool")
+                continue
             number = isinstance(value, Real) and not isinstance(value, bool)
             need(field.name, number or (value is None and field.default is None), "a number")
         need("max_queue_s", self.max_queue_s > 0, "seconds > 0")
         need("kv_blocks", self.kv_blocks is None or self.kv_blocks > 0, "blocks > 0, or None")
+        need("block_tokens", self.block_tokens >= 0, "tokens >= 0")
         need("move_s", 0 <= self.move_s < inf, "finite seconds >= 0")
         need("trail_cap", self.trail_cap >= 0, "a fraction >= 0")
         need("suspension_cap_s", self.suspension_cap_s > 0, "seconds > 0")

@@ -57,7 +57,7 @@ _VERSION = 1
 _TYPES = {
     kind.__name__: kind
     for kind in (
-        ev.Arrival, ev.Yielded, ev.Completed, ev.Cancelled, ev.Failed, ev.Memory, ev.Dropped,
+        ev.Arrival, ev.Yielded, ev.Completed, ev.Cancelled, ev.Failed, ev.Memory, ev.Reserved, ev.Dropped,
         ev.Decoding, ev.Timer,
         ev.Launch, ev.Pause, ev.Evict, ev.Restore, ev.Reject, ev.SetTimer,
     )
@@ -180,6 +180,8 @@ def _value(data: dict[str, Any]) -> Any:
     for key in ("requests", "tokens"):
         if isinstance(made.get(key), list):
             made[key] = tuple(made[key])
+    if "growing" in made:
+        made["growing"] = tuple((blocks, tokens) for blocks, tokens in made["growing"])
     return kind(**made)
 
 
@@ -293,7 +295,8 @@ def requests_of(log: Log, rate_scale: float = 1.0) -> list[Request]:
     """The requests that arrived, gaps divided by ``rate_scale``; each keeps its time to the deadline."""
     if not 0 < rate_scale < inf:
         raise InvalidInputError("rate_scale", expected="a number > 0", got=repr(rate_scale))
-    requests = [event.request for events, _ in log.steps for event in events if isinstance(event, Arrival)]
+    arrivals = [event for events, _ in log.steps for event in events if isinstance(event, Arrival)]
+    requests = [event.request for event in arrivals if not event.again]
     requests.sort(key=lambda request: request.arrival)
     moved = []
     for request in requests:
@@ -311,7 +314,7 @@ def measured_costs(log: Log) -> dict[str, float]:
         if isinstance(event, Yielded | Completed | Failed) and event.run in since:
             spent[event.run] = spent.get(event.run, 0.0) + event.time - since.pop(event.run)
             if isinstance(event, Completed):
-                done[event.run] = spent[event.run]
+                done.setdefault(event.run, spent[event.run])  # what comes again is no new prompt
         for command in commands:
             if isinstance(command, Launch) and len(command.requests) == 1 and command.tokens is None:
                 since[command.run] = event.time
@@ -339,7 +342,7 @@ def outcomes_of(log: Log) -> list[Outcome]:
                     done[name] = event.time
         elif isinstance(event, Completed):
             members = launched[event.run].requests
-            done.update((name, event.time) for name in members if name not in reasons)
+            done.update((name, event.time) for name in members if name not in reasons and name not in done)
         elif isinstance(event, Yielded):
             pauses[event.run] = pauses.get(event.run, 0) + (event.run == asked)
         elif isinstance(event, Cancelled) and event.request not in done:

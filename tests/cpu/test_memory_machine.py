@@ -1,12 +1,14 @@
 """Any history of requests, pauses, evictions, checkpoints, cancels and failures: the bits of who survives.
 
 A state machine turns an engine over a tiny real model, with a pool and a budget that are too small for what
-comes. The policy serves whoever the machine names, so that every order of pausing and going on is met. After
+comes. The policy serves whoever the machine names, so that every order of pausing and going on is met. Some
+requests generate, more at a time than there is room for where the engine takes outputs to be short. After
 every rule: blocks are free, used or cached and sum up; nobody is forgotten. At the end: no block, no byte.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import tempfile
 import warnings
@@ -37,12 +39,21 @@ from fpcompile.scheduler.policy import RankingPolicy
 from tests.cpu.memory_support import empty, ids
 from tests.cpu.support import Outcome, differences, finish, outcome, program_of
 from tests.cpu.test_engine_fakes import Clock
+from tests.cpu.test_generate import own
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::fpcompile.errors.BudgetWarning")]
 
 PROMPTS = ((5, None), (17, None), (40, None), (40, 0.02), (33, 0.05), (16, None))
 """(tokens, budget in milliseconds); the pool has room for about two of the long ones."""
+GENERATIONS = ((5, 12), (17, 20), (16, 17), (30, 3), (8, 1))
+"""(tokens of the prompt, tokens to come)."""
 _EXPECTED: dict[tuple[int, float | None], Outcome] = {}
+
+
+@functools.cache
+def generated(length: int, count: int) -> list[int]:
+    """What the unmodified model generates."""
+    return own("qwen3", ids(length), count)
 
 
 def expected(prompt: tuple[int, float | None]) -> Outcome:
@@ -78,6 +89,7 @@ class Memory(RuleBasedStateMachine):
         warnings.simplefilter("ignore", BudgetWarning)
         self.handles: dict[str, Any] = {}
         self.prompts: dict[str, tuple[int, float | None]] = {}
+        self.streams: dict[str, tuple[int, int]] = {}
         self.lost: set[str] = set()
 
     @initialize(
@@ -85,16 +97,25 @@ class Memory(RuleBasedStateMachine):
         host=st.sampled_from([0, 40_000, 1 << 30]),
         blocks=st.sampled_from([3, 5, None]),
         prefix=st.booleans(),
+        hopeful=st.booleans(),
     )
-    def begin(self, budget: int | None, host: int, blocks: int | None, prefix: bool) -> None:
-        """Prefix reuse would change bits: here it is asked for and turned off."""
+    def begin(self, budget: int | None, host: int, blocks: int | None, prefix: bool, hopeful: bool) -> None:
+        """Prefix reuse would change bits: here it is asked for and turned off. ``hopeful``: not
+        deterministic, and outputs are predicted to be short.
+        """
         self.clock, self.policy = Clock(), Named()
-        options: dict[str, Any] = {} if blocks is None else {"kv_blocks": blocks, "prefix_cache": prefix}
+        options: dict[str, Any] = {}
+        if blocks is not None:
+            options = {"kv_blocks": blocks, "prefix_cache": prefix and not hopeful}
         self.engine = Engine(
             program_of("qwen3"), policy=self.policy, device_thread=False, clock=self.clock,
-            memory_budget=budget, host_memory=host, deterministic=True, **options,
+            memory_budget=budget, host_memory=host, deterministic=not hopeful, max_decode_batch=1, **options,
         )  # fmt: skip
         self.copying(True)
+        decoding = self.engine._memory.decoding
+        for lengths in () if decoding is None else decoding._lengths.values():
+            for _ in range(50):
+                lengths.ended(2, cut=False)
 
     # ---- what may happen
 
@@ -105,6 +126,16 @@ class Memory(RuleBasedStateMachine):
             self.policy.first.insert(0, name)
         self.handles[name] = self.engine.submit(ids(prompt[0]), max_blocking_ms=prompt[1], request_id=name)
         self.prompts[name] = prompt
+        return name
+
+    @rule(target=names, wish=st.sampled_from(GENERATIONS), tbt=st.sampled_from([0.5, 2.0]))
+    def generate(self, wish: tuple[int, int], tbt: float) -> str:
+        name = f"r{len(self.handles)}"
+        length, count = wish
+        self.handles[name] = self.engine.submit(
+            ids(length), max_new_tokens=count, tbt_slo=tbt, request_id=name
+        )
+        self.streams[name] = wish
         return name
 
     @rule(count=st.integers(1, 9))
@@ -146,6 +177,8 @@ class Memory(RuleBasedStateMachine):
         held = self.engine._memory._held.get(name)
         if held is None or held.parked or held.evicted or held.dropped or name in self.lost:
             return
+        if name in self.streams:
+            return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "run"
             held.seats[0].run.checkpoint().save(path)
@@ -169,6 +202,18 @@ class Memory(RuleBasedStateMachine):
         run.values = {name: torch.zeros(3, 3, 3) for name in run.values}
         self.lost.add(flight.load.name)
 
+    @precondition(lambda self: self.engine._driver.lane.stepping)
+    @rule()
+    def fail_a_step(self) -> None:
+        """The decode step under way finds a value of another shape."""
+        step = self.engine._driver.lane._step
+        assert step is not None
+        run: Any = step._step.run
+        if run.partial or run.done:
+            return
+        run.values = {name: torch.zeros(3, 3, 3) for name in run.values}
+        self.lost.update(ticket.id for ticket in step.tickets)
+
     # ---- what must hold
 
     @invariant()
@@ -187,6 +232,10 @@ class Memory(RuleBasedStateMachine):
             if name in self.lost and handle.metrics.state != "completed":  # a spoilt run may begin again
                 with pytest.raises((RequestCancelledError, SegmentError)):
                     handle.result(0)
+            elif name in self.streams:
+                assert list(handle.tokens(0)) == generated(*self.streams[name]), name
+                again = handle.metrics.recomputations > 0
+                assert handle.metrics.numerics == "bits" or again
             else:
                 assert differences(outcome(handle.result(0)), expected(self.prompts[name])) == [], name
                 assert handle.metrics.numerics == "bits"

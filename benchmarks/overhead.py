@@ -1,6 +1,7 @@
 """What being segmented costs when nobody preempts: program against the unmodified model.
 
-    python benchmarks/overhead.py                       time ratios at 512, 1024, 2048 and 4096 tokens
+    python benchmarks/overhead.py                       time ratios at 16 to 4096 tokens
+    python benchmarks/overhead.py --weights packed      linear weights in the layout of the kernel (CPU, bf16)
     python benchmarks/overhead.py --compile-time        seconds of segment() for a model of 24 layers
     python benchmarks/overhead.py --device cuda --model Qwen/Qwen3-8B
 
@@ -36,7 +37,7 @@ from fpcompile.cli.load import describe, forward_arguments, load_model, random_i
 from fpcompile.executor.device import make_device
 from fpcompile.ir import evaluate
 
-TARGET = 1.05
+LONG = 512  # tokens from which a prompt is a long one
 COMPILE_TARGET_SECONDS = 10.0
 COMPILE_MODEL = "qwen2-0.5b"
 COMPARED_TOKENS = 64
@@ -45,7 +46,7 @@ COMPARED_TOKENS = 64
 def arguments() -> argparse.Namespace:
     """The command line."""
     made = common.parser("Segmented against unmodified model, uninterrupted.")
-    made.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096])
+    made.add_argument("--tokens", type=int, nargs="+", default=[16, 64, 128, 512, 1024, 2048, 4096])
     made.add_argument("--repeats", type=int, default=9, help="rounds per length")
     made.add_argument("--seconds", type=float, default=75.0, help="begin no round later, per length")
     made.add_argument("--granularity", default="operator", help="operator, layer or model")
@@ -80,6 +81,7 @@ def measure(model: Any, program: Any, tokens: int, options: argparse.Namespace) 
         synchronize=common.synchronizer(model.device),
     )
     config = model.config.get_text_config()
+    control = common.spread(ratio(seconds, "control", "model"))
     rate = common.matmul_rate(
         tokens, config.intermediate_size, config.hidden_size, dtype=model.dtype, device=model.device
     )
@@ -87,7 +89,8 @@ def measure(model: Any, program: Any, tokens: int, options: argparse.Namespace) 
     return {
         "tokens": tokens,
         "ratio": common.spread(ratio(seconds, "program", "model")),
-        "control": common.spread(ratio(seconds, "control", "model")),
+        "control": control,
+        "target": target_of(tokens, model.dtype, model.device.type, control["median"]),
         "ratio_of_fastest": min(seconds["program"]) / min(seconds["model"]),
         "model_seconds": statistics.median(seconds["model"]),
         "program_seconds": statistics.median(seconds["program"]),
@@ -99,9 +102,21 @@ def measure(model: Any, program: Any, tokens: int, options: argparse.Namespace) 
     }
 
 
+def target_of(tokens: int, dtype: torch.dtype, device: str, control: float) -> float:
+    """The largest ratio that is meant to be seen. On a CPU bf16 gains by packed weights, the more so for few
+    rows; fp32 has the model's own kernels, and nothing to gain but the noise that the control shows.
+    """
+    long = tokens >= LONG
+    if device == "cuda":
+        return 1.01
+    if dtype is torch.bfloat16:
+        return 0.98 if long else 0.90
+    return (1.0 if long else 1.02) + max(0.0, control - 1)
+
+
 def verdict(row: dict[str, Any]) -> str:
     """Whether the target is met, or that the machine's noise does not let us say."""
-    return common.verdict(row["ratio"], row["control"], TARGET)
+    return common.verdict(row["ratio"], row["control"], row["target"])
 
 
 def report(rows: list[dict[str, Any]]) -> None:
@@ -116,7 +131,7 @@ def report(rows: list[dict[str, Any]]) -> None:
         "quartiles",
         "floor",
         "bits",
-        f"<= {TARGET}",
+        "target",
     )
     common.print_table(
         head,
@@ -131,7 +146,7 @@ def report(rows: list[dict[str, Any]]) -> None:
                 f"{row['control']['q1']:.3f}-{row['control']['q3']:.3f}",
                 f"{row['floor_seconds'] * 1e3:.1f} ms",
                 "equal" if row["bits_equal"] else "DIFFER",
-                verdict(row),
+                f"<= {row['target']:.3f}: {verdict(row)}",
             )
             for row in rows
         ],
@@ -147,7 +162,7 @@ def plot(rows: list[dict[str, Any]], title: str, options: argparse.Namespace) ->
         y="ratio",
     )
     names = {"control": "unmodified / itself", "program": "segmented"}
-    common.plot_ratios(ax, rows, names, "model", TARGET)
+    common.plot_ratios(ax, rows, names, "model", max(row["target"] for row in rows))
     common.save_plot(figure, options.output / "overhead.png")
 
 
@@ -162,10 +177,11 @@ def compare(options: argparse.Namespace) -> None:
     for row in rows:
         if verdict(row) == "MISSED":
             common.report_missed(
-                f"{row['tokens']} tokens take {row['ratio']['median']:.3f} times as long, not {TARGET}"
+                f"{row['tokens']} tokens take {row['ratio']['median']:.3f} times as long, "
+                f"not {row['target']:.3f}"
             )
     plot(rows, title, options)
-    content = {"benchmark": "overhead", "model": title, "plan": plan_of(options), "target": TARGET}
+    content = {"benchmark": "overhead", "model": title, "plan": plan_of(options)}
     content["max_blocking_ms"] = options.max_blocking_ms
     where = common.machine(model.device)
     common.write_json(options.output / "overhead.json", {**content, "machine": where, "rows": rows})

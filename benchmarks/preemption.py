@@ -44,6 +44,7 @@ from fpcompile.cli.interleave import interleave, percentile, ratio
 from fpcompile.cli.load import forward_arguments, random_ids
 from fpcompile.engine.prices import next_cost
 from fpcompile.executor.device import Device, make_device
+from fpcompile.executor.schedule import launch_seconds
 from fpcompile.ir import evaluate
 
 PART = 200
@@ -52,6 +53,7 @@ STOPS_TARGET = 1.02
 RUNS = 5
 SLACK = 0.15
 URGENT_TOKENS = 16
+LONGEST = 8
 
 
 def arguments() -> argparse.Namespace:
@@ -179,6 +181,28 @@ def unsteadiness(model: Any, seconds: float, device: Device) -> float:
     return percentile(spent[20:], 99) / percentile(spent[20:], 50)
 
 
+def described(program: Any, run: Any, seconds: list[float]) -> list[dict[str, Any]]:
+    """Every launch of a run: where it is, which tile, what was predicted and what it took."""
+    stages, heads = program.stages, program.kv_heads()
+    shape, costs = run.call.shape, program.costs
+    rows: list[dict[str, Any]] = []
+    for launch, spent in zip(run.schedule, seconds, strict=True):
+        stage = stages[launch.first]
+        what = f"stages {launch.first} to {launch.last - 1}"
+        if launch.tiled:
+            what = f"{stage.over} {launch.start} to {launch.stop}"
+            what += f", heads {launch.head_start} to {launch.head_stop}" if launch.head_stop else ""
+        rows.append(
+            {
+                "segment": program.segments[stage.segment].name,
+                "launch": what,
+                "predicted": launch_seconds(launch, stages, shape, costs, heads),
+                "seconds": spent,
+            }
+        )
+    return rows
+
+
 def bound(model: Any, programs: Programs, device: Device, options: argparse.Namespace) -> dict[str, Any]:
     """The table of launches: how long each segment or tile takes, against the budget."""
     ids = random_ids(model, options.bound_tokens, seed=options.seed)
@@ -199,9 +223,8 @@ def bound(model: Any, programs: Programs, device: Device, options: argparse.Name
         runs.append(spent)
     middles = [statistics.median(times) for times in zip(*runs[1:], strict=True)]
     c = max(before, unsteadiness(model, budget, device))
-    longest = max(range(len(middles)), key=middles.__getitem__)
-    launch = tiles.begin().schedule[longest]
-    segment = programs.operator.segments[programs.operator.stages[launch.first].segment]
+    order = sorted(range(len(middles)), key=middles.__getitem__, reverse=True)
+    launches = described(programs.operator, tiles.begin(), middles)
     seconds = interleave(
         {scheme.name: functools.partial(through, scheme, device) for scheme in (whole, tiles)},
         rounds=options.repeats,
@@ -215,7 +238,8 @@ def bound(model: Any, programs: Programs, device: Device, options: argparse.Name
         "launches": len(middles),
         "c": c,
         "longest": max(middles) / budget,
-        "longest_segment": segment.name,
+        "longest_launches": [launches[i] for i in order[:LONGEST]],
+        "predicted": statistics.median(row["seconds"] / row["predicted"] for row in launches),
         "target": c + SLACK,
         "blocking_p99": requests["blocking_seconds"]["p99"] / budget,
         "blocking_max": requests["blocking_seconds"]["max"] / budget,
@@ -315,7 +339,19 @@ def report_bound(launches: dict[str, Any], stopped: dict[str, Any]) -> None:
     common.print_table(
         ("figure", "value", "target"), [(name, f"{v:.3f}", f"<= {t:.3f}") for name, v, t in lines]
     )
-    print(f"longest launch: {launches['longest_segment']}")
+    common.print_table(
+        ("longest launches", "stage", "/ budget", "/ predicted"),
+        [
+            (
+                row["segment"],
+                row["launch"],
+                f"{row['seconds'] / launches['budget_seconds']:.3f}",
+                f"{row['seconds'] / row['predicted']:.2f}",
+            )
+            for row in launches["longest_launches"]
+        ],
+    )
+    print(f"all launches: median of measured / predicted {launches['predicted']:.2f}")
     print(f"throughput under the budget / whole prefill: {launches['throughput']['median']:.3f}")
     print(f"A/A of the uninterrupted prefill: {stopped['control']['median']:.3f}")
     for name, value, target in lines:

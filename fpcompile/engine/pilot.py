@@ -68,12 +68,12 @@ class Pilot:
 
     def ready(self) -> contextlib.AbstractContextManager[None]:
         """What must surround every flight in its thread: the device's stream, and no gradients."""
-        if self._ahead is None and not torch.is_grad_enabled():
-            return _NOTHING
-        return self._made_ready()
+        if self._ahead is not None:
+            return self._on_stream()
+        return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
 
     @contextlib.contextmanager
-    def _made_ready(self) -> Iterator[None]:
+    def _on_stream(self) -> Iterator[None]:
         with self.device.active(), torch.no_grad():
             yield
 

@@ -53,8 +53,11 @@ def test_host_times_of_launches_and_pauses(monkeypatch: pytest.MonkeyPatch, tmp_
     rows = content["launch"]["rows"]
     assert len(rows) == len(content["launch"]["over_us"]) > 10
     assert all(row["step_us"] > 0 and row["bare_us"] > 0 for row in rows)
-    assert len(content["pause"]["preempting_us"]) == 5
-    assert content["pause"]["preemptions"] >= 5
+    assert set(content["pause"]) == {"s-edf", "fpcompile"}
+    for pause in content["pause"].values():
+        assert len(pause["preempting_us"]) == 5
+        assert all(host > 0 and decisions > 0 for host, decisions in pause["preempting_us"])
+        assert pause["preemptions"] >= 5
     assert content["leave_us"]["median"] > 0
     assert (tmp_path / "dispatch.png").read_bytes().startswith(PNG)
 

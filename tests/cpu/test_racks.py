@@ -330,3 +330,24 @@ def test_attention_without_masks_is_called_for_each(monkeypatch: pytest.MonkeyPa
     assert relative_error(*rows) < 2e-6
     alone = [stepped(decoder, [opened(decoder, prompts[0])[0]], [1]) for decoder in (abreast, apart)]
     assert same_bits(*alone)
+
+
+@torch.no_grad()
+def test_grouped_heads_are_rows_where_several_are_attended_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention without a mask is many times slower there: each head reads the keys by itself."""
+    program = program_of("qwen3")
+    assert isinstance(program, PackedProgram)
+    (call, *_) = program.attention
+    decoder = PackedDecoder(program, abreast=False)
+    sequences = [opened(decoder, sample_ids(n, seed=n))[0] for n in (20, 33)]
+    heads: list[int] = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(q: Tensor, *rest: Any, **more: Any) -> Tensor:
+        heads.append(int(q.shape[1]))
+        return kernel(q, *rest, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    stepped(decoder, sequences, [1, 2])
+    assert set(heads) == {call.kv_heads}
+    assert call.heads > call.kv_heads

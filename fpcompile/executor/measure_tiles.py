@@ -37,6 +37,7 @@ _LENGTHS = (4096, 2048, 1024, 512, 256, 128)
 _WORK = 6.0  # times the stages themselves: what their tiles take
 _PLACES = (0.3, 0.6, 0.9)  # of a value: where tiles are taken
 _REPEATS = 3
+_BEYOND = 2  # times the longest prefill that was measured: what a longer one takes is not known well enough
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -110,7 +111,9 @@ def measure_tiles(program: Program, costs: CostModel, *, seconds: float) -> tupl
 
 def _length(program: Program, costs: CostModel, seconds: float) -> int:
     stages = {s.key: i for i, s in enumerate(program.stages) if s.over}
-    fitting = [n for n in _LENGTHS if n <= (program.max_tokens or n)]
+    known = max(n for found in costs.samples.values() for n, _ in found)
+    limit = min(program.max_tokens or _LENGTHS[0], max(_BEYOND * known, _LENGTHS[-1]))
+    fitting = [n for n in _LENGTHS if n <= limit]
     if not stages or not fitting:
         return 0
 
@@ -200,7 +203,8 @@ class _Probe:
                 for _ in range(_REPEATS if size in _TIMED else 1):
                     spent = self._execute(block(stop, size))
                     if size in _TIMED:
-                        self.seconds[(*stage.key, BLOCK, str(size))][keys_given(stop)].append(spent)
+                        keys = min(total, keys_given(stop))
+                        self.seconds[(*stage.key, BLOCK, str(size))][keys].append(spent)
                 self._keep(stage, f"{size} queries", stop - size, stop)
             stop = total // 2 + size + MIN_ROWS if total // 2 > size + MIN_ROWS else total - MIN_ROWS
             self._execute(block(stop, size))  # where no block of keys ends

@@ -156,3 +156,13 @@ def test_a_program_without_room_for_a_tile_is_measured_without(caplog: pytest.Lo
     program.calibrate(lengths=(16, 32), seconds=1.0)
     assert set(program.costs.samples) == {s.key for s in program.stages}
     assert program.tile_plan(program.start(sample_ids(40)).call.shape, 1e3)
+
+
+@pytest.mark.slow
+def test_nothing_much_longer_than_what_is_known_is_executed() -> None:
+    """From one short prefill it does not follow what a long one takes."""
+    program = fresh()
+    short: Samples = {s.key: ((1, 1e-6), (64, 1e-6)) for s in program.stages}
+    _, bits = tiles.measure_tiles(program, program.use_costs(short), seconds=1e3)
+    assert bits is not None
+    assert bits.tokens == 128

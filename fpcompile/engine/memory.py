@@ -38,7 +38,7 @@ from fpcompile.engine.programs import Programs
 from fpcompile.engine.recorder import Recorder
 from fpcompile.errors import InternalError, InvalidInputError
 from fpcompile.executor.device import Device
-from fpcompile.executor.offload import Flying, Origin, Parking, settle, storage_bytes
+from fpcompile.executor.offload import Flying, Origin, Parking, settle
 from fpcompile.executor.packed import PackedProgram
 from fpcompile.executor.pool import KVPool
 from fpcompile.executor.pool_growing import longest_span
@@ -304,7 +304,7 @@ class Memory:
                 break
             if held is None or not held.paused or held.parked or held.dropped:
                 continue
-            gain = held.device - storage_bytes(held.inputs)
+            gain = held.device - sum(held.inputs.values())
             if gain > 0:
                 chosen.append((held, gain))
                 over -= gain

@@ -11,11 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from fpcompile.engine.loads import Load
 from fpcompile.engine.metrics import Ticket
-from fpcompile.executor.offload import Origin, Parking, caches_of, own_bytes, storage_bytes
+from fpcompile.executor.offload import Origin, Parking, caches_of, own_bytes
 from fpcompile.executor.packed import PackedCall
 from fpcompile.executor.pool import PooledKV, Room
 from fpcompile.executor.run import Run
@@ -71,14 +69,15 @@ class Held:
         return all(seat.origin is not None for seat in self.seats)
 
     @property
-    def inputs(self) -> list[Tensor]:
-        """Tensors that are kept so that it can be computed again."""
-        return [t for seat in self.seats if isinstance(seat.origin, Origin) for t in seat.origin.tensors()]
+    def inputs(self) -> dict[int, int]:
+        """Address and bytes of each storage that is kept so that it can be computed again."""
+        origins = [seat.origin for seat in self.seats if isinstance(seat.origin, Origin)]
+        return {address: size for origin in origins for address, size in origin.storages.items()}
 
     @property
     def own(self) -> int:
         """Bytes on the device besides blocks."""
-        return storage_bytes(self.inputs) if self.dropped else own_bytes(self.load.run, self.inputs)
+        return sum(self.inputs.values()) if self.dropped else own_bytes(self.load.run, self.inputs)
 
     @property
     def in_blocks(self) -> int:

@@ -21,7 +21,7 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, final
 
 import torch
@@ -36,7 +36,7 @@ from fpcompile.executor.run import Run
 from fpcompile.executor.slices import Chunks, Sliced
 from fpcompile.executor.together import Together
 
-__all__ = ["Flying", "Origin", "Parking", "caches_of", "own_bytes", "settle", "storage_bytes", "unstashed"]
+__all__ = ["Flying", "Origin", "Parking", "caches_of", "own_bytes", "settle", "unstashed"]
 
 _TOGETHER = 1 << 20  # bytes: smaller tensors are copied in one piece with others
 
@@ -69,37 +69,35 @@ def _shelves(run: Any) -> list[Shelf]:
     return [run.pieces] if isinstance(run, Sliced) else [run.values, run.partial]
 
 
-def own_bytes(run: Any, more: Iterable[Tensor] = ()) -> int:
-    """Bytes on the device that a run holds besides blocks of a pool, with ``more``; each storage once."""
-    tensors = [*more, *(t for shelf in _shelves(run) for t in shelf.values())]
-    return sum({**storages_of(tensors), **kv_storages(caches_of(run))}.values())
-
-
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind these tensors, each once."""
-    return sum(storages_of(tensors).values())
+def own_bytes(run: Any, more: Mapping[int, int]) -> int:
+    """Bytes on the device that a run holds besides blocks of a pool, with ``more`` storages; each once."""
+    tensors = [t for shelf in _shelves(run) for t in shelf.values()]
+    return sum({**more, **storages_of(tensors), **kv_storages(caches_of(run))}.values())
 
 
 @final
 class Origin:
     """A run before its first launch. Holds its inputs: tokens, positions, and a cache that it continues."""
 
-    __slots__ = ("_caches", "_call", "_schedule", "_values", "run")
+    __slots__ = ("_caches", "_call", "_schedule", "_storages", "_values", "run")
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self._values, self._caches = dict(run.values), [dict(group) for group in run.kv]
         self._call, self._schedule = run.call, run.schedule
+        self._storages: dict[int, int] | None = None
 
     @property
     def plain(self) -> bool:
         """Whether the inputs are small: whole numbers (tokens, positions, masks), and no cache."""
         return not any(self._caches) and not any(t.is_floating_point() for t in self._values.values())
 
-    def tensors(self) -> Iterator[Tensor]:
-        """The inputs."""
-        yield from self._values.values()
-        yield from (t for group in self._caches for kv in group.values() for t in kv.own)
+    @property
+    def storages(self) -> Mapping[int, int]:
+        """Address and bytes of each storage of the inputs; looked at once, for they stay."""
+        if self._storages is None:
+            self._storages = {**storages_of(self._values.values()), **kv_storages(self._caches)}
+        return self._storages
 
     def again(self) -> None:
         """The run is as it was before its first launch; what it held is dropped."""

@@ -7,7 +7,9 @@ Words
               starts; what attention reads and writes there are :class:`PooledKV`, one for each layer.
     *stash*   the contents of a room in host memory, while it has no blocks, and (until dropped) after that.
     *grow*    a sequence that decodes gets a block more: the next one if nobody has it; else the room moves to
-              an extent with one more, if there is one; else it is scattered.
+              an extent with one more, if there is one; else it is scattered. A move copies the cache once, a
+              scattered room is gathered for every layer of every step (seen on a CPU, 2048 tokens in 16
+              layers of 8 heads: 48 ms once, against 173 ms for each step).
     *drop*    blocks at the beginning of a room that no layer will read again are given back.
 
 Layout of the memory: one tensor ``[heads, blocks * block_tokens, width]`` each for keys and values of a

@@ -218,6 +218,19 @@ def test_when_blocks_run_out_who_is_due_last_gives_way(host: int | None, tmp_pat
     assert differences_of_log(read_log(log)) == []
 
 
+def test_of_three_the_last_in_line_gives_way() -> None:
+    """All of them need a block in the same step, and none is left."""
+    engine = hopeful(inline(program_of("qwen3"), kv_blocks=9), 1)
+    handles = [engine.submit(ids(40), max_new_tokens=50, tbt_slo=1.0 + n) for n in range(3)]
+    until(engine, lambda: engine.statistics().memory.decode_evictions == 1)
+    assert [handle.metrics.offloads for handle in handles] == [0, 0, 1]
+    drain(engine)
+    assert handles[0].metrics.offloads == 0
+    for handle in handles:
+        assert tokens_of(handle) == own("qwen3", ids(40), 50)
+    empty(engine)
+
+
 def test_moved_to_the_host_the_bits_are_the_same() -> None:
     """One sequence a step: whoever comes back goes on as if it had never been away."""
     clock = Clock()

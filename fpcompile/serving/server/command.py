@@ -62,7 +62,7 @@ def serve(
         bool, typer.Option("--prefix-cache", help="Reuse prefixes; needs --kv-memory.")
     ] = False,
     memory_budget: Annotated[
-        int | None, typer.Option(min=0, help="Bytes that paused runs may hold besides blocks.")
+        int | None, typer.Option(min=0, help="Bytes for paused and decoding requests, besides blocks.")
     ] = None,
     host_memory: Annotated[
         int | None, typer.Option(min=0, help="Host bytes for what is moved there.")

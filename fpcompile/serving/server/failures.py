@@ -37,6 +37,7 @@ _TYPES = {
     504: "timeout_error",
 }
 _LONGEST = 500  # characters of a message
+_JSON = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))  # made once: for each token
 
 
 class ApiError(Exception):
@@ -74,7 +75,7 @@ class ApiError(Exception):
 
 def ascii_json(value: object) -> bytes:
     """JSON without a byte beyond ASCII, so that no text that a client sent can break the encoding."""
-    return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")
+    return _JSON.encode(value).encode("ascii")
 
 
 def error_response(error: ApiError) -> Response:

@@ -37,7 +37,7 @@ _TYPES = {
     504: "timeout_error",
 }
 _LONGEST = 500  # characters of a message
-_JSON = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))  # made once: for each token
+_JSON = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))  # made once
 
 
 class ApiError(Exception):

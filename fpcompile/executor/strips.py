@@ -1,7 +1,7 @@
 """Strips: a chain of elementwise operators executed range by range of its tokens inside one launch.
 
 A norm, a rotary embedding or a gated activation reads and writes each of its intermediate values in turn. For
-thousands of tokens these lie in main memory; for a *strip* of a few hundred they stay in the processor's
+many thousands of tokens these lie in main memory; for a *strip* of a few hundred they stay in the processor's
 caches. Results are copied to their place, which costs less than what is saved once there are a few operators.
 No launch ends between strips: they are no tiles, and part of no plan.
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fpcompile.executor.run import Run
 
 STRIP: Final = 512  # tokens
+STRIPS: Final = 6  # at least: what fewer tokens need was seen to stay in the caches anyway
 _FEWEST: Final = 2  # elementwise operators that are worth the copies
 _WHOLE_VIEWS: Final = frozenset(
     {
@@ -53,7 +54,7 @@ def in_strips(step: Executable, part: Part, function: Function) -> Executable:
     def execute(run: Run, arguments: list[Tensor], lengths: Mapping[str, int]) -> Sequence[Tensor]:
         total = lengths[over]
         count = total // STRIP
-        if count < 2:
+        if count < STRIPS:
             return step(run, arguments, lengths)
         results: list[Tensor] = []
         for start in range(0, count * STRIP, STRIP):

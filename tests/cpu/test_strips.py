@@ -14,7 +14,7 @@ from fpcompile.models.zoo import tiny_model
 from fpcompile.passes.prepack import can_prepack
 from tests.cpu.support import differences, finish, model_of, reference
 
-LENGTH = 3 * 16 + 5
+LENGTH = 7 * 16 + 5
 
 needs_bf16 = pytest.mark.skipif(
     not can_prepack(torch.zeros(1, 1, dtype=torch.bfloat16)), reason="this CPU has no bf16 matrix kernel"
@@ -60,15 +60,15 @@ def test_strips_have_the_models_bits(arch: str, narrow: list[int]) -> None:
 @needs_bf16
 @pytest.mark.slow
 def test_so_have_strips_of_their_real_size() -> None:
-    model = tiny_model("qwen3", dtype=torch.bfloat16, overrides={"max_position_embeddings": 2048})
+    model = tiny_model("qwen3", dtype=torch.bfloat16, overrides={"max_position_embeddings": 4096})
     program = fpcompile.segment(model, weights="packed", verify=False)
-    ids = ids_of(program, 2 * strips.STRIP + strips.STRIP // 2)
+    ids = ids_of(program, strips.STRIPS * strips.STRIP + strips.STRIP // 2)
     assert differences(finish(program.start(ids)), reference(model, ids)) == []
 
 
 @needs_bf16
 @pytest.mark.slow
-@pytest.mark.parametrize("length", [15, 31])
+@pytest.mark.parametrize("length", [15, 95])
 def test_short_inputs_are_executed_at_once(length: int, narrow: list[int]) -> None:
     program = packed("qwen3")
     finish(program.start(ids_of(program, length)))

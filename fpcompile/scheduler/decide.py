@@ -77,9 +77,7 @@ class Decider:
         return started or self._passing(job, now)
 
     def _passing(self, job: Job, now: float) -> Job | None:
-        """Who goes before ``job``, for which requests hold too much that decode: the best one that needs memory
-        for its prompt only.
-        """
+        """Who goes before ``job`` while what decodes holds too much: the best one that only has a prompt."""
         memory = self.books.memory
         waiting = self.books.queue.ordered(now) if memory.outside else ()
         fitting = (other for other in waiting if not other.growing and memory.fits(other))

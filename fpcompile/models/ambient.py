@@ -20,6 +20,13 @@ _TRACING = threading.RLock()
 _NOTHING = contextlib.nullcontext()
 _FLAGS: Final = ("is_compiling", "is_exporting")
 
+_EXPORTER: Final[Any] = torch.export._trace
+
+without_kernel_choice: Final[Callable[[], contextlib.AbstractContextManager[None]]] = (
+    _EXPORTER._ignore_backend_decomps
+)
+"""oneDNN, NNPACK and cuDNN are off, for the whole process: for traces that cannot be made with them."""
+
 
 def is_plain(device_type: str) -> bool:
     """Whether the caller has switched nothing on that :func:`plain` would switch off."""
@@ -60,11 +67,10 @@ def _unseen() -> Iterator[None]:
     Kernels stay on: a trace records the operators that choose between them, not what they chose, and the
     arguments of the model's own calls that allow cuDNN.
     """
-    exporter: Any = torch.export._trace
     patches: list[tuple[Any, str, Any]] = [
         (torch.compiler, name, _only_here(getattr(torch.compiler, name))) for name in _FLAGS
     ]
-    patches.append((exporter, "_ignore_backend_decomps", contextlib.nullcontext))
+    patches.append((_EXPORTER, "_ignore_backend_decomps", contextlib.nullcontext))
     found = [(module, name, getattr(module, name)) for module, name, _ in patches]
     for module, name, other in patches:
         setattr(module, name, other)

@@ -18,12 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import UserError
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from fpcompile.errors import UnsupportedModelError
 from fpcompile.models import attention, leaves
+from fpcompile.models.ambient import without_kernel_choice
 from fpcompile.models.generic_shapes import readable
 from fpcompile.models.lengths import LengthWatch
 from fpcompile.models.shadow import shadow
@@ -194,19 +197,13 @@ def capture(model: PreTrainedModel) -> Capture:
         torch.export.Dim("rows", min=2, max=1 << 24),
     )
     shapes = ({1: tokens}, {1: tokens}, {0: rows})
-    with (
-        torch.no_grad(),
-        attention.recording(attention_implementation(model)) as recorder,
-        leaves.collecting() as collected,
-    ):
-        watch = LengthWatch()
-        wrapper = _Wrapper(traced, returned, recorder.cache, watch).eval()
-        try:
-            exported = torch.export.export(wrapper, example, dynamic_shapes=shapes, strict=False)
-        except UnsupportedModelError:
+    try:
+        exported, recorder, collected = _traced(model, traced, returned, example, shapes)
+    except UnsupportedModelError as error:
+        if not isinstance(error.__cause__, UserError) or not _convolves(model):
             raise
-        except Exception as error:
-            raise _explain(model, error, watch) from error
+        with without_kernel_choice():  # which kernel a convolution takes depends on its length
+            exported, recorder, collected = _traced(model, traced, returned, example, shapes)
     signature = exported.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         raise UnsupportedModelError(
@@ -221,6 +218,34 @@ def capture(model: PreTrainedModel) -> Capture:
         output_type=returned[-1],
         model=traced,
     )
+
+
+def _traced(
+    model: PreTrainedModel,
+    traced: PreTrainedModel,
+    returned: list[type[Any]],
+    example: tuple[Tensor, ...],
+    shapes: Any,
+) -> tuple[torch.export.ExportedProgram, attention.AttentionRecorder, list[leaves.Leaf]]:
+    """The exported program, its attention calls and its leaves; raises :class:`UnsupportedModelError`."""
+    with (
+        torch.no_grad(),
+        attention.recording(attention_implementation(model)) as recorder,
+        leaves.collecting() as collected,
+    ):
+        watch = LengthWatch()
+        wrapper = _Wrapper(traced, returned, recorder.cache, watch).eval()
+        try:
+            exported = torch.export.export(wrapper, example, dynamic_shapes=shapes, strict=False)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:
+            raise _explain(model, error, watch) from error
+    return exported, recorder, collected
+
+
+def _convolves(model: nn.Module) -> bool:
+    return any(isinstance(module, _ConvNd) for module in model.modules())
 
 
 def weights_of(exported: torch.export.ExportedProgram) -> dict[str, tuple[str, Tensor]]:

@@ -8,7 +8,7 @@ within the budget, or nobody else decodes.
 
 A cache counts with what is seen of it, the next token included: room for more is the decoder's, which lets
 sequences of similar length lie side by side. A cache that cannot be taken out of its decoder (the generic
-route's) stays where it is.
+route's) never goes to the host: it is dropped if it depends on tokens alone, else it stays where it is.
 """
 
 from __future__ import annotations

@@ -124,6 +124,7 @@ class DecodeMemory:
         self._lengths = {name: OutputLengths() for name in spans}
         self._members: dict[str, _Member] = {}
         self._asked = 0
+        self._looked = -1
         self._told: tuple[int, tuple[Growing, ...]] = (0, ())
 
     # ---- what is known
@@ -134,10 +135,8 @@ class DecodeMemory:
     @property
     def blocks(self) -> int:
         """Blocks that members hold, each once."""
-        return len(self._held())
-
-    def _held(self) -> set[int]:
-        return {block for member in list(self._members.values()) for block in member.room.blocks}
+        held = [member.room.blocks for member in list(self._members.values())]
+        return len(set[int]().union(*held)) if self.pool.blocks.shared else sum(map(len, held))
 
     @property
     def host_bytes(self) -> int:
@@ -252,7 +251,8 @@ class DecodeMemory:
                 member.tail.drop_behind()
                 member.host = member.host if member.room.stash.pieces else 0
         missing = sum(self._missing(ticket) for ticket in tickets)
-        if missing > self.pool.blocks.available:
+        asked = missing > self.pool.blocks.available
+        if asked:
             self._asked = missing
             try:
                 self.give_way()
@@ -271,6 +271,8 @@ class DecodeMemory:
             if member.tail.missing <= self.pool.blocks.available:
                 member.tail.make_room()
                 found.ready.append(ticket)
+        if asked and len(found.ready) < len(tickets):
+            self.freed = True  # the scheduler still counts what it was asked for as held
         if not found.ready and not found.dropped and self.pool.blocks.used == self.blocks:
             found.stuck += self._stuck(tickets)
         return found
@@ -290,7 +292,7 @@ class DecodeMemory:
         behind = [m for m in behind if m.due >= for_whom.due and m.ticket not in found.ready]
         for member in sorted(behind, key=lambda m: -m.due):
             room, lengths = member.room, member.tail.lengths
-            if self._host.room_for(unstashed(room, lengths)):
+            if self._fits_on_host(room, lengths):
                 member.parking.put_away(room, lengths)
                 member.host = room.stash.nbytes
                 room.free()
@@ -308,9 +310,22 @@ class DecodeMemory:
             return True
         return False
 
+    def _fits_on_host(self, room: Room, lengths: dict[int, int]) -> bool:
+        """Room for what the host lacks of a cache; what it has of that may be dropped to make room."""
+        asked = -1
+        while asked != (asked := unstashed(room, lengths)):
+            if not self._host.room_for(asked):
+                return False
+        return True
+
     def back(self, away: Iterable[Ticket], members: Iterable[Ticket] = ()) -> Reserve:
-        """Who of those that are away has its blocks again, in the order of their deadlines."""
+        """Who of those that are away has its blocks again, in the order of their deadlines.
+
+        Asked at every cut: nobody is looked at again before a block has changed hands.
+        """
         found = Reserve()
+        if self._looked == self.pool.blocks.changes:
+            return found
         waiting = [self._members[ticket.id] for ticket in away if ticket.id in self._members]
         for member in sorted(waiting, key=lambda m: m.due):
             if member.wanted > self.pool.blocks.available or not self._admits(member):
@@ -318,6 +333,7 @@ class DecodeMemory:
             member.room.take(member.tail.spare)
             member.parking.restore([member.room])
             found.ready.append(member.ticket)
+        self._looked = self.pool.blocks.changes
         return found
 
     def _admits(self, member: _Member) -> bool:

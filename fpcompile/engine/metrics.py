@@ -189,6 +189,7 @@ class Ticket:
         """Its cache is computed again, by another run."""
         self.run, self.load, self.prompt, self.predicted = run, None, prompt, predicted
         self.ready, self.seated, self.shared = None, False, True
+        self.reused_tokens = 0  # of the other prompt
 
     def paused(self, nbytes: int, by: str | None) -> None:
         """It gave way to ``by``, and keeps ``nbytes`` meanwhile."""

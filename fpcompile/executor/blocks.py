@@ -14,7 +14,8 @@ Typical use
 
 Invariants (``validate``)
     free + used + cached = total. What is cached can always be taken: the least recently used first, the end
-    of a prefix before its beginning. A key names one block. Free extents are sorted, apart and not empty.
+    of a prefix before its beginning. A key names one block. Extents, of free blocks and of
+    those that are free or cached, are sorted, apart and not empty.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
+from math import inf
 
 from fpcompile.errors import InternalError, InvalidInputError
 
@@ -60,12 +62,17 @@ class BlockPool:
             raise InvalidInputError("a pool without blocks", expected="at least 1", got=repr(total))
         self.total = total
         self._free: list[tuple[int, int]] = [(0, total)]
+        self._unheld: list[tuple[int, int]] = [(0, total)]  # free or cached
         self._references: dict[int, int] = {}
         self._by_key: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self.free = total
         """Blocks that nobody holds and that hold nothing of worth."""
+        self.shared = 0
+        """References to used blocks beyond the first one of each."""
+        self.changes = 0
+        """How often blocks went from hand to hand."""
 
     @property
     def used(self) -> int:
@@ -107,8 +114,7 @@ class BlockPool:
         """``count`` blocks in one extent, or None and nothing is taken; cached ones in it are given up."""
         if any(size >= count for _, size in self._free):
             return self.take(count, spare)
-        nobodys = [b for first, size in self._free for b in range(first, first + size)]
-        fitting = [e for e in extents(sorted([*nobodys, *self._cached])) if e[1] >= count]
+        fitting = [extent for extent in self._unheld if extent[1] >= count]
         if not fitting:
             return None
         first, _ = min(fitting, key=lambda e: (e[1], e[0]))
@@ -146,11 +152,10 @@ class BlockPool:
 
     def _cut(self, first: int, count: int) -> None:
         """Somebody holds these free blocks, which lie in one extent."""
-        place = bisect_right(self._free, (first, self.total)) - 1
-        start, size = self._free[place]
-        rest = [(start, first - start), (first + count, start + size - first - count)]
-        self._free[place : place + 1] = [extent for extent in rest if extent[1]]
+        _carve(self._free, first, count)
+        _carve(self._unheld, first, count)
         self.free -= count
+        self.changes += 1
         self._references.update((block, 1) for block in range(first, first + count))
 
     def known(self, keys: Sequence[bytes]) -> int:
@@ -164,8 +169,14 @@ class BlockPool:
         """The blocks that hold the longest known beginning of ``keys``, one more reference to each."""
         blocks = [self._by_key[key] for key in keys[: self.known(keys)]]
         for block in blocks:
-            self._cached.pop(block, None)
-            self._references[block] = self._references.get(block, 0) + 1
+            if block in self._cached:
+                del self._cached[block]
+                _carve(self._unheld, block, 1)
+                self._references[block] = 1
+            else:
+                self._references[block] += 1
+                self.shared += 1
+        self.changes += 1
         return blocks
 
     def file(self, block: int, key: bytes) -> None:
@@ -178,18 +189,21 @@ class BlockPool:
 
     def give(self, blocks: Sequence[int]) -> None:
         """One reference less to each; what has a key and no reference stays cached."""
+        self.changes += 1
         for block in reversed(blocks):  # the end of a prefix is of no use without its beginning
             left = self._references.get(block, 0) - 1
             if left < 0:
                 raise InternalError("a block is given back that nobody holds", got=str(block))
             if left:
                 self._references[block] = left
+                self.shared -= 1
                 continue
             del self._references[block]
+            _join(self._unheld, block)
             if block in self._key_of:
                 self._cached[block] = None
             else:
-                self._put(block)
+                self._release(block)
 
     def forget_all(self) -> None:
         """Nothing is cached any more."""
@@ -199,31 +213,30 @@ class BlockPool:
     def _forget(self, block: int) -> None:
         del self._cached[block]
         del self._by_key[self._key_of.pop(block)]
-        self._put(block)
+        self._release(block)
 
-    def _put(self, block: int) -> None:
-        """The block is free: join it to its neighbours."""
-        place = bisect_right(self._free, (block, 0))
-        first, size = block, 1
-        if place < len(self._free) and self._free[place][0] == block + 1:
-            size += self._free.pop(place)[1]
-        if place and sum(self._free[place - 1]) == block:
-            place -= 1
-            first, size = self._free[place][0], self._free.pop(place)[1] + size
-        self._free.insert(place, (first, size))
+    def _release(self, block: int) -> None:
+        _join(self._free, block)
         self.free += 1
 
     def validate(self) -> None:
         """Check the invariants; raises :class:`InternalError` naming the broken one."""
-        free = {b for first, size in self._free for b in range(first, first + size)}
+        free, unheld = (
+            {b for first, size in found for b in range(first, first + size)}
+            for found in (self._free, self._unheld)
+        )
         groups = (free, set(self._references), set(self._cached))
         facts = {
             "free + used + cached = total": sum(map(len, groups)) == self.total,
             "every block is in one of them": set().union(*groups) == set(range(self.total)),
             "free blocks are counted": len(free) == self.free,
-            "free extents are joined": all(
-                sum(a) < b[0] for a, b in zip(self._free, self._free[1:], strict=False)
+            "extents are joined": all(
+                sum(a) < b[0]
+                for found in (self._free, self._unheld)
+                for a, b in zip(found, found[1:], strict=False)
             ),
+            "extents without a holder are free or cached": unheld == free | groups[2],
+            "further references are counted": self.shared == sum(self._references.values()) - self.used,
             "a key names one block": self._by_key == {k: b for b, k in self._key_of.items()},
             "cached blocks have keys": groups[2] <= set(self._key_of) <= groups[1] | groups[2],
         }
@@ -233,3 +246,23 @@ class BlockPool:
                     f"cache blocks: {what}",
                     got=f"free {self.free}, used {self.used}, cached {self.cached} of {self.total}",
                 )
+
+
+def _carve(free: list[tuple[int, int]], first: int, count: int) -> None:
+    """Take these blocks, which lie in one of the sorted extents, out of it."""
+    place = bisect_right(free, (first, inf)) - 1
+    start, size = free[place]
+    rest = [(start, first - start), (first + count, start + size - first - count)]
+    free[place : place + 1] = [extent for extent in rest if extent[1]]
+
+
+def _join(free: list[tuple[int, int]], block: int) -> None:
+    """Put a block to the sorted extents, joined to its neighbours."""
+    place = bisect_right(free, (block, 0))
+    first, size = block, 1
+    if place < len(free) and free[place][0] == block + 1:
+        size += free.pop(place)[1]
+    if place and sum(free[place - 1]) == block:
+        place -= 1
+        first, size = free[place][0], free.pop(place)[1] + size
+    free.insert(place, (first, size))

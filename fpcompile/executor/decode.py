@@ -254,7 +254,7 @@ class PackedDecoder(Decoder):
 
     def take_out(self, sequence: PackedSequence) -> None:
         """Its slot is free, or its memory."""
-        sequence.kv.clear()
+        sequence.kv = {}  # another one: any thread may be reading the old one (statistics)
         sequence.place = None
 
     def put_back(self, sequence: PackedSequence, layers: Mapping[int, LayerKV]) -> None:
@@ -262,7 +262,7 @@ class PackedDecoder(Decoder):
         if self._racks is not None:
             self._racks.put(sequence, layers)
         else:
-            sequence.kv.update((i, GrowingKV(kv, self._spans[i])) for i, kv in layers.items())
+            sequence.kv = {i: GrowingKV(kv, self._spans[i]) for i, kv in layers.items()}
 
     def step(self, sequences: Sequence[PackedSequence], tokens: Sequence[int], budgets: Budgets = ()) -> Step:
         """A packed run of one token of each: who lies on one rack is one group of the run."""

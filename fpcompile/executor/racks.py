@@ -138,11 +138,13 @@ class Rack:
             self._resize(2 * max(len(self.tenants), 1))
 
     def _resize(self, slots: int) -> None:
-        kept = len(self.tenants)
+        """All layers or none: where memory ends on the way, the rack stays as it is."""
+        kept, grown = len(self.tenants), dict[int, tuple[Tensor, Tensor]]()
         for layer, (keys, values) in self.tensors.items():
-            grown = keys.new_zeros(slots, *keys.shape[1:]), values.new_zeros(slots, *values.shape[1:])
-            grown[0][:kept], grown[1][:kept] = keys[:kept], values[:kept]
-            self.tensors[layer] = grown
+            pair = keys.new_zeros(slots, *keys.shape[1:]), values.new_zeros(slots, *values.shape[1:])
+            pair[0][:kept], pair[1][:kept] = keys[:kept], values[:kept]
+            grown[layer] = pair
+        self.tensors = grown
 
 
 @final

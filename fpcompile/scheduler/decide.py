@@ -7,6 +7,8 @@ the rule that illegal suggestions are refused and requests go on.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
+from typing import Final
 
 from fpcompile.scheduler.books import Books
 from fpcompile.scheduler.events import Evict, Launch, Pause, Restore
@@ -15,7 +17,10 @@ from fpcompile.scheduler.job import Job
 from fpcompile.scheduler.policy import StepPolicy
 from fpcompile.scheduler.states import State
 
-__all__ = ["Decider"]
+__all__ = ["LOOKED_AT", "Decider"]
+
+LOOKED_AT: Final = 128
+"""Runs in line that are looked at for one that may pass those who wait for what decodes."""
 
 
 class Decider:
@@ -77,9 +82,12 @@ class Decider:
         return started or self._passing(job, now)
 
     def _passing(self, job: Job, now: float) -> Job | None:
-        """Who goes before ``job`` while what decodes holds too much: the best one that only has a prompt."""
+        """Who goes before ``job`` while what decodes holds too much: the best one that only has a prompt.
+
+        Of the first :data:`LOOKED_AT` in line: they may all generate, and this is asked at every event.
+        """
         memory = self.books.memory
-        waiting = self.books.queue.ordered(now) if memory.outside else ()
+        waiting = islice(self.books.queue.ordered(now), LOOKED_AT) if memory.outside else ()
         fitting = (other for other in waiting if not other.growing and memory.fits(other))
         return next((other for other in fitting if other is not job), None)
 

@@ -11,7 +11,7 @@ Words
                 admitted always.
 
 Invariant: ``free >= 0`` as long as the device's reports and the core's books agree, but for what decodes and
-needs more: then paused runs give way at once.
+needs more: then paused runs give way at once, and nobody is launched who takes a block.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ class Blocks:
         self.outside, self._growing = blocks, growing
 
     def fits(self, job: Job) -> bool:
-        """Whether the run could be given its blocks now."""
-        return not self.limited or (job.blocks - job.held <= self.free and self.admits(job))
+        """Whether the run could be given its blocks now; one that needs none more, however few are free."""
+        need = job.blocks - job.held
+        return not self.limited or need <= 0 or (need <= self.free and self.admits(job))
 
     def admits(self, job: Job, without: Sequence[Job] = (), beside: Iterable[Growing] = ()) -> bool:
         """Whether there will be room for what the run generates, ``without`` some and ``beside`` others."""

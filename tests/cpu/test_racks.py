@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fpcompile.executor import racks as module
 from fpcompile.executor.decode import PackedDecoder
-from fpcompile.executor.kv import KV, LayerKV
+from fpcompile.executor.kv import KV, LayerKV, kv_bytes
 from fpcompile.executor.packed import PackedProgram
 from fpcompile.executor.racks import Abreast, Flight, Place, Racks, room_for
 from fpcompile.models.attention import AttentionCall, MaskKind, MaskSpec
@@ -179,6 +179,27 @@ def test_a_rack_is_bounded_and_long_sequences_have_one_each() -> None:
     assert sorted(len(members) for members, _ in groups) == [1, 1, 8, 32]
 
 
+def test_where_memory_ends_a_rack_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    racks, first, second = Racks(SPANS), Sequence_(range(40)), Sequence_(range(50))
+    racks.put(first, layers_of(first))
+    new_zeros, made = Tensor.new_zeros, itertools.count(1)
+
+    def scarce(self: Tensor, *size: int) -> Tensor:
+        if next(made) == 3:
+            raise torch.OutOfMemoryError("keys of the second layer")
+        return new_zeros(self, *size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "new_zeros", scarce)
+        with pytest.raises(torch.OutOfMemoryError):
+            racks.put(second, layers_of(second))
+    assert first.place is not None
+    assert {t.shape[0] for pair in first.place.rack.tensors.values() for t in pair} == {1}
+    advance(racks, [first], [1.0])
+    racks.put(second, layers_of(second))
+    advance(racks, [first, second], [2.0, 3.0])
+
+
 def test_rooms_are_few_and_not_much_larger() -> None:
     rooms = [room_for(n) for n in range(1, 20_000)]
     assert all(n + 64 <= room <= 2 * (n + max(64, n // 4)) for n, room in enumerate(rooms, 1))
@@ -313,6 +334,22 @@ def test_heads_are_attended_apart_where_the_budget_asks() -> None:
     while not step.run.done:
         step.run.step()
     assert relative_error(step.logits(), expected) < 2e-6
+
+
+@torch.no_grad()
+def test_what_was_read_while_a_cache_is_taken_out_stays_whole() -> None:
+    """Another thread may count the bytes of the old one meanwhile."""
+    decoder = PackedDecoder(decoder_of("qwen3").program, abreast=False)
+    sequence, _ = opened(decoder, sample_ids(11))
+    layers, seen = decoder.layers(sequence), sequence.kv
+    held = kv_bytes([seen])
+    assert held > 0
+    decoder.take_out(sequence)
+    assert (decoder.nbytes(sequence), kv_bytes([seen])) == (0, held)
+    nothing = sequence.kv
+    decoder.put_back(sequence, layers)
+    assert not nothing
+    assert decoder.nbytes(sequence) > 0
 
 
 @torch.no_grad()

@@ -133,7 +133,12 @@ def test_any_history_keeps_the_invariants(history: list[tuple[list[int], int, bo
         if need <= pool.available - cached:
             shared = pool.share(keys)
             assert [contents[block] for block in shared] == known
-            own = pool.take(need)
+            free = sorted(set(range(9)) - set(pool._references))
+            longest = max((size for _, size in extents(free)), default=0)
+            own = (pool.take_extent(need) if ends else pool.take(need)) or pool.take(need)
+            assert len(own) == need
+            if ends and longest >= need:
+                assert own == list(range(own[0], own[0] + need)), "one extent, if there is one"
             assert not set(own) & {block for blocks, _ in held for block in blocks}, "nobody else's"
             for block in own:
                 contents.pop(block, None)

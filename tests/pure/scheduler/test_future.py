@@ -19,6 +19,7 @@ from fpcompile.scheduler import (
     State,
     Yielded,
 )
+from fpcompile.scheduler.decide import LOOKED_AT
 from fpcompile.scheduler.future import LEAST, OutputLengths, everything, peak
 from tests.pure.scheduler.driver import job
 
@@ -155,6 +156,35 @@ def test_paused_runs_give_way_to_what_decodes() -> None:
     assert core.handle(Reserved(0.5, 3, ((3, 16),))) == (Evict("a"),), "the last in line, and no more"
     core.validate()
     assert core.memory.free == 5
+
+
+def test_who_takes_no_block_is_launched_while_too_many_are_wanted() -> None:
+    """Somebody is away: what it needs to come back is counted, and is more than there is."""
+    core = core_of()
+    core.handle(Reserved(0.0, 21, ((21, 16),)))
+    assert core.memory.free == -1
+    assert core.handle(arrives("embeds", 0.0, 0, 0)) == launched("embeds")
+    assert core.handle(arrives("generates", 0.1, 4, 16, deadline=50.0)) == ()
+    assert core.handle(Completed(1.0, "embeds")) == ()
+    assert core.handle(arrives("also", 1.0, 0, 0)) == launched("also"), "it passes"
+    assert core.handle(arrives("plain", 1.1, 1, 0)) == ()
+    assert core.handle(Completed(2.0, "also")) == (), "plain needs a block"
+
+
+def test_a_prompt_that_was_begun_goes_on_where_nobody_is_evicted() -> None:
+    core = Scheduler("vllm:40", kv_blocks=20, block_tokens=16)
+    assert core.handle(arrives("a", 0.0, 8, 0)) == (Launch("a", ("a",), None, (40,)),)
+    commands = core.handle_all((Reserved(1.0, 13, ((13, 16),)), Yielded(1.0, "a")))
+    assert core.memory.free == -1
+    assert commands == (Launch("a", ("a",), None, (40,)),)
+
+
+@pytest.mark.parametrize(("ahead", "passes"), [(LOOKED_AT - 1, True), (LOOKED_AT, False)])
+def test_who_may_pass_is_looked_for_among_the_first_in_line(ahead: int, passes: bool) -> None:
+    core = core_of()
+    core.handle(Reserved(0.0, 20, ((20, 16),)))
+    core.handle_all([arrives(f"r{i}", 0.0, 4, 16, deadline=50.0) for i in range(ahead)])
+    assert core.handle(arrives("plain", 1.0, 0, 0)) == (launched("plain") if passes else ())
 
 
 def test_kept_free_for_everything_where_steps_are_taken_alone() -> None:

@@ -90,6 +90,30 @@ def test_long_conversations_are_one_error(messages: Any) -> None:
     assert caught.value.error_count() == 1
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"user": "u" * 513},
+        {"safety_identifier": "s" * 513},
+        {"metadata": dict.fromkeys(map(str, range(17)), "v")},
+        {"metadata": {"k" * 65: "v"}},
+        {"metadata": {"k": "v" * 513}},
+    ],
+    ids=["user", "safety identifier", "pairs", "key", "value"],
+)
+def test_what_says_something_about_the_caller_is_short(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        completion(**fields)
+    assert {error["loc"][0] for error in caught.value.errors()} == set(fields)
+    assert caught.value.error_count() == 1
+
+
+def test_what_others_take_about_the_caller_is_taken() -> None:
+    pairs = {f"{number:064}": "v" * 512 for number in range(16)}
+    made = completion(user="u" * 512, safety_identifier="s" * 512, metadata=pairs)
+    assert (made.metadata, made.user) == (pairs, "u" * 512)
+
+
 # ---- numbers that leave the range of floats
 
 
@@ -133,6 +157,15 @@ def test_what_asks_for_nothing_is_taken() -> None:
     ChatBody.model_validate(
         {"model": "m", "logprobs": False, "functions": [], "function_call": "none", **talk}
     )
+
+
+@pytest.mark.parametrize("value", [[], [[[]]], {}, "both", 2])
+def test_parallel_tool_calls_are_yes_or_no(value: Any) -> None:
+    talk = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+    for right in (True, False, None):
+        assert ChatBody.model_validate({**talk, "parallel_tool_calls": right}).parallel_tool_calls is right
+    with pytest.raises(ValidationError):
+        ChatBody.model_validate({**talk, "parallel_tool_calls": value})
 
 
 # ---- messages

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import json
 import time
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from fpcompile.serving.server.app import make_app
 from fpcompile.serving.server.bodies import CompletionBody, EmbeddingBody
 from fpcompile.serving.server.failures import ApiError
 from fpcompile.serving.server.front import Front
 from fpcompile.serving.server.generation import answer
 from fpcompile.serving.server.messages import Ended, Facts, Record
 from fpcompile.serving.server.models import parse_models
+from fpcompile.serving.server.parsing import SHORT, Parser, parsed
 from fpcompile.serving.server.promises import Account
 from fpcompile.serving.server.routes import _embed
 from fpcompile.serving.server.settings import EngineSettings, Limits, ServerSettings
@@ -117,3 +122,63 @@ def test_no_more_are_live_than_allowed_however_they_come(
 def test_tokens_of_a_prompt_are_counted_once() -> None:
     _, front = _outcomes(16, [{"prompt": ["abc", "de"], "n": 3}])
     assert 'prompt_tokens_total{model_name="tiny"} 5.0' in front.metrics.text().decode()
+
+
+# ---- what a long body says
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/completions", {"model": "tiny", "prompt": "a"}),
+        ("/v1/completions", {"model": "tiny", "prompt": "a", "stream": True}),
+        ("/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "a"}]}),
+        ("/v1/embeddings", {"model": "tiny-embed", "input": "a"}),
+    ],
+)
+def test_it_is_not_held_while_its_answer_is_made(
+    path: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[weakref.ref[Any]] = []
+
+    async def parse(self: Parser, path: str, body: bytes) -> Any:
+        found = parsed(path, body)
+        said.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(Parser, "parse", parse)
+    sent: list[Any] = []
+
+    async def scene() -> None:
+        engines: Any = Engines()
+        tokenizers = {"tiny": byte_tokenizer(), "tiny-embed": byte_tokenizer()}
+        app = make_app(ServerSettings(TINY), tokenizers, engines)
+        bodies = [json.dumps(fields).encode() + b" " * SHORT]
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": bodies.pop()} if bodies else await _never()
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {
+            "type": "http", "method": "POST", "path": path, "query_string": b"", "client": ("c", 1),
+            "headers": [(b"content-type", b"application/json")],
+        }  # fmt: skip
+        async with asyncio.timeout(PATIENCE):
+            answering = asyncio.create_task(app(scope, receive, send))
+            while not engines.streams:
+                assert not answering.done(), sent
+                await asyncio.sleep(0.001)
+            if "stream" in fields:
+                engines.streams[0].put((36,))
+                while not sent:
+                    await asyncio.sleep(0.001)
+            gc.collect()
+            assert [ref() for ref in said] == [None]
+            assert not answering.done()
+            engines.finish()
+            await answering
+
+    asyncio.run(scene())
+    assert sent[0]["status"] == 200

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pickle
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,7 @@ from fpcompile.serving.server.parsing import (
     Parser,
     ParserGoneError,
     WrongBodyError,
+    _answer,
     parsed,
 )
 from fpcompile.serving.server.settings import EngineSettings, ServerSettings
@@ -145,6 +147,31 @@ def test_a_process_that_is_lost_is_replaced() -> None:
     assert parser._process is None
 
 
+def test_a_process_that_does_not_go_on_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is stopped: what is sent fills the pipe, and nothing takes it out."""
+    parser = Parser()
+    try:
+        assert isinstance(asyncio.run(parser.parse(COMPLETIONS, written(prompt="x"))), CompletionBody)
+        stopped = parser._process
+        os.kill(stopped.pid, signal.SIGSTOP)
+        with monkeypatch.context() as patch:
+            patch.setattr("fpcompile.serving.server.parsing._ANSWERS_S", 0.05)
+            with pytest.raises(ParserGoneError):
+                asyncio.run(parser.parse(COMPLETIONS, written(prompt="x" * (8 << 20))))
+        assert not stopped.is_alive()
+        assert isinstance(asyncio.run(parser.parse(COMPLETIONS, written(prompt="x"))), CompletionBody)
+    finally:
+        parser.close()
+
+
+def test_what_cannot_be_sent_back_does_not_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    monkeypatch.setattr("fpcompile.serving.server.parsing.parsed", lambda path, body: deep)
+    assert pickle.loads(_answer(CHAT, b"")) == Mistake("json_invalid", (), "JSON decode error")
+
+
 # ---- bytes that are held
 
 
@@ -188,6 +215,26 @@ def test_bodies_together_have_a_limit() -> None:
         return statuses
 
     assert asyncio.run(asyncio.wait_for(scene(), PATIENCE)) == [503, 200, 200]
+
+
+def test_one_body_can_always_be_read() -> None:
+    """However long bodies may be, and however little all of them may have together."""
+    statuses: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert (await receive())["body"] == b"x" * 100
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"x" * 100, "more_body": False}
+
+    async def send(message: Any) -> None:
+        statuses.append(message.get("status"))
+
+    gate = Gate(app, body_bytes=100, held_bytes=99)
+    scope = {"type": "http", "method": "POST", "path": "/v1/x", "headers": [], "client": ("c", 1)}
+    asyncio.run(gate(scope, receive, send))
+    assert statuses[0] == 200
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,24 @@ def test_who_reads_in_parts_gets_everything() -> None:
     assert asyncio.run(scene()) == LARGE
 
 
+def test_the_system_keeps_little_for_who_does_not_read() -> None:
+    """What it keeps it gives room for in steps, and who reads slowly has to be seen to read."""
+
+    async def scene() -> int:
+        async with asyncio.timeout(PATIENCE), _listening(_large, 600.0) as (server, connect):
+            client = await connect()
+            await asyncio.get_running_loop().sock_sendall(client, GET)
+            while not server.server_state.total_requests:
+                await asyncio.sleep(0.001)
+            for _ in range(20):
+                await asyncio.sleep(0.005)
+            (connection,) = server.server_state.connections
+            size: int = connection.transport.get_write_buffer_size()
+            return LARGE - size
+
+    assert asyncio.run(scene()) < 30 * SLOWEST, "what a reader takes in the time that is looked at"
+
+
 @pytest.mark.parametrize("line", [b"X-Long: " + b"a" * 1000, b"X-" + b"b" * 100_000])
 def test_a_head_without_an_end_is_refused(line: bytes) -> None:
     """Of many headers, and of one."""

@@ -146,6 +146,10 @@ Seconds = Annotated[float, Field(gt=0, le=86400)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
+Note = Annotated[str, Field(max_length=512)]
+Notes = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Note], Field(max_length=16), BeforeValidator(_few)
+]
 Prompts = Annotated[
     str | list[str] | list[int] | list[list[int]],
     PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[TokenId] | list[list[TokenId]]),
@@ -173,9 +177,9 @@ class Body(Fields):
     """What every request may say."""
 
     model: Name
-    user: str | None = None
-    metadata: Annotated[dict[str, str], BeforeValidator(_few)] | None = None
-    safety_identifier: str | None = None
+    user: Note | None = None
+    metadata: Notes | None = None
+    safety_identifier: Note | None = None
     slo_class: Name | None = None
     ttft_slo: Seconds | None = None
 
@@ -266,7 +270,7 @@ class ChatBody(GenerationBody):
     tool_choice: Annotated[None, _nothing("none")] = None
     functions: Annotated[None, _nothing([])] = None
     function_call: Annotated[None, _nothing("none")] = None
-    parallel_tool_calls: Annotated[Any, Field(description="Not used: there are no tools.")] = None
+    parallel_tool_calls: Annotated[bool | None, Field(description="Not used: there are no tools.")] = None
     chat_template: NoTemplate = None
 
 

@@ -7,11 +7,15 @@ connection too many.
 An answer that the system does not take is kept by the connection. In each ``write_s`` seconds it must get
 smaller by :data:`SLOWEST` bytes for each of them, or be gone; else the connection is cut, whether or not the
 request behind it has ended. So nobody holds memory, or one of the connections, by not reading.
+
+The system says in steps what it can take, up to a third of what it keeps; left alone it keeps megabytes, and
+whoever reads well above the limit may be seen to take nothing for the whole time. So it is told what to keep.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any, Final
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
@@ -24,6 +28,7 @@ HEAD_BYTES: Final = 1 << 16
 """Of a request's line and headers."""
 SLOWEST: Final = 16 << 10
 """Bytes of an answer that a reader takes per second, at least."""
+_SYSTEMS: Final = 1 << 17  # bytes of an answer that the system keeps for a reader; Linux doubles it
 
 _Base: Any = AutoHTTPProtocol
 
@@ -45,6 +50,8 @@ def protocol_for(most: int, head_s: float, write_s: float) -> type[asyncio.Proto
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             transport.set_write_buffer_limits(high=0)  # whatever the system does not take is known here
+            if (sock := transport.get_extra_info("socket")) is not None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SYSTEMS)
             if len(self.connections) > most:
                 self._refuse(
                     ApiError(503, "too many connections", code="too_many_connections", retry_after=1)

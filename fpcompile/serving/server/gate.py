@@ -6,8 +6,10 @@ is complete: a client that sends slowly gains nothing. A defect behind the gate 
 every answer has an id. The log has no prompts, and no character that a terminal would obey.
 
 A long body is parsed here as well (see :mod:`fpcompile.serving.server.parsing`): handlers find what it says
-in ``request.state.body``, and a short stand-in where it was. So no more than ``held_bytes`` are held of all
-bodies together, and nothing of a body is held while its answer is made.
+in ``request.state.body``, and a short stand-in where it was. So no more than ``held_bytes`` are held of the
+bodies that are being read or parsed. What a long one says is not counted in that: its handler takes it out of
+the state, and holds it until it is tokenised and submitted. While an answer is made, nothing of a long body
+is held.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ def trace_of(header: str | None) -> str | None:
 class Gate:
     """The middleware. ``request.state`` gets ``request_id`` (the client's, if it names one), ``unique``
     (ours), ``arrival``, ``facts`` (for the log), and ``body`` where ``parse`` has parsed it. ``admit`` raises
-    :class:`ApiError` for a request whose body is not worth reading."""
+    :class:`ApiError` for a request whose body is not worth reading. ``held_bytes`` are ``body_bytes`` at
+    least: one body can always be read."""
 
     def __init__(
         self,
@@ -70,7 +73,7 @@ class Gate:
         admit: Callable[[Request], object] = lambda request: None,
         parse: Parse | None = None,
     ) -> None:
-        self._app, self._limit, self._most = app, body_bytes, held_bytes
+        self._app, self._limit, self._most = app, body_bytes, max(held_bytes, body_bytes)
         self._admit, self._parse = admit, parse
         self._held = 0
 
@@ -97,13 +100,13 @@ class Gate:
         try:
             try:
                 self._admit(Request(scope))
-                body = await self._body(scope, headers, receive)
+                replay = _Replay(await self._body(scope, headers, receive), receive)
             except ApiError as error:  # the rest of the body may still come: no request can follow it
                 response = error_response(error)
                 response.headers["Connection"] = "close"
                 await response(scope, receive, answer)
                 return
-            await self._app(scope, _Replay(body, receive), answer)
+            await self._app(scope, replay, answer)
         except asyncio.CancelledError:
             facts["gone"] = True
             raise

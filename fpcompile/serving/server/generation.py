@@ -42,6 +42,24 @@ async def answer(
     front: Front, request: Request, account: Account, body: CompletionBody | ChatBody
 ) -> Response:
     """The whole way of one request."""
+    streamed = body.stream
+    choices, shape = await _begun(front, request, account, body)
+    del body  # it may be long, and so may be the time to the answer's end
+    if not streamed:
+        return await _at_once(request, choices, shape)
+    try:
+        await or_gone(request, choices.started())
+    except BaseException:
+        choices.cancel()
+        raise
+    events = _events(request, choices, shape)
+    return SseResponse(events, write_s=front.settings.limits.write_s, ended=choices.cancel)
+
+
+async def _begun(
+    front: Front, request: Request, account: Account, body: CompletionBody | ChatBody
+) -> tuple[_Choices, Shape]:
+    """All choices, submitted. They keep the stop strings, and nothing else that the body says."""
     front.check_open()
     facts = front.facts(body.model, "generate")
     count = _check_limits(front, body)
@@ -69,15 +87,7 @@ async def answer(
         body.model,
         counted=counted,
     )
-    if not body.stream:
-        return await _at_once(request, choices, shape)
-    try:
-        await or_gone(request, choices.started())
-    except BaseException:
-        choices.cancel()
-        raise
-    events = _events(request, choices, shape)
-    return SseResponse(events, write_s=front.settings.limits.write_s, ended=choices.cancel)
+    return choices, shape
 
 
 def _check_limits(front: Front, body: CompletionBody | ChatBody) -> int:

@@ -6,7 +6,7 @@ look at, with the interpreter's lock held: no thread of the front would go on me
 mistake. What comes back has few objects: texts, and one list of numbers at most.
 
 One long body at a time: those who send them wait for each other, and for nobody else. The process ends when
-the front does, in whatever way; when it is lost, the next body has a new one.
+the front does, in whatever way; when it is lost, or gives no answer in a minute, the next body has a new one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import logging
 import multiprocessing
 import pickle
 import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -43,7 +44,7 @@ BODIES: Final[dict[str, type[Body]]] = {
 }
 """What is sent to each path."""
 
-_ANSWERS_S: Final = 60.0  # seconds in which a body has been parsed, or its process is given up
+_ANSWERS_S: Final = 60.0  # seconds in which a body has been sent and answered, or its process is killed
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,9 @@ class Mistake:
     kind: str
     where: tuple[str | int, ...]
     message: str
+
+
+_NO_JSON: Final = Mistake("json_invalid", (), "JSON decode error")
 
 
 class WrongBodyError(FpcompileError, ValueError):
@@ -72,7 +76,7 @@ def parsed(path: str, body: bytes) -> Body | Mistake:
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
-        return Mistake("json_invalid", (), "JSON decode error")
+        return _NO_JSON
     try:
         return BODIES[path].model_validate(value, from_attributes=True)  # as FastAPI does: for its words
     except ValidationError as error:
@@ -123,12 +127,16 @@ class Parser:
     def _ask(self, path: str, body: bytes) -> Body | Mistake:
         try:
             pipe = self._connected()
-            pipe.send_bytes(path.encode("ascii"))
-            pipe.send_bytes(body)
-            if not pipe.poll(_ANSWERS_S):
-                raise TimeoutError("no answer")
-            answer = pipe.recv_bytes()
-        except (OSError, EOFError) as error:  # TimeoutError is an OSError
+            late = threading.Timer(_ANSWERS_S, self._process.kill)  # which ends whatever is waited for here
+            late.daemon = True
+            late.start()
+            try:
+                pipe.send_bytes(path.encode("ascii"))
+                pipe.send_bytes(body)
+                answer = pipe.recv_bytes()
+            finally:
+                late.cancel()
+        except (OSError, EOFError) as error:
             logger.error("the process that parses long bodies is lost: %r", error)
             self._end()
             raise ParserGoneError("the body could not be parsed; another attempt may succeed") from error
@@ -146,6 +154,15 @@ class Parser:
             atexit.unregister(process.kill)
 
 
+def _answer(path: str, body: bytes) -> bytes:
+    """What is sent back, whatever becomes of ``body``: one must not end the process for all who wait."""
+    try:
+        return pickle.dumps(parsed(path, body), pickle.HIGHEST_PROTOCOL)
+    except Exception as error:  # too deep, or too large; its words may be the body's
+        logger.error("a long body could not be read: %s", type(error).__name__)
+        return pickle.dumps(_NO_JSON, pickle.HIGHEST_PROTOCOL)
+
+
 def _serve(connection: Connection[Any, Any]) -> None:
     """The main function of the process: until the other end is closed."""
     for number in (signal.SIGINT, signal.SIGTERM):  # they go to the whole group; the front says when to end
@@ -153,4 +170,4 @@ def _serve(connection: Connection[Any, Any]) -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             path, body = connection.recv_bytes().decode("ascii"), connection.recv_bytes()
-            connection.send_bytes(pickle.dumps(parsed(path, body), pickle.HIGHEST_PROTOCOL))
+            connection.send_bytes(_answer(path, body))

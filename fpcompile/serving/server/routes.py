@@ -83,13 +83,30 @@ def _openai(front: Front) -> APIRouter:
 
 
 def _said(request: Request, body: Said) -> Said:
-    """What the request says: of a long body, what the gate has found in it."""
-    found: Said = getattr(request.state, "body", body)
+    """What the request says: of a long body, what the gate has found in it, which is taken from the state."""
+    found: Said = request.scope["state"].pop("body", body)
     return found
 
 
 async def _embed(front: Front, request: Request, account: Account, body: EmbeddingBody) -> Response:
     """All inputs of one request at once; their vectors in their order."""
+    model, form = body.model, body.encoding_format
+    streams: list[Stream] = []
+    try:
+        tokens = await _submit(front, request, account, body, streams)
+        del body  # it may be long, and so may be the time to the last vector
+        vectors = await or_gone(request, _vectors(streams))
+    finally:
+        for stream in streams:
+            stream.cancel()
+    request.state.facts.update(prompt_tokens=tokens, outcome="complete")
+    return Response(await embedding_answer(model, vectors, tokens, form), media_type="application/json")
+
+
+async def _submit(
+    front: Front, request: Request, account: Account, body: EmbeddingBody, streams: list[Stream]
+) -> int:
+    """Every input gets one of ``streams``; how many tokens they have. Raises :class:`ApiError`."""
     front.check_open()
     facts = front.facts(body.model, "embed")
     if body.dimensions not in (None, facts.width):
@@ -99,24 +116,15 @@ async def _embed(front: Front, request: Request, account: Account, body: Embeddi
     if several and not 0 < len(body.input) <= limit:
         raise ApiError(400, f"1 to {limit} inputs are taken", param="input")
     terms = front.terms(request, account, body, None)
-    streams: list[Stream] = []
-    try:
-        with front.seats(len(body.input) if several else 1):
-            inputs = await front.tokenizers[body.model].encode_all(body.input, most=front.longest(facts))
-            for ids in inputs:
-                front.check_length(facts, ids, None)
-            for number, ids in enumerate(inputs):
-                ask = Embed(f"{request.state.unique}-{number}", body.model, array("q", ids), terms)
-                watch = RequestWatch(front.metrics, body.model, terms, len(ids), vector=True)
-                streams.append(front.link.submit(ask, watch))
-        vectors = await or_gone(request, _vectors(streams))
-    finally:
-        for stream in streams:
-            stream.cancel()
-    tokens = sum(map(len, inputs))
-    request.state.facts.update(prompt_tokens=tokens, outcome="complete")
-    written = await embedding_answer(body.model, vectors, tokens, body.encoding_format)
-    return Response(written, media_type="application/json")
+    with front.seats(len(body.input) if several else 1):
+        inputs = await front.tokenizers[body.model].encode_all(body.input, most=front.longest(facts))
+        for ids in inputs:
+            front.check_length(facts, ids, None)
+        for number, ids in enumerate(inputs):
+            ask = Embed(f"{request.state.unique}-{number}", body.model, array("q", ids), terms)
+            watch = RequestWatch(front.metrics, body.model, terms, len(ids), vector=True)
+            streams.append(front.link.submit(ask, watch))
+    return sum(map(len, inputs))
 
 
 async def _vectors(streams: list[Stream]) -> list[bytes]:

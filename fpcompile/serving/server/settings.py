@@ -73,9 +73,9 @@ class EngineSettings:
 class Limits:
     """What a single request may ask for, and how many there may be.
 
-    ``held_bytes``: of all bodies that are being read or parsed. ``buffered_tokens``: tokens that wait for a
-    slow reader before its request is ended. Seconds: ``write_s`` for one write to a client, ``head_s`` for
-    the head of a request to come, ``request_s`` for a request, None for ever.
+    ``held_bytes``: of all bodies that are being read or parsed, ``body_bytes`` at least. ``buffered_tokens``:
+    tokens that wait for a slow reader before its request is ended. Seconds: ``write_s`` for one write to a
+    client, ``head_s`` for the head of a request to come, ``request_s`` for a request, None for ever.
     """
 
     body_bytes: int = 4 << 20

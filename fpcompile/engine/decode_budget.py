@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fpcompile.engine.decode_memory import Host, Reserve
 from fpcompile.engine.metrics import Ticket
+from fpcompile.executor.faults import forget_frames, out_of_memory
 from fpcompile.executor.kv import LayerKV
 from fpcompile.executor.offload import Parking
 from fpcompile.scheduler.future import FILLED, OutputLengths
@@ -89,13 +90,8 @@ class DecodeBudget:
 
     def _evict(self, ticket: Ticket, held: int, found: Reserve) -> bool:
         generation: Any = ticket.generation
-        layers = generation.decoder.layers(generation.sequence)
-        if layers is not None and self._host.room_for(_bytes_of(layers)):
-            parking = self._parking()
-            flat = [t for kv in layers.values() for t in (kv.keys, kv.values)]
-            moved = iter(parking.to_host(flat))
-            tensors = {i: (next(moved), next(moved), kv.start) for i, kv in layers.items()}
-            self._away[ticket.id] = _Away(tensors, _bytes_of(layers), held)
+        if (kept := self._on_host(generation, held)) is not None:
+            self._away[ticket.id] = kept
             generation.decoder.take_out(generation.sequence)
             ticket.offloads += 1
             found.away.append(ticket)
@@ -109,6 +105,24 @@ class DecodeBudget:
         self.evictions += 1
         return True
 
+    def _on_host(self, generation: Any, held: int) -> _Away | None:
+        """A copy of its cache; None where it cannot be taken out, or there is no memory for the copy."""
+        if not self._host.room_for(held):
+            return None
+        try:
+            layers = generation.decoder.layers(generation.sequence)
+            if layers is None or not self._host.room_for(_bytes_of(layers)):
+                return None
+            flat = [t for kv in layers.values() for t in (kv.keys, kv.values)]
+            moved = iter(self._parking().to_host(flat))
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            forget_frames(error)
+            return None
+        tensors = {i: (next(moved), next(moved), kv.start) for i, kv in layers.items()}
+        return _Away(tensors, _bytes_of(layers), held)
+
     def back(self, away: Iterable[Ticket], members: Iterable[Ticket]) -> Reserve:
         """Who of those that are away has its cache again, or may compute it."""
         found = Reserve()
@@ -119,19 +133,31 @@ class DecodeBudget:
             if active and _peak([*active, growing]) > FILLED * max(self.budget - self._paused(), 0):
                 break
             active.append(growing)
-            kept, generation = self._away.pop(ticket.id), ticket.generation
+            kept, generation = self._away[ticket.id], ticket.generation
             assert generation is not None
             if kept.tensors is None:
+                del self._away[ticket.id]
                 self._coming[ticket.id] = growing
                 found.dropped.append(ticket)
                 continue
-            flat = [t for keys, values, _ in kept.tensors.values() for t in (keys, values)]
-            moved = iter(self._parking().to_device(flat))
-            starts = {layer: start for layer, (_, _, start) in kept.tensors.items()}
-            layers = {i: LayerKV(next(moved), next(moved), start) for i, start in starts.items()}
-            generation.decoder.put_back(generation.sequence, layers)
+            try:
+                self._restore(generation, kept.tensors)
+            except Exception as error:
+                generation.decoder.take_out(generation.sequence)
+                if not out_of_memory(error):
+                    raise
+                found.failed = ticket, error
+                break
+            del self._away[ticket.id]
             found.ready.append(ticket)
         return found
+
+    def _restore(self, generation: Any, tensors: dict[int, tuple[Tensor, Tensor, int]]) -> None:
+        flat = [t for keys, values, _ in tensors.values() for t in (keys, values)]
+        moved = iter(self._parking().to_device(flat))
+        starts = {layer: start for layer, (_, _, start) in tensors.items()}
+        layers = {i: LayerKV(next(moved), next(moved), start) for i, start in starts.items()}
+        generation.decoder.put_back(generation.sequence, layers)
 
     def _growing(self, ticket: Ticket) -> tuple[int, int, float]:
         """Bytes, tokens to come, and bytes of each of these."""

@@ -32,6 +32,7 @@ from fpcompile.engine.memory_facts import Prompt
 from fpcompile.engine.metrics import Ticket
 from fpcompile.errors import InvalidInputError
 from fpcompile.executor.blocks import prefix_keys
+from fpcompile.executor.faults import forget_frames, out_of_memory
 from fpcompile.executor.offload import Parking, unstashed
 from fpcompile.executor.pool import KVPool, Room
 from fpcompile.executor.pool_growing import Tail
@@ -77,12 +78,16 @@ class _Member:
 
 @dataclass(slots=True)
 class Reserve:
-    """Who can be stepped, who lost its cache to the host or for good, and who can neither go on nor yield."""
+    """Who can be stepped, who lost its cache to the host or for good, and who can neither go on nor yield.
+
+    ``failed``: who is away as before, for there was no memory to bring its cache back.
+    """
 
     ready: list[Ticket] = field(default_factory=list)
     away: list[Ticket] = field(default_factory=list)
     dropped: list[Ticket] = field(default_factory=list)
     stuck: list[Ticket] = field(default_factory=list)
+    failed: tuple[Ticket, Exception] | None = None
 
 
 class Rooms(Protocol):
@@ -165,8 +170,8 @@ class DecodeMemory:
 
     def check(self, name: str, context: int, generation: Generation) -> None:
         """Raise :class:`InvalidInputError` if the pool can never hold what ``generation`` may come to."""
-        pool, span = self.pool, self._spans[name]
-        tokens = context + generation.sampler.max_new_tokens - 1
+        pool, span, made = self.pool, self._spans[name], len(generation.tokens)  # made: in the context
+        tokens = context + max(generation.sampler.max_new_tokens - made, 1) - 1
         if span:
             tokens = max(context, min(tokens, span + 2 * pool.block_tokens))
         blocks = pool.needed(tokens)
@@ -204,10 +209,10 @@ class DecodeMemory:
     # ---- joining and leaving
 
     def keep(self, ticket: Ticket, room: Room) -> None:
-        """A prompt is done: its blocks are the member's. What is scattered is gathered once and for all."""
+        """A prompt is done: its blocks are the member's. What is scattered is gathered if more is to come."""
         spare = self.pool.needed(self.to_come(ticket.program, _generation(ticket)))
         room.stash.pieces.clear()
-        if not room.contiguous:
+        if spare and not room.contiguous:
             room.move(len(room.blocks), spare)
         self._members[ticket.id] = _Member(ticket, Tail(room, spare), self._parking())
 
@@ -292,13 +297,12 @@ class DecodeMemory:
         behind = [m for m in behind if m.due >= for_whom.due and m.ticket not in found.ready]
         for member in sorted(behind, key=lambda m: -m.due):
             room, lengths = member.room, member.tail.lengths
-            if self._fits_on_host(room, lengths):
-                member.parking.put_away(room, lengths)
+            if self._fits_on_host(room, lengths) and _put_away(member):
                 member.host = room.stash.nbytes
                 room.free()
                 member.ticket.offloads += 1
                 found.away.append(member.ticket)
-            elif not self.deterministic and _generation(member.ticket).renewable:
+            elif self._renewable(_generation(member.ticket)):
                 del self._members[member.ticket.id]
                 room.release()
                 member.ticket.recomputations += 1
@@ -331,10 +335,23 @@ class DecodeMemory:
             if member.wanted > self.pool.blocks.available or not self._admits(member):
                 break
             member.room.take(member.tail.spare)
-            member.parking.restore([member.room])
+            try:
+                member.parking.restore([member.room])
+            except Exception as error:
+                member.room.free()
+                if not out_of_memory(error):
+                    raise
+                found.failed = member.ticket, error
+                return found
             found.ready.append(member.ticket)
         self._looked = self.pool.blocks.changes
         return found
+
+    def _renewable(self, generation: Generation) -> bool:
+        """Whether all of its tokens may be a prompt: behind windows one can have more than the pool holds."""
+        tokens = int(generation.prompt.shape[1]) + len(generation.tokens)
+        fits = self.pool.needed(tokens) <= self.pool.blocks.total
+        return generation.renewable and fits and not self.deterministic
 
     def _admits(self, member: _Member) -> bool:
         others = [*self._begun(), *(self.growing(m) for m in self._members.values() if not m.away)]
@@ -344,6 +361,18 @@ class DecodeMemory:
         if self.deterministic:
             return everything(batch, size) <= self.pool.blocks.total
         return peak(batch, size) <= FILLED * self.pool.blocks.total
+
+
+def _put_away(member: _Member) -> bool:
+    """Copy what is new of its cache to the host; False where there is no memory for the copy."""
+    try:
+        member.parking.put_away(member.room, member.tail.lengths)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        forget_frames(error)
+        return False
+    return True
 
 
 def _generation(ticket: Ticket) -> Any:

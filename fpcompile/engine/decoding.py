@@ -45,6 +45,7 @@ from fpcompile.engine.prices import Prices
 from fpcompile.engine.recorder import Recorder
 from fpcompile.engine.steps import TokenStep
 from fpcompile.errors import InternalError, InvalidInputError, RequestRejectedError
+from fpcompile.executor.decode import Step
 from fpcompile.executor.faults import forget_frames, out_of_memory
 
 __all__ = ["DecodeOptions", "Lane"]
@@ -139,17 +140,23 @@ class Lane:
 
     def adopt(self, ticket: Ticket, output: Any) -> None:
         """The prompt of a request is done: its first token, and it is a member, unless that ended it."""
-        generation = _generation(ticket)
-        try:
-            token = generation.open(output)
-        except Exception as error:
-            self._pilot.check(error)
-            self._finish(ticket, "failed", error=error)
+        if (token := self._first(ticket, output)) is None:
             return
-        ticket.prefilled(generation)
+        ticket.prefilled(_generation(ticket))
         self._members[ticket.id] = ticket
         self._next = self._share = None
         self._took(ticket, token)
+
+    def _first(self, ticket: Ticket, output: Any) -> int | None:
+        """The first token, None when there was none: then the request has failed."""
+        try:
+            return _generation(ticket).open(output)
+        except Exception as error:
+            self._pilot.check(error)
+            if not self._retries(error):
+                self._fail([ticket], error)
+                return None
+        return self._first(ticket, output)
 
     def drop(self, ticket: Ticket) -> None:
         """A request has ended."""
@@ -207,7 +214,7 @@ class Lane:
     def lets(self, load: Load, launch: Callable[[], float] | None = None) -> bool:
         """Whether the prefill ``load`` may make another launch, predicted by ``launch()``, before a step."""
         if self._away and self._step is None:
-            self._recall()
+            self._recall(last=False)
         if not self._members:
             return True
         if self._owes:
@@ -240,7 +247,7 @@ class Lane:
         """Whether there is a step to go on with: else one is begun, if anybody has the memory for it."""
         while self._step is None:
             if self._away:
-                self._recall()
+                self._recall(last=True)
             if not self._members:
                 break
             before = len(self._members), len(self._away)
@@ -249,21 +256,50 @@ class Lane:
                 break
         return self._step is not None
 
-    def _recall(self) -> None:
-        """Who was sent away is a member again, if its cache is back."""
+    def _recall(self, *, last: bool) -> None:
+        """Who was sent away is a member again, if its cache is back.
+
+        ``last``: nobody but members would give memory back later. Who is alone then, and does not come back
+        when what is paused has made room, fails.
+        """
         for rooms in self._rooms:
+            roomy = False
+            while (failed := self._back(rooms)) is not None and last and not self._members:
+                ticket, error = failed
+                if roomy:
+                    self._fail([ticket], error)
+                else:
+                    forget_frames(error)
+                    self._make_room()
+                roomy = True
+
+    def _back(self, rooms: Rooms) -> tuple[Ticket, Exception] | None:
+        """See :attr:`Reserve.failed`."""
+        try:
             found = rooms.back(self._away.values(), self._members.values())
-            for ticket in found.ready:
-                self._members[ticket.id] = self._away.pop(ticket.id)
-                ticket.came_back(self._clock())
-                self._next = self._share = None
-            for ticket in found.dropped:
-                self._renew(self._away.pop(ticket.id))
+        except Exception as error:
+            self._pilot.check(error)
+            self._fail(list(self._away.values()), error)  # some may have a cache again, unheard
+            return None
+        for ticket in found.ready:
+            self._members[ticket.id] = self._away.pop(ticket.id)
+            ticket.came_back(self._clock())
+            self._next = self._share = None
+        for ticket in found.dropped:
+            self._renew(self._away.pop(ticket.id))
+        return found.failed
 
     def _with_rooms(self, tickets: list[Ticket]) -> list[Ticket]:
         """Those that have room for their next token; for that, some give theirs up."""
         for rooms in self._rooms:
-            found = rooms.reserve(tickets, list(self._members.values()))
+            members = list(self._members.values())
+            try:
+                found = rooms.reserve(tickets, members)
+            except Exception as error:
+                self._pilot.check(error)
+                live = [ticket for ticket in members if ticket.ended is None]
+                self._fail(live, error)  # some may have lost their cache, unheard
+                return []
             self._gave_way(found)
             tickets = [ticket for ticket in found.ready if ticket.ended is None]
         return tickets
@@ -303,9 +339,7 @@ class Lane:
             return
         self._step, self._next, self._owes = None, None, True
         if landing.error is not None:
-            if out_of_memory(landing.error) and not self._again:
-                self._begin_again(step, landing.error)
-            else:
+            if not self._retries(landing.error, step):
                 self._fail(live, landing.error)
             return
         self._again = False
@@ -324,18 +358,7 @@ class Lane:
         tickets = self._with_rooms(tickets)
         if not tickets:
             return None
-        generations = [_generation(ticket) for ticket in tickets]
-        decoder = generations[0].decoder
-        try:
-            made = decoder.step(
-                [generation.sequence for generation in generations],
-                [generation.tokens[-1] for generation in generations],
-                _budgets(tickets),
-            )
-        except Exception as error:
-            self._pilot.check(error)
-            self._next = None
-            self._fail(tickets, error)
+        if (made := self._made(tickets)) is None:
             return None
         if len(tickets) > 1:
             for ticket in tickets:
@@ -344,13 +367,34 @@ class Lane:
         self._step = TokenStep(tickets, made, due=due, seconds=seconds)
         return self._step
 
-    def _begin_again(self, step: TokenStep, error: Exception) -> None:
-        """There was no memory for it: what is paused makes room, and the next one is the same once more."""
+    def _made(self, tickets: list[Ticket]) -> Step | None:
+        """A step, None when it cannot be made: then they have failed."""
+        generations = [_generation(ticket) for ticket in tickets]
+        try:
+            return generations[0].decoder.step(
+                [generation.sequence for generation in generations],
+                [generation.tokens[-1] for generation in generations],
+                _budgets(tickets),
+            )
+        except Exception as error:
+            self._pilot.check(error)
+            if not self._retries(error):
+                self._next = None
+                self._fail(tickets, error)
+                return None
+        return self._made(tickets)
+
+    def _retries(self, error: Exception, step: TokenStep | None = None) -> bool:
+        """Whether what raised is done once more: memory was short, and what is paused has made room."""
+        if self._again or not out_of_memory(error):
+            return False
         self._again = True
         forget_frames(error)
-        step.release()
-        step.undo()
+        if step is not None:
+            step.release()
+            step.undo()
         self._make_room()
+        return True
 
     def _learn(self, step: TokenStep) -> None:
         self._share = None
@@ -358,7 +402,8 @@ class Lane:
         self._prices.learn(name, len(step.tickets), step.predicted, step.executed)
 
     def _fail(self, tickets: Iterable[Ticket], error: Exception) -> None:
-        """A step raised: that ends everybody in it, each with an error of its own."""
+        """What raised ends everybody in it, each with an error of its own."""
+        self._again = False
         for number, ticket in enumerate(tickets):
             self._finish(ticket, "failed", error=twin(error) if number else error)
 

@@ -465,7 +465,9 @@ class Driver(Hearing):
     def _renew(self, ticket: Ticket) -> None:
         """Its cache was dropped while it decoded: what it has so far comes again, as a prompt."""
         try:
-            request = renew(ticket, self._programs, self._shape, self.memory, self.prices, self._now())
+            request = renew(
+                ticket, self._programs, self._shape, self.memory, self.prices, self._now(), self._decoding
+            )
             self.inbox.put(Arrival(self._now(), request, again=True))
         except Exception as error:
             self.pilot.check(error)

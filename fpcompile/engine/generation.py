@@ -99,8 +99,11 @@ class Generation:
         self.decoder, self.sampler, self.tbt_slo = decoder, sampler, tbt_slo
         self.prompt = begun.ids
         """``[1, n]``."""
-        self.renewable = begun.context == int(begun.ids.shape[1]) and not begun.inputs
-        """Whether its tokens are all that its cache depends on, so that it can be computed again."""
+        tokens_alone = begun.context == int(begun.ids.shape[1]) and not begun.inputs
+        self.renewable = tokens_alone and not decoder.follows_length
+        """Whether its tokens are all that its cache depends on, so that it can be computed again: not where
+        rotary frequencies follow the length of the prompt.
+        """
         self._begun: Begun | None = begun
         self.sequence: Any = None
         """What the decoder continues; None before the prompt is done, and behind the end."""
@@ -122,12 +125,14 @@ class Generation:
     def open(self, output: Any) -> int:
         """The prompt is done, with ``output``: keep what is continued, and return the first token.
 
-        The next one, of a generation that was renewed.
+        The next one, of a generation that was renewed. If it raises it can be called again.
         """
-        begun, self._begun = self._begun, None
+        begun = self._begun
         assert begun is not None
         self.sequence, logits = self.decoder.open(begun, output)
-        return int(self.sampler.choose(logits))
+        token = int(self.sampler.choose(logits))
+        self._begun = None
+        return token
 
     def renew(self, budget: float | None) -> Any:
         """Its cache is lost: the run, of which nothing is executed, of a prompt of all its tokens so far.

@@ -21,12 +21,19 @@ __all__ = ["renew"]
 
 
 def renew(
-    ticket: Ticket, programs: Programs, shape: Shape, memory: Memory, prices: Prices, now: float
+    ticket: Ticket,
+    programs: Programs,
+    shape: Shape,
+    memory: Memory,
+    prices: Prices,
+    now: float,
+    share: float,
 ) -> Request:
     """Give ``ticket`` its new run, and return what the scheduler hears.
 
     The deadline is that of the next token, or as soon as it can be if that is later: else a policy would take
-    a request for lost that is late through no fault of its own.
+    a request for lost that is late through no fault of its own. ``share`` of the device is what decode steps
+    take, as the scheduler was told: it expects the prompt to take so much longer.
     """
     generation, request = ticket.generation, ticket.request
     assert generation is not None
@@ -43,7 +50,7 @@ def renew(
     cost = prices.corrected(ticket.program, run.tokens, predicted)
     return dataclasses.replace(
         request,
-        deadline=max(generation.due, now + cost + generation.tbt_slo),
+        deadline=max(generation.due, now + cost / (1 - share) + generation.tbt_slo),
         tokens=run.tokens,
         cost=cost,
         kv_blocks=prompt.blocks,

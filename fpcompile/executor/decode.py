@@ -86,6 +86,8 @@ class Decoder(abc.ABC):
 
     together: bool
     """Whether a step may hold several sequences."""
+    follows_length = False
+    """Whether rotary frequencies depend on the length of the prompt."""
 
     @abc.abstractmethod
     def begin(self, input_ids: Any, **inputs: Any) -> Begun:
@@ -173,6 +175,7 @@ class PackedDecoder(Decoder):
 
     def __init__(self, program: PackedProgram, *, abreast: bool = True) -> None:
         self.program = program
+        self.follows_length = program.follows_length
         self._spans: dict[int, int] = {}
         for call in program.attention:
             spans = (self._spans.get(call.layer, call.mask.span), call.mask.span)

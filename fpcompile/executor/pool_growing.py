@@ -8,6 +8,8 @@ Invariants
     What is written lies behind the prompt, so blocks of a prompt that others share are never written.
     ``make_room`` before a step is where blocks are taken, so that whoever owns the pool can choose who gets
     them; ``append`` takes them only for who has not asked.
+    A sequence that ended in the middle of a step has no blocks any more, and the step goes on for the others:
+    its tokens are counted and written nowhere. What is read for it means nothing, and nobody gets it.
 """
 
 from __future__ import annotations
@@ -135,9 +137,10 @@ class PooledGrowingKV:
         if self._span:
             self.first = max(self.first, self.stop - self._span + 1)
         new, room = int(keys.shape[2]), self._tail.room
-        while self.stop + new > room.tokens:
-            room.grow(self._tail.spare)
-        room.write(self._layer, self.stop, keys, values)
+        if not room.parked:
+            while self.stop + new > room.tokens:
+                room.grow(self._tail.spare)
+            room.write(self._layer, self.stop, keys, values)
         self._seen = None
         self.stop += new
         return self

@@ -555,3 +555,28 @@ def test_random_traffic_loses_mixes_and_repeats_nothing(seed: int, policy: str) 
         assert len(tokens) == count or state == "cancelled"
     statistics = engine.statistics()
     assert (statistics.decoding, statistics.decoding_bytes, len(engine._driver.lane)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("what", ["step", "open"])
+def test_what_cannot_be_made_without_memory_is_made_once_more(what: str, times: int) -> None:
+    engine, program, _ = engine_of()
+    first = engine.submit([100], max_new_tokens=9)
+    until(engine, lambda: len(made(first)) > 2)
+    make, failures = getattr(program.decodes, what), iter(range(times))
+
+    def short(*arguments: Any) -> Any:
+        if next(failures, None) is not None:
+            raise MemoryError("no memory")
+        return make(*arguments)
+
+    setattr(program.decodes, what, short)
+    second = engine.submit([200], max_new_tokens=9)
+    drive(engine)
+    doomed = (first, second) if what == "step" else (second,)
+    for handle, token in ((first, 100), (second, 200)):
+        if times == 2 and handle in doomed:
+            with pytest.raises(MemoryError):
+                handle.result(0)
+        else:
+            assert list(handle.tokens()) == counting(token, 9)

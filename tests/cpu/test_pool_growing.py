@@ -244,3 +244,24 @@ def test_an_extent_costs_no_more_of_the_cache_than_lies_in_it() -> None:
     blocks.give([0])
     assert blocks.take_extent(1) == [0]
     blocks.validate()
+
+
+def test_who_ended_in_the_middle_of_a_step_writes_nowhere() -> None:
+    """Some layers have the new token, its blocks are somebody else's by then, and the step goes on."""
+    pool = pool_of(8)
+    both = Both(pool, 6, (0, 4))
+    both.pooled[0].append(*tokens(6, 1))
+    both.tail.room.release()
+    other = pool.room(1, 8 * SIZE)
+    for layer in (0, 1):
+        other.write(layer, 0, *tokens(100, 8 * SIZE))
+    for stop in (7, 8, 9):  # the last one behind what it had room for
+        kv = both.pooled[1].append(*tokens(900, 1))
+        assert kv.stop == stop
+        assert kv.keys.shape[2] == 4, "what it reads means nothing, but it can be read"
+    for layer in (0, 1):
+        assert torch.equal(other.read(layer, 8 * SIZE)[0], tokens(100, 8 * SIZE)[0])
+        assert torch.equal(other.read(layer, 8 * SIZE)[1], tokens(100, 8 * SIZE)[1])
+    both.pooled[1].crop(6)
+    other.release()
+    assert pool.blocks.free == 8

@@ -183,7 +183,7 @@ def unsteadiness(model: Any, seconds: float, device: Device) -> float:
 
 def described(program: Any, run: Any, seconds: list[float]) -> list[dict[str, Any]]:
     """Every launch of a run: where it is, which tile, what was predicted and what it took."""
-    stages, heads = program.stages, program.kv_heads()
+    stages, heads = program.stages, program.heads()
     shape, costs = run.call.shape, program.costs
     rows: list[dict[str, Any]] = []
     for launch, spent in zip(run.schedule, seconds, strict=True):

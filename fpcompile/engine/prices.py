@@ -64,7 +64,7 @@ def next_cost(program: ProgramLike, run: RunLike) -> Callable[[], float]:
     """A cheap function for the predicted seconds of the launch that ``run.step`` would make now."""
     if isinstance(run, Run):
         compiled, owner = run, run.program
-        shape, costs, heads = run.call.shape, owner.costs, owner.kv_heads()
+        shape, costs, heads = run.call.shape, owner.costs, owner.heads()
         by_launch = tuple(launch_seconds(n, owner.stages, shape, costs, heads) for n in run.schedule)
         return lambda: by_launch[compiled.at]
     if isinstance(run, Chunks):
@@ -91,7 +91,7 @@ def launch_of(program: ProgramLike, run: RunLike, *, behind: int = 0) -> tuple[s
         launch = run.schedule[at]
         segment: Named = owner.segments[owner.stages[launch.first].segment]
         shape = run.call.shape
-        return segment.name, launch_seconds(launch, owner.stages, shape, owner.costs, owner.kv_heads())
+        return segment.name, launch_seconds(launch, owner.stages, shape, owner.costs, owner.heads())
     if isinstance(run, Chunks):
         return run.next_segment.name, _seconds(program, run.next_shape())
     index = max(min(run.cursor, len(program.segments) - 1 + behind) - behind, 0)

@@ -107,8 +107,7 @@ def attend_tile(run: Run, layout: Layout, call: AttentionCall, q: Tensor, tile: 
     kernel walks the same blocks as for the whole. Sequences side by side have one new token each, and differ
     in what they see: there all of the group's keys are attended under its mask.
     """
-    unit, fold = call.heads // (call.tiled_heads or 1), call.heads // call.kv_heads
-    for q_heads, heads in _by_group(tile.head_start * unit, tile.head_stop * unit, fold):
+    for q_heads, heads in _by_group(tile.head_start, tile.head_stop, call.heads // call.kv_heads):
         _attend_heads(run, layout, call, q, tile, out, q_heads, heads)
 
 

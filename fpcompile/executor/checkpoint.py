@@ -4,7 +4,7 @@ Live values may be views of shared storages, and their strides matter for bits: 
 and every value as (storage, offset, sizes, strides). A file carries a digest of its description and its
 bytes, is written beside its place and renamed, and never holds a pickle: see
 :mod:`fpcompile.executor.tensor_file`. On resuming, the fingerprints of the program and of its weights, the
-shapes, dtypes and strides are checked.
+shapes, dtypes and strides are checked, and that the heads of each tile to come can be attended apart here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fpcompile.executor.program import Program
     from fpcompile.executor.run import Run
 
-FORMAT = "fpcompile-checkpoint-3"
+FORMAT = "fpcompile-checkpoint-4"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -163,6 +163,7 @@ def restore(program: Program, checkpoint: Checkpoint) -> Run:
             expected=str(sorted(live)),
             got=str(sorted(checkpoint.values)),
         )
+    _check_heads(program, checkpoint)
     moved = [s.to(program.device) for s in checkpoint.storages]
 
     def view(p: Placement) -> Tensor:
@@ -185,6 +186,22 @@ def restore(program: Program, checkpoint: Checkpoint) -> Run:
             name: view(p).clone(memory_format=torch.preserve_format) for name, p in checkpoint.partial.items()
         },
     )
+
+
+def _check_heads(program: Program, checkpoint: Checkpoint) -> None:
+    """Refuse tiles of heads that are computed together where the run is to go on."""
+    heads = program.heads()
+    for tile in checkpoint.schedule[checkpoint.at :]:
+        if not tile.head_stop or program.stages[tile.first].over != "attention":
+            continue
+        total, unit = heads[tile.first]
+        if tile.head_start % unit or tile.head_stop % unit or tile.head_stop > total:
+            raise CheckpointError(
+                "the checkpoint's tiles divide heads that are computed together on this device",
+                expected=f"groups of {unit} of {total} query heads" if total else "all heads at once",
+                got=f"heads {tile.head_start} to {tile.head_stop}",
+                remedy="resume it on the kind of device, and with the attention, that it was taken with",
+            )
 
 
 def _describe(checkpoint: Checkpoint) -> dict[str, Any]:

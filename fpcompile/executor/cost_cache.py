@@ -59,10 +59,18 @@ def read_bits(program: Program) -> TileBits | None:
     """What was found of the bits of tiles beside the measurement that :func:`read` gives, or None."""
     where = _file(program)
     try:
-        content = json.loads(where.read_text(encoding="utf-8")) if where is not None else {}
+        return None if where is None else bits_of_text(program, where.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no text
+        return None
+
+
+def bits_of_text(program: Program, text: str) -> TileBits | None:
+    """What :func:`write_text` was given of the bits of tiles; None for none, or for another identity."""
+    try:
+        content = json.loads(text)
         if content["format"] == FORMAT and dict(content["identity"]) == identity(program):
             return TileBits.read(content["bits"])
-    except (OSError, AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         pass  # there is none, or what is broken was noted when the measurement was read
     return None
 

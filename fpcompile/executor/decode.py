@@ -340,7 +340,7 @@ class PackedDecoder(Decoder):
             count = sum(batch for batch, _, _ in groups)
             shape = Shape(count, count, groups)
             launches = program.tile_plan(shape, budget, warn=False)
-            heads = program.kv_heads()
+            heads = program.heads()
             seconds = tuple(launch_seconds(n, program.stages, shape, program.costs, heads) for n in launches)
             plan = _Plan(launches, seconds, sum(seconds))
             if len(self._plans) >= _PLANS_KEPT:

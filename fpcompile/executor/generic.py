@@ -26,7 +26,7 @@ from fpcompile.executor.checkpoint import check_type
 from fpcompile.executor.packed import graph_step
 from fpcompile.executor.program import Program
 from fpcompile.executor.run import Run
-from fpcompile.executor.schedule import Launch, Shape
+from fpcompile.executor.schedule import Heads, Launch, Shape
 from fpcompile.executor.stages import Executable, build_stages
 from fpcompile.executor.weights import WeightWatch
 from fpcompile.ir import Granularity, Part, PartKind
@@ -129,9 +129,9 @@ class Variant(Program):
         """Of the owner."""
         return self.owner.max_tokens
 
-    def kv_heads(self) -> Sequence[int]:
+    def heads(self) -> Sequence[Heads]:
         """No stage is an attention call of the executor."""
-        return [0] * len(self.stages)
+        return [Heads()] * len(self.stages)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Of the owner."""
@@ -263,9 +263,9 @@ class GenericProgram(Program):
         ]
         return int(min([limit, *usable]))
 
-    def kv_heads(self) -> Sequence[int]:
+    def heads(self) -> Sequence[Heads]:
         """No stage is an attention call of the executor."""
-        return [0] * len(self.stages)
+        return [Heads()] * len(self.stages)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """See :meth:`Program.save`: all variants are saved. What is read compiles others as it meets them."""

@@ -7,7 +7,8 @@ compares them on each machine). With the last block cut short its sums are group
 What a query sees under a causal or a sliding mask depends on how far back a key lies, and on nothing else. So
 the mask of any block is a part of that of a larger one, a *band*, in the form that the kernel adds. The
 model's own mask would be built, and converted by the kernel, for each block of each layer: about as much work
-as the attention of a block of few heads. Masks are kept with the run until it is suspended.
+as the attention of a block of few heads. Bands of up to :data:`SHARED_BYTES` belong to the program and serve
+all its runs, also after a pause; larger ones, and other masks, are kept with the run until it is suspended.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from fpcompile.models.attention import AttentionCall, MaskKind
 if TYPE_CHECKING:
     from fpcompile.executor.run import Run
 
+SHARED_BYTES = 32 << 20
+"""Of the largest band that a program keeps; it has one for each kind of mask."""
 _BAND = "band"
 
 
@@ -84,10 +87,23 @@ def _band(
     if not ahead and rows in (1, width) and (not span or width < span):
         return None
     key: Hashable = (_BAND, call.mask, like.dtype)
-    band = run.masks.get(key)
-    height, length = (0, 0) if band is None else (int(band.shape[2]), int(band.shape[3]) - KEY_BLOCK)
-    if band is None or height < rows or length < width:
-        height, length = max(height, rows), max(length, width)
-        length = max(length, min(1 << (length - 1).bit_length(), longest))  # seldom built again
-        run.masks[key] = band = call.mask.band(height, length, KEY_BLOCK, like)
+    for kept in (run.masks, run.program.bands):
+        band = kept.get(key)
+        if band is not None and int(band.shape[2]) >= rows and int(band.shape[3]) >= width + KEY_BLOCK:
+            break
+    else:
+        band = _build(run, call, key, rows, max(width, min(1 << (width - 1).bit_length(), longest)), like)
+    height, length = int(band.shape[2]), int(band.shape[3]) - KEY_BLOCK
     return band[:, :, height - rows :, length - width : length + ahead]
+
+
+def _build(run: Run, call: AttentionCall, key: Hashable, rows: int, width: int, like: Tensor) -> Tensor:
+    """A band for ``rows`` of ``width`` positions, and for what the one before it served."""
+    for kept in (run.program.bands, run.masks):
+        old = kept.get(key)
+        height = rows if old is None else max(rows, int(old.shape[2]))
+        length = width if old is None else max(width, int(old.shape[3]) - KEY_BLOCK)
+        if height * (length + KEY_BLOCK) * like.element_size() <= SHARED_BYTES:
+            break  # else the run keeps it
+    kept[key] = band = call.mask.band(height, length, KEY_BLOCK, like)
+    return band

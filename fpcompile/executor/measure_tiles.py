@@ -189,14 +189,18 @@ class _Probe:
                 self._keep(stage, f"{size} rows", start, start + size)
 
     def _attention(self, index: int, stage: Stage) -> None:
-        run, heads = self.run, self.program.kv_heads()[index]
+        run, heads = self.run, self.program.heads()[index]
         total, before = run.tokens, [dict(layers) for layers in run.kv]
 
-        def block(stop: int, size: int, last: int = heads) -> Launch:
+        def block(stop: int, size: int, last: int = heads.total) -> Launch:
             return Launch(index, index + 1, stop - size, stop, 0, 0, last, final=False)
 
-        first, again = (self._execute(block(MIN_ROWS, MIN_ROWS)) for _ in range(2))
-        self.seconds[(*stage.key, WRITTEN)][total].append(max(first - again, 1e-7))
+        self._execute(block(MIN_ROWS, MIN_ROWS))  # whatever a process does once
+        for _ in range(_REPEATS):
+            run.partial.clear()  # keys and values are written anew
+            run.kv = [dict(layers) for layers in before]
+            first, again = (self._execute(block(MIN_ROWS, MIN_ROWS)) for _ in range(2))
+            self.seconds[(*stage.key, WRITTEN)][total].append(max(first - again, 1e-7))
         for size in (n for n in SIZES if 2 * n <= total):
             stops = [n for n in (total // 4, total // 2, total) if n >= 2 * size]
             for stop in stops if len(stops) > 1 else [size, *stops]:
@@ -209,10 +213,10 @@ class _Probe:
             stop = total // 2 + size + MIN_ROWS if total // 2 > size + MIN_ROWS else total - MIN_ROWS
             self._execute(block(stop, size))  # where no block of keys ends
             self._keep(stage, f"{size} queries", stop - size, stop)
-            if heads > 1:
-                self._execute(block(total, size, 1))
-                group = run.partial[stage.outputs[0][0]].shape[2] // heads
-                self._keep(stage, f"{size} queries of one head", total - size, total, slice(0, group))
+            if heads.total > heads.unit:
+                self._execute(block(total, size, heads.unit))
+                some = "one head" if heads.unit == 1 else f"{heads.unit} heads"
+                self._keep(stage, f"{size} queries of {some}", total - size, total, slice(0, heads.unit))
         run.kv = before
 
     def _experts(self, index: int, stage: Stage) -> None:

@@ -22,11 +22,12 @@ from fpcompile.executor.inputs import Group, Layout
 from fpcompile.executor.kv import pad_layers, read_cache, write_cache
 from fpcompile.executor.program import Program
 from fpcompile.executor.run import Run
-from fpcompile.executor.schedule import Launch, Shape
+from fpcompile.executor.schedule import Heads, Launch, Shape
 from fpcompile.executor.stages import Executable, build_stages
 from fpcompile.executor.strips import in_strips
 from fpcompile.executor.weights import WeightWatch
 from fpcompile.ir import Part, PartKind
+from fpcompile.models.attention import AttentionCall
 from fpcompile.models.capture import Bindings
 from fpcompile.passes.codegen import Function
 from fpcompile.passes.partition import Partitioned
@@ -287,10 +288,10 @@ class PackedProgram(Program):
             self._decoder = packed_decoder(self)
         return self._decoder
 
-    def kv_heads(self) -> Sequence[int]:
-        """Heads of each attention stage that can be tiled."""
+    def heads(self) -> Sequence[Heads]:
+        """See :meth:`Program.heads`."""
         return [
-            self.attention[s.steps[0].part.call].tiled_heads if s.over == "attention" else 0
+            _heads(self.attention[s.steps[0].part.call]) if s.over == "attention" else Heads()
             for s in self.stages
         ]
 
@@ -307,6 +308,10 @@ class PackedProgram(Program):
             scatter=tensors.get("scatter"),
             padding=tensors.get("padding"),
         )
+
+
+def _heads(call: AttentionCall) -> Heads:
+    return Heads(call.heads, call.head_unit) if call.head_unit else Heads()
 
 
 def position_limit(config: Any) -> int | None:

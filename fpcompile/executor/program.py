@@ -1,4 +1,4 @@
-"""A program: a compiled model. Immutable but for its cost model; any number of runs execute it.
+"""A program: a compiled model. Immutable but for its cost model and masks; any number of runs execute it.
 
 :class:`Program` is a drop-in callable for the model it was made from (same arguments, same output type) and
 starts :class:`Run` objects that can stop between any two segments. What arguments mean and how a result is
@@ -15,7 +15,7 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +29,7 @@ from fpcompile.executor.experts import state_notes
 from fpcompile.executor.explain import explain
 from fpcompile.executor.measure_tiles import TileBits, measure_tiles
 from fpcompile.executor.run import Run
-from fpcompile.executor.schedule import Launch, Shape, by_budget, by_segment, launch_seconds
+from fpcompile.executor.schedule import Heads, Launch, Shape, by_budget, by_segment, launch_seconds
 from fpcompile.executor.stages import Stage, live_before
 from fpcompile.executor.weights import WeightWatch, digest_weights
 from fpcompile.ir import Plan, Segment
@@ -74,6 +74,7 @@ class Program(abc.ABC):
         self.strict_budget = strict_budget
         self._costs: CostModel | None = None
         self._bits: TileBits | None = None
+        self.bands: dict[Hashable, Tensor | None] = {}  # see fpcompile.executor.masks
         self._calibrating = threading.RLock()
         self._digest: tuple[int, str] | None = None
         self._warned = False
@@ -101,12 +102,11 @@ class Program(abc.ABC):
     def _tile_notes(self) -> tuple[str, ...]:
         if self._costs is None:
             return ()
-        if self._bits is None:
-            self._bits = cost_cache.read_bits(self)
-        if self._bits is None:
+        bits = self.bits
+        if bits is None:
             tiled = any(stage.over for stage in self.stages)
             return ("tiles were not compared with the whole yet: calibrate() does",) if tiled else ()
-        return self._bits.notes(self.stages, self.segments)
+        return bits.notes(self.stages, self.segments)
 
     @abc.abstractmethod
     def start(self, input_ids: Any = None, **kwargs: Any) -> Run:
@@ -130,8 +130,8 @@ class Program(abc.ABC):
         """Longest sequence that the model has positions for, None when unlimited."""
 
     @abc.abstractmethod
-    def kv_heads(self) -> Sequence[int]:
-        """For each stage, the heads, or groups of heads, that can be attended apart; 0 for none."""
+    def heads(self) -> Sequence[Heads]:
+        """For each stage, the query heads that can be attended apart; none where it is no attention."""
 
     def tile_plan(
         self, shape: Shape, max_blocking_ms: float | None, *, strict: bool = False, warn: bool = True
@@ -147,14 +147,14 @@ class Program(abc.ABC):
         budget = self.max_blocking_ms if asked is None else asked
         if budget is None or math.isinf(budget):
             return self.whole
-        launches = by_budget(self.stages, shape, self.costs, budget / 1e3, self.kv_heads())
+        launches = by_budget(self.stages, shape, self.costs, budget / 1e3, self.heads())
         if strict or (warn and not self._warned):
             self._check_bound(launches, shape, budget / 1e3, strict)
         return launches
 
     def _check_bound(self, launches: Sequence[Launch], shape: Shape, budget: float, strict: bool) -> None:
         """Raise, or warn once, when no cut or tile makes a launch as short as ``budget`` seconds."""
-        costs, heads = self.costs, self.kv_heads()
+        costs, heads = self.costs, self.heads()
 
         def seconds(launch: Launch) -> float:
             return launch_seconds(launch, self.stages, shape, costs, heads)
@@ -253,9 +253,9 @@ class Program(abc.ABC):
                 cost_cache.write(self, samples, self._bits)
             return self.use_costs(samples)
 
-    def use_costs(self, samples: Samples) -> CostModel:
-        """Predict from ``samples`` from here on."""
-        self._costs = cost_model(self, samples)
+    def use_costs(self, samples: Samples, bits: TileBits | None = None) -> CostModel:
+        """Predict from ``samples`` from here on; ``bits`` are what was found of tiles beside them."""
+        self._costs, self._bits = cost_model(self, samples), bits or self._bits
         return self._costs
 
     @property
@@ -273,6 +273,13 @@ class Program(abc.ABC):
     def measured(self) -> Samples | None:
         """What the costs are made from, None before they were needed."""
         return None if self._costs is None else self._costs.samples
+
+    @property
+    def bits(self) -> TileBits | None:
+        """What is known of the bits of tiles, None before the costs were needed."""
+        if self._bits is None and self._costs is not None:
+            self._bits = cost_cache.read_bits(self)
+        return self._bits
 
     def segment_seconds(
         self, index: int, *, tokens: int, rows: int = 1, context: float | None = None

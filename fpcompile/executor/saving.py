@@ -79,7 +79,7 @@ def save(program: PackedProgram, path: str | os.PathLike[str]) -> None:
         CONSTANTS: safetensors.torch.save({n: t.cpu().contiguous().clone() for n, t in constants.items()}),
     }
     if program.measured is not None:
-        files[COSTS] = cost_cache.write_text(program, program.measured).encode()
+        files[COSTS] = cost_cache.write_text(program, program.measured, program.bits).encode()
     head = {
         **identity(model),
         "fingerprint": program.fingerprint,
@@ -119,9 +119,10 @@ def load(
         plain = PackedProgram(generated, bindings, model, **budget)
     compare("fingerprint", manifest.get("fingerprint"), program.fingerprint, path)
     if COSTS in files:
-        samples = cost_cache.read_text(program, files[COSTS].decode(errors="replace"), path)
+        text = files[COSTS].decode(errors="replace")
+        samples = cost_cache.read_text(program, text, path)
         if samples is not None:
-            program.use_costs(samples)
+            program.use_costs(samples, cost_cache.bits_of_text(program, text))
     return program, plain
 
 

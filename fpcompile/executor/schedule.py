@@ -23,7 +23,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from fpcompile.executor.stages import Stage
 
@@ -40,7 +40,7 @@ class Launch:
     """Whole stages ``first`` to ``last`` (exclusive), or one tile of stage ``first``.
 
     A tile covers ``start`` to ``stop`` (tokens, rows, or positions within sequence group ``group``) and the
-    heads (or experts) ``head_start`` to ``head_stop``; ``final`` marks the last tile of its stage. An
+    query heads (or experts) ``head_start`` to ``head_stop``; ``final`` marks the last tile of its stage. An
     empty range of experts behind the last one collects the results of its tokens.
     """
 
@@ -72,6 +72,15 @@ class Shape:
         """The context of one sequence of ``tokens`` new tokens that has as many pairs of query and key."""
         pairs = sum(batch * length * (2 * context - length) for batch, length, context in self.groups)
         return (self.tokens + pairs / self.tokens) / 2
+
+
+class Heads(NamedTuple):
+    """How many query heads a stage has that can be attended apart (0 for none), and how many of them only
+    together: that depends on the device, and what a plan counts does not.
+    """
+
+    total: int = 0
+    unit: int = 1
 
 
 class StageCosts(Protocol):
@@ -112,12 +121,11 @@ def by_segment(stages: Sequence[Stage]) -> tuple[Launch, ...]:
 
 
 def by_budget(
-    stages: Sequence[Stage], shape: Shape, costs: StageCosts, seconds: float, kv_heads: Sequence[int]
+    stages: Sequence[Stage], shape: Shape, costs: StageCosts, seconds: float, heads: Sequence[Heads]
 ) -> tuple[Launch, ...]:
     """Launches of at most ``seconds`` predicted seconds each, as far as the smallest tile allows.
 
-    ``kv_heads[i]`` is the number of heads of stage i that can be tiled, 0 when it is no attention or they
-    cannot be computed apart.
+    ``heads[i]`` are those of stage i: none when it is no attention, or they cannot be computed apart.
     """
     launches: list[Launch] = []
     begun, spent = 0, 0.0
@@ -136,7 +144,7 @@ def by_budget(
             flush(i)
         if cost > seconds and stage.over and begun == i and not stage.bound:
             if stage.over == "attention":
-                tiles = _attention_tiles(i, shape, costs, seconds, kv_heads[i])
+                tiles = _attention_tiles(i, shape, costs, seconds, heads[i])
             elif stage.over == "tokens" and stage.experts:
                 tiles = _expert_tiles(i, stage.experts, shape, costs, seconds)
             else:
@@ -151,26 +159,26 @@ def by_budget(
 
 
 def launch_seconds(
-    launch: Launch, stages: Sequence[Stage], shape: Shape, costs: StageCosts, kv_heads: Sequence[int]
+    launch: Launch, stages: Sequence[Stage], shape: Shape, costs: StageCosts, heads: Sequence[Heads]
 ) -> float:
     """Predicted seconds of a launch; each sequence attends to its own context."""
     index = launch.first
     if not launch.tiled:
         return sum(_stage_seconds(i, shape, costs) for i in range(launch.first, launch.last))
     size = launch.stop - launch.start
-    heads = launch.head_stop - launch.head_start
+    count = launch.head_stop - launch.head_start
     if stages[index].over == "attention":
         batch, length, context = shape.groups[launch.group]
-        share = heads / kv_heads[index] if kv_heads[index] else 1.0
+        share = count / heads[index].total if heads[index].total else 1.0
         visible = context - length + launch.stop
         seconds = share * batch * costs.tile(index, tokens=size, context=visible)
         first = launch.start == launch.group == launch.head_start == 0
         return seconds + (costs.written(index, tokens=shape.tokens) if first else 0.0)
     if not launch.head_stop:
         return costs.tile(index, tokens=size, context=size)
-    if not heads:
+    if not count:
         return costs.collected(index, tokens=size)
-    return costs.experts(index, tokens=size, share=_skewed(heads, stages[index].experts))
+    return costs.experts(index, tokens=size, share=_skewed(count, stages[index].experts))
 
 
 def _stage_seconds(index: int, shape: Shape, costs: StageCosts) -> float:
@@ -244,8 +252,11 @@ def _ranges_of_experts(
     return _final(tiles)
 
 
-def _attention_tiles(index: int, shape: Shape, costs: StageCosts, seconds: float, heads: int) -> list[Launch]:
+def _attention_tiles(
+    index: int, shape: Shape, costs: StageCosts, seconds: float, apart: Heads
+) -> list[Launch]:
     tiles: list[Launch] = []
+    unit, heads = apart.unit, apart.total // apart.unit  # from here on heads, or groups of them
     written = costs.written(index, tokens=shape.tokens)
     for group, (batch, length, context) in enumerate(shape.groups):
         past = context - length
@@ -278,8 +289,8 @@ def _attention_tiles(index: int, shape: Shape, costs: StageCosts, seconds: float
                         start,
                         start + rows,
                         group,
-                        head,
-                        min(head + step, heads),
+                        head * unit,
+                        min(head + step, heads) * unit,
                         final=False,
                     )
                 )
@@ -294,10 +305,11 @@ def _block(
     that costs the least for a pair of query and key, and of these one with few launches.
     """
     most = max(heads, 1)
-    units = _largest(lambda k: cost(MIN_ROWS * k) / most, seconds, rest // MIN_ROWS)
-    sizes = [MIN_ROWS * k for k in sorted({units, *(1 << i for i in range(units.bit_length()))}) if k]
-    if cost(rest) <= seconds * most:
-        sizes.append(rest)
+    limit = seconds * most
+    units = _largest(lambda k: cost(MIN_ROWS * k), limit, rest // MIN_ROWS)
+    # a kernel may take less time for more rows: beyond units powers of two are tried
+    powers = (MIN_ROWS << i for i in range((rest // MIN_ROWS).bit_length()))
+    sizes = [rows for rows in sorted({MIN_ROWS * units, rest, *powers}) if rows and cost(rows) <= limit]
     if not sizes:
         return min(MIN_ROWS, rest), most
     share = {rows: min(most, max(1, math.ceil(cost(rows) / seconds))) for rows in sizes}

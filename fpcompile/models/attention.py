@@ -198,8 +198,8 @@ class AttentionCall:
         return out.transpose(1, 2)
 
     @property
-    def tiled_heads(self) -> int:
-        """How many heads, or groups of heads, can be computed apart; 0 when the function needs all of them.
+    def head_unit(self) -> int:
+        """How many query heads have to be computed together; 0 when the function needs all of them.
 
         Torch's kernel on a CPU takes any query heads with their key head; the model's own functions repeat
         the keys for all query heads of a group.
@@ -208,7 +208,7 @@ class AttentionCall:
             return 0
         weight = next(self.module.parameters(), None)
         alone = self.implementation == "sdpa" and weight is not None and weight.device.type == "cpu"
-        return self.heads if alone else self.kv_heads
+        return 1 if alone else self.heads // self.kv_heads
 
 
 class CacheProbe(DynamicCache):

@@ -78,9 +78,10 @@ def test_noise_is_not_called_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "noisy" in verdict(row(1.0, 0.9, 1.0, 1.1))
     assert "noisy" in verdict(row(1.0, 1.03, 1.04, 1.05))
     bf16, fp32 = torch.bfloat16, torch.float32
-    targets = [module.target_of(n, dtype, "cpu", 1.01) for dtype in (bf16, fp32) for n in (128, 512)]
-    assert targets == pytest.approx([0.90, 0.98, 1.03, 1.01])
-    assert module.target_of(512, fp32, "cpu", 0.97) == 1.0, "noise that favours us is no excuse"
+    kinds = ((bf16, "packed"), (bf16, "shared"), (fp32, "shared"))
+    targets = [module.target_of(n, d, "cpu", 1.01, weights) for d, weights in kinds for n in (128, 512)]
+    assert targets == pytest.approx([0.90, 0.98, 1.03, 1.01, 1.03, 1.01])
+    assert module.target_of(512, fp32, "cpu", 0.97, "shared") == 1.0, "noise that favours us is no excuse"
 
 
 @pytest.mark.slow

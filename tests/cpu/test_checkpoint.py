@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 
 import fpcompile
 from fpcompile.errors import CheckpointError
+from fpcompile.executor.schedule import Heads, Launch
+from fpcompile.models.attention import AttentionCall
 from fpcompile.models.zoo import sample_ids, tiny_model
 from tests.cpu.support import (
     Outcome,
@@ -299,7 +301,7 @@ def test_a_file_of_this_format_without_its_description_is_refused(file: Path, tm
     checkpoint = fpcompile.Checkpoint.load(file)
     tensors = {f"s{i}": s for i, s in enumerate(checkpoint.storages)}
     for missing in ("description", "sha256"):
-        metadata = {"format": "fpcompile-checkpoint-3", "description": "{}", "sha256": "0" * 64}
+        metadata = {"format": "fpcompile-checkpoint-4", "description": "{}", "sha256": "0" * 64}
         del metadata[missing]
         save_file(tensors, other, metadata=metadata)
         with pytest.raises(CheckpointError):
@@ -312,6 +314,36 @@ def test_the_file_is_no_pickle_and_its_description_is_json(file: Path, program: 
     metadata = json.loads(whole[8 : 8 + size])["__metadata__"]
     assert sorted(metadata) == ["description", "format", "sha256"]
     assert set(json.loads(metadata["description"])["values"]) == set(program.segments[MIDDLE - 1].live.names)
+
+
+def test_plans_count_query_heads_wherever_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that repeat the keys take whole groups: they go on with a plan of groups, and with no other."""
+    program, ids, total = program_of("qwen3"), sample_ids(40), 4
+
+    def paused(together: int) -> fpcompile.Checkpoint:
+        run = program.start(ids)
+        run.schedule = tuple(
+            Launch(i, i + 1, 0, 40, 0, head, head + together, final=head + together == total)
+            if stage.over == "attention"
+            else Launch(i, i + 1)
+            for i, stage in enumerate(program.stages)
+            for head in range(0, total if stage.over == "attention" else 1, together)
+        )
+        while not run.partial:
+            run.step()
+        return run.checkpoint()
+
+    alone, groups = paused(1), paused(2)
+    expected = finish(program.resume(alone))
+    monkeypatch.setattr(AttentionCall, "head_unit", property(lambda call: call.heads // call.kv_heads))
+    assert {heads for heads in program.heads() if heads.total} == {Heads(total, 2)}
+    assert differences(finish(program.resume(groups)), expected) == []
+    with pytest.raises(CheckpointError, match="heads") as caught:
+        program.resume(alone)
+    _refused(caught.value)
+    monkeypatch.setattr(AttentionCall, "head_unit", 0)
+    with pytest.raises(CheckpointError, match="heads"):
+        program.resume(groups)
 
 
 RESUME = """

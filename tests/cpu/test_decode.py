@@ -176,7 +176,7 @@ def test_a_step_keeps_the_budget() -> None:
     budget = decoder.seconds(sequences) / 4
     run = decoder.step(sequences, [1, 2], [budget * 1e3, None]).run
     assert 4 <= len(run.schedule) < len(program.segments)
-    shape, heads = run.call.shape, program.kv_heads()
+    shape, heads = run.call.shape, program.heads()
     seconds = [launch_seconds(n, program.stages, shape, program.costs, heads) for n in run.schedule]
     assert sum(s > budget * 1.2 for s in seconds) <= len(run.schedule) // 4, "contexts are rounded up"
 

@@ -15,7 +15,7 @@ from torch import nn
 import fpcompile
 from fpcompile.errors import BudgetError, BudgetWarning, CheckpointError
 from fpcompile.executor.cost_model import Samples
-from fpcompile.executor.schedule import MIN_ROWS, SKEW, Launch, Shape, by_budget, launch_seconds
+from fpcompile.executor.schedule import MIN_ROWS, SKEW, Heads, Launch, Shape, by_budget, launch_seconds
 from fpcompile.executor.stages import Stage, Step
 from fpcompile.executor.tile_costs import COLLECTED, PART, RANGE
 from fpcompile.ir import Cost, Part, PartKind
@@ -134,7 +134,7 @@ def test_a_plan_covers_every_pair_of_token_and_expert_once(
 ) -> None:
     stages, shape = (stage_of(experts),), Shape(tokens, 1, ((1, tokens, tokens),))
     costs = Costs(fixed, each, sums)
-    plan = by_budget(stages, shape, costs, budget, [0])
+    plan = by_budget(stages, shape, costs, budget, [Heads()])
     if not plan[0].tiled:
         assert len(plan) == 1
         return
@@ -156,7 +156,7 @@ def test_a_plan_covers_every_pair_of_token_and_expert_once(
     assert [t.final for t in plan] == [False] * (len(plan) - 1) + [True]
     few = min(tokens, 2 * MIN_ROWS)
     smallest = max(SKEW * (fixed + each * few) / experts, sums * few)
-    longest = max(launch_seconds(t, stages, shape, costs, [0]) for t in plan)
+    longest = max(launch_seconds(t, stages, shape, costs, [Heads()]) for t in plan)
     by_expert = any(t.head_stop for t in plan)
     assert longest <= budget * 1.0001 or (by_expert and smallest > budget) or tokens < 2 * MIN_ROWS
 
@@ -164,15 +164,15 @@ def test_a_plan_covers_every_pair_of_token_and_expert_once(
 def test_experts_are_divided_wherever_one_of_them_keeps_the_budget() -> None:
     """Ranges of tokens would give an expert fewer rows, and its product other bits."""
     shape = Shape(2048, 1, ((1, 2048, 2048),))
-    heavy = by_budget((stage_of(64),), shape, Costs(1000.0, 0.1), 100.0, [0])
+    heavy = by_budget((stage_of(64),), shape, Costs(1000.0, 0.1), 100.0, [Heads()])
     assert {(t.start, t.stop) for t in heavy} == {(0, 2048)}, "no range of tokens reads the weights again"
     assert {t.head_stop - t.head_start for t in heavy[:-1]} == {2}, (
         "64 experts take 1205 s, twice as many in a skew"
     )
     assert (heavy[-1].head_start, heavy[-1].head_stop) == (64, 64)
-    light = by_budget((stage_of(64),), shape, Costs(1.0, 1.0), 300.0, [0])
+    light = by_budget((stage_of(64),), shape, Costs(1.0, 1.0), 300.0, [Heads()])
     assert {(t.start, t.stop) for t in light} == {(0, 2048)}
-    few = by_budget((stage_of(2),), shape, Costs(1.0, 1.0), 300.0, [0])
+    few = by_budget((stage_of(2),), shape, Costs(1.0, 1.0), 300.0, [Heads()])
     assert all(not t.head_stop for t in few), (
         "one expert is too much: ranges of tokens keep the budget exactly"
     )
@@ -181,11 +181,11 @@ def test_experts_are_divided_wherever_one_of_them_keeps_the_budget() -> None:
 def test_what_collecting_takes_is_part_of_the_plan() -> None:
     """The sum over the choices of all tokens takes 2048 s, that of 64 tokens 64 s."""
     shape, stages, costs = Shape(2048, 1, ((1, 2048, 2048),)), (stage_of(64),), Costs(1000.0, 0.1, sums=1.0)
-    plan = by_budget(stages, shape, costs, 100.0, [0])
+    plan = by_budget(stages, shape, costs, 100.0, [Heads()])
     sums = [t for t in plan if t.head_start == 64]
     assert [(t.start, t.stop) for t in sums] == [(64 * i, 64 * i + 64) for i in range(32)]
-    assert max(launch_seconds(t, stages, shape, costs, [0]) for t in plan) <= 100.0
-    assert launch_seconds(sums[0], stages, shape, costs, [0]) == 64.0
+    assert max(launch_seconds(t, stages, shape, costs, [Heads()]) for t in plan) <= 100.0
+    assert launch_seconds(sums[0], stages, shape, costs, [Heads()]) == 64.0
 
 
 @pytest.mark.slow

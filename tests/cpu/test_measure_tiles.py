@@ -37,10 +37,11 @@ def told(program: fpcompile.Program) -> str:
 
 
 class Clock:
-    """Charges each launch what ``price`` says, and counts nothing else."""
+    """Charges each launch what ``price`` says, and counts nothing else. A first block is a second late."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
+        self.warm: set[int] = set()
         step, price = fpcompile.Run.step, self.price
 
         def charged(run: fpcompile.Run) -> None:
@@ -59,9 +60,11 @@ class Clock:
     def price(self, run: fpcompile.Run, launch: Launch, first: bool) -> float:
         size, stage = launch.stop - launch.start, run.program.stages[launch.first]
         if stage.over == "attention":
-            heads = (launch.head_stop - launch.head_start) / run.program.kv_heads()[launch.first]
+            heads = (launch.head_stop - launch.head_start) / run.program.heads()[launch.first].total
             pairs = size * keys_given(launch.stop)
-            return heads * 1e-6 * pairs + (2e-5 * run.tokens if first else 0.0)
+            cold = 0.0 if launch.first in self.warm else 1.0
+            self.warm.add(launch.first)
+            return cold + heads * 1e-6 * pairs + (2e-5 * run.tokens if first else 0.0)
         if not launch.head_stop:
             return 1e-3 + 1e-5 * size
         if launch.head_start == launch.head_stop:
@@ -83,12 +86,12 @@ def test_tiles_are_priced_as_they_were_measured(monkeypatch: pytest.MonkeyPatch)
     shape = program.start(sample_ids(LENGTH)).call.shape
 
     def price(launch: Launch) -> float:
-        return launch_seconds(launch, program.stages, shape, costs, program.kv_heads())
+        return launch_seconds(launch, program.stages, shape, costs, program.heads())
 
     rows = next(i for i, s in enumerate(program.stages) if s.over == "tokens" and not s.experts)
     attention = next(i for i, s in enumerate(program.stages) if s.over == "attention")
     experts = next(i for i, s in enumerate(program.stages) if s.experts)
-    heads = program.kv_heads()[attention]
+    heads = program.heads()[attention].total
     for size in (64, 128, 200, 256):
         assert price(Launch(rows, rows + 1, 0, size)) == pytest.approx(1e-3 + 1e-5 * size, rel=0.02)
     whole = price(Launch(attention, attention + 1, 256, 320, 0, 0, heads))

@@ -23,6 +23,7 @@ from torch.utils._sympy.functions import FloorDiv, Mod
 import fpcompile
 from fpcompile.errors import ProgramFileError, UnsupportedModelError
 from fpcompile.executor import program_file
+from fpcompile.executor.measure_tiles import TileBits
 from fpcompile.models.generic_tree import flatten
 from fpcompile.models.zoo import MAIN_ARCHS, sample_ids, tiny_model
 from fpcompile.passes.codegen import function_of, key_of
@@ -84,6 +85,20 @@ def test_options_are_kept(options: dict[str, Any], tmp_path: Path) -> None:
     ids = sample_ids(40)
     free = {"max_blocking_ms": float("inf")}
     assert differences(outcome(loaded(ids, **free)), outcome(program(ids, **free))) == []
+
+
+@pytest.mark.slow
+def test_what_was_found_of_tiles_is_kept(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    program = fpcompile.segment(model, route="packed", verify=False)
+    stage = next(s for s in program.stages if s.over)
+    bits = TileBits(128, {stage.key: (("64 rows", False), ("128 rows", True))})
+    program.use_costs({s.key: ((16, 1e-3), (64, 2e-3)) for s in program.stages}, bits)
+    program.save(tmp_path / "program")
+    loaded = load_untraced(tmp_path / "program", model)
+    assert loaded.bits == bits
+    assert loaded.explain() == program.explain()
+    assert "64 rows" in loaded.explain()
 
 
 @pytest.mark.slow

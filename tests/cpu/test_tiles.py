@@ -12,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fpcompile
+from fpcompile.executor import masks
 from fpcompile.executor.packed import PackedProgram
 from fpcompile.executor.schedule import (
     KEY_BLOCK,
     MIN_ROWS,
+    Heads,
     Launch,
     Shape,
     by_budget,
@@ -84,13 +86,15 @@ def seconds(launch: Launch, shape: Shape, costs: FakeCosts) -> float:
     past=st.integers(0, 700),
     rows=st.integers(1, 900),
     budget=st.floats(1.0, 1e6),
+    unit=st.sampled_from((1, 2, 4)),
 )
 def test_a_plan_covers_every_stage_once_within_the_budget(
-    overs: tuple[str, ...], length: int, past: int, rows: int, budget: float
+    overs: tuple[str, ...], length: int, past: int, rows: int, budget: float, unit: int
 ) -> None:
     shape = Shape(length, rows, ((1, length, past + length),))
     costs = FakeCosts(overs)
-    plan = by_budget(stages_of(overs), shape, costs, budget, [4 if o == "attention" else 0 for o in overs])
+    heads = [Heads(4, unit) if o == "attention" else Heads() for o in overs]
+    plan = by_budget(stages_of(overs), shape, costs, budget, heads)
 
     done = 0
     covered = 0
@@ -100,8 +104,9 @@ def test_a_plan_covers_every_stage_once_within_the_budget(
         tileable = over in ("tokens", "rows") and (rows if over == "rows" else length) >= 2 * MIN_ROWS
         smallest = not launch.tiled and launch.last == launch.first + 1 and not tileable
         if launch.tiled:
-            heads = (launch.head_stop - launch.head_start) or 1
-            covered += (launch.stop - launch.start) * (heads if over == "attention" else 1)
+            assert launch.head_start % unit == launch.head_stop % unit == 0, "query heads, in whole units"
+            count = launch.head_stop - launch.head_start if over == "attention" else 1
+            covered += (launch.stop - launch.start) * count
             total = rows if over == "rows" else length * 4 if over == "attention" else length
             assert launch.final == (covered == total)
             assert launch.stop - launch.start >= min(MIN_ROWS, length, rows)
@@ -115,18 +120,35 @@ def test_a_plan_covers_every_stage_once_within_the_budget(
 def test_a_remainder_that_joins_the_last_tile_does_not_break_the_budget() -> None:
     """128 rows fit, but 128 + 61 do not: the tiles are 64 and 125 rows."""
     shape = Shape(189, 1, ((1, 189, 189),))
-    plan = by_budget(stages_of(("tokens",)), shape, FakeCosts(("tokens",)), 130.0, [0])
+    plan = by_budget(stages_of(("tokens",)), shape, FakeCosts(("tokens",)), 130.0, [Heads()])
     assert [(t.start, t.stop) for t in plan] == [(0, 64), (64, 189)]
 
 
 def test_nor_one_that_joins_a_block_of_attention() -> None:
     """Heads apart, a block of 64 fits, and 64 + 44 fit with more heads apart only."""
     shape, costs = Shape(300, 1, ((1, 300, 300),)), FakeCosts(("attention",))
-    plan = by_budget(stages_of(("attention",)), shape, costs, 40.0, [4])
+    plan = by_budget(stages_of(("attention",)), shape, costs, 40.0, [Heads(4)])
     blocks = sorted({(t.start, t.stop) for t in plan})
     assert [a for a, _ in blocks] == [0, *(b for _, b in blocks[:-1])]
     assert blocks[-1] == (192, 300)
     assert max(seconds(t, shape, costs) for t in plan) <= 40.0
+
+
+class Faster(FakeCosts):
+    """Attention in which a block of 256 queries or more takes a fifth of the time for each."""
+
+    def stage(self, index: int, *, tokens: int, rows: int, context: float) -> float:
+        return 2.0 * tokens
+
+    def tile(self, index: int, *, tokens: int, context: float) -> float:
+        return tokens * (2.0 if tokens >= 256 else 10.0)
+
+
+def test_a_block_may_be_short_enough_where_smaller_ones_are_not() -> None:
+    """64 queries take 640 s, 256 take 512 s and 384 take 768 s."""
+    stages, shape = stages_of(("attention",)), Shape(384, 1, ((1, 384, 384),))
+    plan = by_budget(stages, shape, Faster(("attention",)), 600.0, [Heads(1)])
+    assert (plan[0].start, plan[0].stop) == (0, 256)
 
 
 def test_without_a_budget_one_launch_is_one_segment() -> None:
@@ -230,12 +252,12 @@ def test_blocks_of_any_size_and_heads_have_the_bits_of_the_whole(arch: str, dtyp
         run = program.start(ids[:, length - size :], **options)
         bounds = [0, 64, 192, 448, 512, 1030, size]
         run.schedule = tuple(
-            Launch(i, i + 1, a, b, 0, head, head + 1, final=(b, head + 1) == (size, program.kv_heads()[i]))
+            Launch(i, i + 1, a, b, 0, head, head + 1, final=(b, head + 1) == (size, program.heads()[i].total))
             if stage.over == "attention"
             else Launch(i, i + 1)
             for i, stage in enumerate(program.stages)
             for a, b in (itertools.pairwise(bounds) if stage.over == "attention" else [(0, 0)])
-            for head in range(program.kv_heads()[i] or 1)
+            for head in range(program.heads()[i].total or 1)
         )
         assert differences(finish(run), want) == []
 
@@ -261,8 +283,8 @@ class Writing(FakeCosts):
 def test_the_first_block_leaves_time_for_writing_keys_and_values() -> None:
     shape, costs = Shape(4096, 1, ((1, 4096, 4096),)), Writing(("attention",))
     stages = stages_of(("attention",))
-    plan = by_budget(stages, shape, costs, 1100.0, [1])
-    took = [launch_seconds(t, stages, shape, costs, [1]) for t in plan]
+    plan = by_budget(stages, shape, costs, 1100.0, [Heads(1)])
+    took = [launch_seconds(t, stages, shape, costs, [Heads(1)]) for t in plan]
     assert took[0] > 300.0
     assert max(took) <= 1100.0
 
@@ -294,8 +316,11 @@ def test_bands_are_the_models_masks(rows: int, more: int, span: int, dtype: torc
         assert torch.equal(band == float("-inf"), ~own[0, 0])
 
 
+@pytest.mark.parametrize("paused", [False, True])
 @pytest.mark.parametrize("arch", ["qwen3", "gemma3_text"])
-def test_one_mask_serves_the_blocks_of_all_layers(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_mask_serves_the_blocks_of_all_layers(
+    arch: str, paused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program = program_of(arch)
     assert isinstance(program, PackedProgram)
     kinds = {call.mask for call in program.attention}
@@ -307,15 +332,38 @@ def test_one_mask_serves_the_blocks_of_all_layers(arch: str, monkeypatch: pytest
         return own(spec, rows, width, ahead, like)
 
     monkeypatch.setattr(MaskSpec, "band", band)
+    monkeypatch.setattr(program, "bands", {})
     length = 4 * MIN_ROWS
     run = program.start(torch.randint(0, 90, (1, length), generator=torch.Generator().manual_seed(1)))
     run.schedule = tuple(
-        Launch(i, i + 1, a, a + MIN_ROWS, 0, 0, program.kv_heads()[i], final=a + MIN_ROWS == length)
+        Launch(i, i + 1, a, a + MIN_ROWS, 0, 0, program.heads()[i].total, final=a + MIN_ROWS == length)
         if stage.over == "attention"
         else Launch(i, i + 1)
         for i, stage in enumerate(program.stages)
         for a in (range(0, length, MIN_ROWS) if stage.over == "attention" else (0,))
     )
-    finish(run)
+    while not run.done:
+        run.step()
+        if paused:
+            run.suspend()
+            assert not run.masks
     assert {spec for spec, *_ in built} == kinds
     assert len(built) <= 3 * len(kinds), "64 keys, 128, then 256"
+
+
+def test_a_program_keeps_small_masks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, ids = program_of("qwen3"), torch.arange(200)[None] % 90
+    _ = program.costs  # calibration has masks too
+    monkeypatch.setattr(program, "bands", {})
+    expected = finish(program.start(ids, max_blocking_ms=TINY))
+    (band,) = program.bands.values()
+    assert band is not None
+    monkeypatch.setattr(program, "bands", {})
+    monkeypatch.setattr(masks, "SHARED_BYTES", band.nbytes - 1)
+    run, own = program.start(ids, max_blocking_ms=TINY), 0
+    while not run.done:
+        run.step()
+        own += len(run.masks)
+        assert all(b is None or b.nbytes < band.nbytes for b in program.bands.values())
+    assert own
+    assert differences(outcome(run.result()), expected) == []

@@ -271,6 +271,7 @@ def test_in_bf16_the_error_is_the_models() -> None:
 def test_one_call_of_a_layer_serves_a_rack(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = decoder_of("qwen3")
     sequences = [opened(decoder, sample_ids(n, seed=n))[0] for n in (1, 20, 21, 40)]
+    decoder.seconds(sequences)  # calibrates, which attends as well
     batches: list[int] = []
     attend = AttentionCall.attend
 

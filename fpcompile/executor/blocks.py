@@ -25,6 +25,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
+from itertools import pairwise
 from math import inf
 
 from fpcompile.errors import InternalError, InvalidInputError
@@ -233,7 +234,7 @@ class BlockPool:
             "extents are joined": all(
                 sum(a) < b[0]
                 for found in (self._free, self._unheld)
-                for a, b in zip(found, found[1:], strict=False)
+                for a, b in pairwise(found)
             ),
             "extents without a holder are free or cached": unheld == free | groups[2],
             "further references are counted": self.shared == sum(self._references.values()) - self.used,

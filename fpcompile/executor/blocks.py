@@ -232,9 +232,7 @@ class BlockPool:
             "every block is in one of them": set().union(*groups) == set(range(self.total)),
             "free blocks are counted": len(free) == self.free,
             "extents are joined": all(
-                sum(a) < b[0]
-                for found in (self._free, self._unheld)
-                for a, b in pairwise(found)
+                sum(a) < b[0] for found in (self._free, self._unheld) for a, b in pairwise(found)
             ),
             "extents without a holder are free or cached": unheld == free | groups[2],
             "further references are counted": self.shared == sum(self._references.values()) - self.used,

@@ -45,10 +45,11 @@ class Scripted:
             head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
             length = int(head.split("content-length: ")[1].split("\r\n")[0])
             body = json.loads(await reader.readexactly(length))
+            warm_up = not self.bodies
             self.bodies.append(body)
             self.headers.append(head)
             writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-            while not self.hold.is_set():
+            while not (warm_up or self.hold.is_set()):
                 await asyncio.sleep(0.001)
             size = len(body["messages"][0]["content"].split() if self.chat else body["prompt"])
             if self.chat:
@@ -118,11 +119,9 @@ def test_requests_are_sent_when_due_whatever_became_of_the_others(scripted: Scri
     endpoint = Endpoint(f"http://127.0.0.1:{scripted.port}", "m", slo=True)
 
     async def scene() -> list[Sent]:
-        running = asyncio.create_task(run_load(endpoint, requests, tbt_slos={"text": 0.5}))
-        while len(scripted.bodies) < 1:  # the warm-up goes ahead
-            await asyncio.sleep(0.001)
         scripted.hold.clear()
-        while len(scripted.bodies) < 9:
+        running = asyncio.create_task(run_load(endpoint, requests, tbt_slos={"text": 0.5}))
+        while len(scripted.bodies) < 9:  # the warm-up goes ahead
             await asyncio.sleep(0.001)
         scripted.hold.set()
         return (await running)[0]

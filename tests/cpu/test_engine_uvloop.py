@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 import fpcompile
 from fpcompile.errors import RequestCancelledError
@@ -39,9 +42,17 @@ def test_a_handle_is_awaited_and_streams() -> None:
         run(main)
 
 
+class _Slow(LogitsProcessor):
+    """Leaves the loop the time to cancel before the last token, however busy the machine is."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        time.sleep(0.01)
+        return scores
+
+
 def test_cancelling_the_task_cancels_the_request() -> None:
     async def main() -> None:
-        handle = engine.submit(ids(23), max_new_tokens=480)
+        handle = engine.submit(ids(23), max_new_tokens=480, logits_processor=LogitsProcessorList([_Slow()]))
 
         async def listen() -> None:
             async for _ in handle:

@@ -30,7 +30,6 @@ from typing import Any, Protocol, final
 from fpcompile.engine.generation import Generation
 from fpcompile.engine.memory_facts import Prompt
 from fpcompile.engine.metrics import Ticket
-from fpcompile.errors import InvalidInputError
 from fpcompile.executor.blocks import prefix_keys
 from fpcompile.executor.faults import forget_frames, out_of_memory
 from fpcompile.executor.offload import Parking, unstashed
@@ -171,17 +170,12 @@ class DecodeMemory:
     def check(self, name: str, context: int, generation: Generation) -> None:
         """Raise :class:`InvalidInputError` if the pool can never hold what ``generation`` may come to."""
         pool, span, made = self.pool, self._spans[name], len(generation.tokens)  # made: in the context
-        tokens = context + max(generation.sampler.max_new_tokens - made, 1) - 1
+        most = generation.sampler.max_new_tokens
+        tokens = context + max(most - made, 1) - 1
         if span:
             tokens = max(context, min(tokens, span + 2 * pool.block_tokens))
-        blocks = pool.needed(tokens)
-        if blocks > pool.blocks.total:
-            raise InvalidInputError(
-                f"the generation needs {blocks} cache blocks of {pool.block_tokens} tokens",
-                expected=f"at most {pool.blocks.total}, the size of the pool",
-                got=f"{context} tokens of context and max_new_tokens={generation.sampler.max_new_tokens}",
-                remedy=f"Engine(kv_blocks={blocks}) or more, or fewer tokens",
-            )
+        got = f"{context} tokens of context and max_new_tokens={most}"
+        pool.check(pool.needed(tokens), what="generation", got=got, instead="fewer tokens")
 
     def growing(self, member: _Member) -> Growing:
         """What a member holds or wants, and how many tokens are to come."""

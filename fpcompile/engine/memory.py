@@ -36,7 +36,7 @@ from fpcompile.engine.metrics import Ticket
 from fpcompile.engine.prices import seconds_left
 from fpcompile.engine.programs import Programs
 from fpcompile.engine.recorder import Recorder
-from fpcompile.errors import InternalError, InvalidInputError
+from fpcompile.errors import InternalError
 from fpcompile.executor.device import Device
 from fpcompile.executor.offload import Flying, Origin, Parking, settle
 from fpcompile.executor.packed import PackedProgram
@@ -158,13 +158,8 @@ class Memory:
         if not keeps:
             return NOTHING  # a layer's cache is dropped as soon as it is read
         blocks = sum(batch * pool.needed(tokens) for batch, tokens in contexts(run))
-        if blocks > pool.blocks.total:
-            raise InvalidInputError(
-                f"the request needs {blocks} cache blocks of {pool.block_tokens} tokens",
-                expected=f"at most {pool.blocks.total}, the size of the pool",
-                got=f"{sum(batch * tokens for batch, tokens in contexts(run))} tokens of context",
-                remedy=f"Engine(kv_blocks={blocks}) or more, or a shorter prompt",
-            )
+        got = f"{sum(batch * tokens for batch, tokens in contexts(run))} tokens of context"
+        pool.check(blocks, what="request", got=got, instead="a shorter prompt")
         to_come = 0
         if generation is not None and self.decoding is not None:
             self.decoding.check(name, core.context, generation)

@@ -91,6 +91,16 @@ class KVPool:
         """Blocks of a sequence of ``tokens`` tokens."""
         return -(-tokens // self.block_tokens)
 
+    def check(self, blocks: int, *, what: str, got: str, instead: str) -> None:
+        """Raise :class:`InvalidInputError` if ``what`` needs more ``blocks`` than there are."""
+        if blocks > self.blocks.total:
+            raise InvalidInputError(
+                f"the {what} needs {blocks} cache blocks of {self.block_tokens} tokens",
+                expected=f"at most {self.blocks.total}, the size of the pool",
+                got=got,
+                remedy=f"Engine(kv_blocks={blocks}) or more, or {instead}",
+            )
+
     def room(self, batch: int, tokens: int, shared: Sequence[int] = (), *, spare: int = 0) -> Room:
         """Blocks for ``batch`` sequences of ``tokens`` tokens each.
 

@@ -38,83 +38,87 @@ def too_slow(before: int, now: int, seconds: float) -> bool:
     return before - now < min(before, SLOWEST * seconds)
 
 
-def protocol_for(most: int, head_s: float, write_s: float) -> type[asyncio.Protocol]:
-    """uvicorn's protocol for at most ``most`` connections; a request's head has to come in ``head_s`` s."""
+class _Connection(_Base):  # type: ignore[misc]
+    """One connection of at most ``most``; seconds for a head, and for a part of an answer."""
 
-    class Connection(_Base):  # type: ignore[misc]
-        _timer: asyncio.TimerHandle | None = None
-        _stuck: asyncio.TimerHandle | None = None
-        _unsent = 0
-        _head = 0
+    most: int
+    head_s: float
+    write_s: float
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            transport.set_write_buffer_limits(high=0)  # whatever the system does not take is known here
-            if (sock := transport.get_extra_info("socket")) is not None:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SYSTEMS)
-            if len(self.connections) > most:
-                self._refuse(
-                    ApiError(503, "too many connections", code="too_many_connections", retry_after=1)
-                )
-                return
-            self._wait()
+    _timer: asyncio.TimerHandle | None = None
+    _stuck: asyncio.TimerHandle | None = None
+    _unsent = 0
+    _head = 0
 
-        def data_received(self, data: bytes) -> None:
-            if not self._asked:
-                self._head += len(data)
-                if self._timer is None:
-                    self._wait()
-            super().data_received(data)
-            if self._asked:
-                self._head = 0
-                self._stop()
-            elif self._head > HEAD_BYTES and not self.transport.is_closing():
-                self._refuse(ApiError(431, f"the head of a request has at most {HEAD_BYTES} bytes"))
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # whatever the system does not take is known here
+        if (sock := transport.get_extra_info("socket")) is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SYSTEMS)
+        if len(self.connections) > self.most:
+            self._refuse(ApiError(503, "too many connections", code="too_many_connections", retry_after=1))
+            return
+        self._wait()
 
-        def pause_writing(self) -> None:
-            super().pause_writing()
+    def data_received(self, data: bytes) -> None:
+        if not self._asked:
+            self._head += len(data)
+            if self._timer is None:
+                self._wait()
+        super().data_received(data)
+        if self._asked:
+            self._head = 0
+            self._stop()
+        elif self._head > HEAD_BYTES and not self.transport.is_closing():
+            self._refuse(ApiError(431, f"the head of a request has at most {HEAD_BYTES} bytes"))
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._look_again()
+
+    def resume_writing(self) -> None:
+        if self._stuck is not None:
+            self._stuck.cancel()
+            self._stuck = None
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop()
+        if self._stuck is not None:
+            self._stuck.cancel()
+        super().connection_lost(exc)
+
+    @property
+    def _asked(self) -> bool:
+        """Whether a request is complete up to its body, and not answered."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _wait(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self.head_s, self.transport.close)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _refuse(self, error: ApiError) -> None:
+        self.transport.write(_whole(error))
+        self.transport.close()
+
+    def _look_again(self) -> None:
+        self._unsent = self.transport.get_write_buffer_size()
+        self._stuck = asyncio.get_running_loop().call_later(self.write_s, self._look)
+
+    def _look(self) -> None:
+        if too_slow(self._unsent, self.transport.get_write_buffer_size(), self.write_s):
+            self.transport.abort()
+        else:
             self._look_again()
 
-        def resume_writing(self) -> None:
-            if self._stuck is not None:
-                self._stuck.cancel()
-                self._stuck = None
-            super().resume_writing()
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop()
-            if self._stuck is not None:
-                self._stuck.cancel()
-            super().connection_lost(exc)
-
-        @property
-        def _asked(self) -> bool:
-            """Whether a request is complete up to its body, and not answered."""
-            return self.cycle is not None and not self.cycle.response_complete
-
-        def _wait(self) -> None:
-            self._timer = asyncio.get_running_loop().call_later(head_s, self.transport.close)
-
-        def _stop(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-
-        def _refuse(self, error: ApiError) -> None:
-            self.transport.write(_whole(error))
-            self.transport.close()
-
-        def _look_again(self) -> None:
-            self._unsent = self.transport.get_write_buffer_size()
-            self._stuck = asyncio.get_running_loop().call_later(write_s, self._look)
-
-        def _look(self) -> None:
-            if too_slow(self._unsent, self.transport.get_write_buffer_size(), write_s):
-                self.transport.abort()
-            else:
-                self._look_again()
-
-    return Connection
+def protocol_for(most: int, head_s: float, write_s: float) -> type[asyncio.Protocol]:
+    """uvicorn's protocol for at most ``most`` connections; a request's head has to come in ``head_s`` s."""
+    return type("Connection", (_Connection,), {"most": most, "head_s": head_s, "write_s": write_s})
 
 
 def _whole(error: ApiError) -> bytes:

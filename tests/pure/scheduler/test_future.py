@@ -207,7 +207,10 @@ def test_a_request_comes_again() -> None:
     assert core.state("a") is State.COMPLETED
 
 
-def test_packs_hold_no_more_than_there_will_be_room_for() -> None:
+@pytest.mark.parametrize(
+    ("to_come", "packed"), [(48, ("a", "b", "c")), (64, ("a", "b"))], ids=["3 * (3 + 3)", "3 * (3 + 4)"]
+)
+def test_packs_hold_no_more_than_there_will_be_room_for(to_come: int, packed: tuple[str, ...]) -> None:
     class Costs:
         def predict(self, tokens: int, context: int = 0) -> float:
             return 0.1
@@ -220,17 +223,10 @@ def test_packs_hold_no_more_than_there_will_be_room_for() -> None:
     core = core_of(pack=1000, predictor=Costs())
     core.handle(arrives("first", 0.0, 4, 0))
     for name in "abc":
-        core.handle(arrives(name, 0.1, 3, 48))
+        core.handle(arrives(name, 0.1, 3, to_come))
     (launch,) = core.handle(Completed(1.0, "first"))
     assert isinstance(launch, Launch)
-    assert launch.requests == ("a", "b", "c"), "3 * (3 + 3) blocks"
-    core = core_of(pack=1000, predictor=Costs())
-    core.handle(arrives("first", 0.0, 4, 0))
-    for name in "abc":
-        core.handle(arrives(name, 0.1, 3, 64))
-    (launch,) = core.handle(Completed(1.0, "first"))
-    assert isinstance(launch, Launch)
-    assert launch.requests == ("a", "b"), "3 * (3 + 4) blocks are too many"
+    assert launch.requests == packed
 
 
 def test_wrong_options_are_refused() -> None:

@@ -94,6 +94,10 @@ class Measured:
         """Measured occupancy over tabulated seconds of this request's prompt."""
         return self.occupied(request.tokens) / self.tabulated(request.tokens)
 
+    def priced(self, requests: Sequence[Request]) -> list[Request]:
+        """The requests with the costs that an engine has learnt to predict on this device."""
+        return [replace(request, cost=self.occupied(request.tokens)) for request in requests]
+
     def predictor(self) -> CostPredictor:
         """What the engine has learnt of whole prompts: a core that packs asks it."""
         learnt = CostPredictor(self.table)
@@ -261,7 +265,7 @@ def _both(device: RealDevice, first: Measured, setup: SweepSetup, key: CellKey) 
     def simulate(slowdown: Callable[[Request], float]) -> SimulationResult:
         core = Scheduler(key.policy, predictor=one.predictor(), **options)
         simulator = Simulator(key.policy, one.table, core=core, slowdown=slowdown, learnt=True)
-        result = simulator.run(requests)
+        result = simulator.run(one.priced(requests))
         result.outcomes = _judged(result.outcomes, one)
         return result
 

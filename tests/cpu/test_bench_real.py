@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -58,6 +59,8 @@ def test_isolated_times_are_linear_between_what_was_measured_and_slow_the_table_
     slower = one.at_pace(1.5)
     assert slower.occupied(15) == pytest.approx(1.5 * one.occupied(15)), "a machine that others use too"
     assert slower.seconds(15) == pytest.approx(1.5 * one.seconds(15))
+    request = Request("r", 0.0, 1.0, 20, 0.02)
+    assert slower.priced([request]) == [replace(request, cost=0.09)], "decides by what it has learnt there"
 
 
 def test_a_trace_whose_prompts_all_have_one_length_is_measured_there() -> None:

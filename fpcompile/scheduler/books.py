@@ -20,7 +20,7 @@ from fpcompile.scheduler.guard import Suspensions
 from fpcompile.scheduler.job import Job
 from fpcompile.scheduler.memory import Blocks
 from fpcompile.scheduler.options import SchedulerOptions
-from fpcompile.scheduler.policy import KeyedPolicy, Policy, RankingPolicy, StepPolicy
+from fpcompile.scheduler.policy import KeyedPolicy, Policy, RankingPolicy, StepPolicy, whole
 from fpcompile.scheduler.predictor import TtftPredictor
 from fpcompile.scheduler.queue import ArrivalQueue, KeyedQueue, Queue, RankedQueue
 from fpcompile.scheduler.states import State
@@ -54,6 +54,8 @@ class Books:
 
     def _make_queue(self) -> Queue:
         policy = self.policy
+        if policy.grain.unit == "tokens" and not isinstance(policy, StepPolicy):
+            whole(f"policy {policy.name!r} has chunks of a wrong size", policy.grain.size)
         if isinstance(policy, KeyedPolicy):
             return KeyedQueue(policy)
         if isinstance(policy, RankingPolicy):

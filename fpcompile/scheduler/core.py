@@ -112,24 +112,31 @@ class Scheduler:
     def handle_all(self, events: Iterable[Event]) -> tuple[Command, ...]:
         """Take several events in order, and decide once.
 
-        Raises :class:`EventOrderError` when time goes back, :class:`UnknownRequestError` or
-        :class:`TransitionError` when an event does not fit. That event has then changed nothing, but those
-        before it in the same call have been taken and their commands are lost: hand over one by one what may
-        be wrong.
+        Raises :class:`InvalidInputError` for what is no event, :class:`EventOrderError` when time goes back,
+        :class:`UnknownRequestError` or :class:`TransitionError` when an event does not fit. That event has
+        then changed nothing, but those before it in the same call have been taken and their commands are
+        lost: hand over one by one what may be wrong.
         """
         books = self._books
         out: list[Command] = []
         books.out = out
         for event in events:
+            apply = self._apply.get(type(event))
+            if apply is None:
+                raise _no_event(event, self._apply)
             now = event.time
-            if not now >= books.now or not isfinite(now):
+            try:
+                forward = now >= books.now and isfinite(now)
+            except TypeError:
+                forward = False
+            if not forward:
                 raise EventOrderError(
                     f"{type(event).__name__} goes back in time",
                     expected=f"a finite time >= {books.now!r}",
                     got=repr(now),
                 )
             books.now = now
-            self._apply[type(event)](event)
+            apply(event)
         self._settle(books.now)
         return tuple(out)
 
@@ -280,3 +287,10 @@ class Scheduler:
         if now < wake < inf and wake != self._armed:
             self._armed = wake
             self._books.out.append(SetTimer(wake))
+
+
+def _no_event(given: object, known: Iterable[type[Any]]) -> InvalidInputError:
+    names = ", ".join(sorted(kind.__name__ for kind in known))
+    return InvalidInputError(
+        "the core was handed something that is no event", expected=f"one of {names}", got=repr(given)
+    )

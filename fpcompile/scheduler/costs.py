@@ -82,6 +82,10 @@ class CostTable:
     def __post_init__(self) -> None:
         if not self.segments:
             raise CostFileError("a cost table is empty", expected="at least one segment", got="none")
+        for name in _NUMBERS:
+            _seconds_or_bytes(vars(self), name)
+        if not self.seconds(1) > 0:
+            raise CostFileError("all costs are zero", expected="a prompt that takes time", got="0 s")
 
     @classmethod
     def from_segments(
@@ -160,17 +164,14 @@ def table_from_json(data: Any) -> CostTable:
             segments += [_row(inner, layers) for inner in row["segments"]]
             layers += 1
     numbers = {key: _seconds_or_bytes(data, key) for key in _NUMBERS}
-    table = CostTable(
+    return CostTable(
         tuple(segments), name=str(data.get("name", "unnamed")), source=str(data.get("source", "")), **numbers
     )
-    if not table.seconds(1) > 0:
-        raise CostFileError("all costs are zero", expected="a prompt that takes time", got="0 s")
-    return table
 
 
 def _seconds_or_bytes(data: Mapping[str, Any], key: str) -> float:
     value = data.get(key, 0.0)
-    if not isinstance(value, int | float) or not 0 <= value < inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < inf:
         raise CostFileError(f"field {key!r}", expected="a finite number >= 0", got=repr(value))
     return float(value)
 

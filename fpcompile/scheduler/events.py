@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 from math import inf, isfinite
+from numbers import Integral, Real
 
 from fpcompile.errors import InvalidInputError
 from fpcompile.scheduler.future import Growing
@@ -49,6 +50,14 @@ def _bad(where: str, field: str, expected: str, got: object) -> InvalidInputErro
     return InvalidInputError(f"{where}.{field} is wrong", expected=expected, got=repr(got))
 
 
+def _number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One prefill that somebody waits for.
@@ -74,22 +83,23 @@ class Request:
     decode_tokens: int = 0
 
     def __post_init__(self) -> None:
-        if not self.id:
-            raise _bad("Request", "id", "a non-empty string", self.id)
-        if not isfinite(self.arrival):
-            raise _bad("Request", "arrival", "finite seconds", self.arrival)
-        if not self.deadline > -inf:
-            raise _bad("Request", "deadline", "seconds, or inf for none", self.deadline)
-        if self.tokens < 1:
-            raise _bad("Request", "tokens", "at least 1", self.tokens)
-        if not 0 <= self.cost < inf:
-            raise _bad("Request", "cost", "finite seconds >= 0", self.cost)
-        if not self.slo > 0:
-            raise _bad("Request", "slo", "seconds > 0, or inf for none", self.slo)
-        if self.kv_blocks < 0:
-            raise _bad("Request", "kv_blocks", "blocks >= 0", self.kv_blocks)
-        if self.decode_tokens < 0:
-            raise _bad("Request", "decode_tokens", "tokens >= 0", self.decode_tokens)
+        name: object = self.id
+        arrival, deadline, cost, slo = self.arrival, self.deadline, self.cost, self.slo
+        for field, good, expected in (
+            ("id", isinstance(name, str) and name != "", "a non-empty string"),
+            ("arrival", _number(arrival) and isfinite(arrival), "finite seconds"),
+            ("deadline", _number(deadline) and deadline > -inf, "seconds, or inf for none"),
+            ("tokens", _whole(self.tokens) and self.tokens >= 1, "a whole number >= 1"),
+            ("cost", _number(cost) and 0 <= cost < inf, "finite seconds >= 0"),
+            ("slo", _number(slo) and slo > 0, "seconds > 0, or inf for none"),
+            ("priority", _whole(self.priority), "a whole number, higher first"),
+            ("tenant", isinstance(self.tenant, str), "a string"),
+            ("klass", isinstance(self.klass, str), "a string"),
+            ("kv_blocks", _whole(self.kv_blocks) and self.kv_blocks >= 0, "a whole number >= 0"),
+            ("decode_tokens", _whole(self.decode_tokens) and self.decode_tokens >= 0, "a whole number >= 0"),
+        ):
+            if not good:
+                raise _bad("Request", field, expected, getattr(self, field))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +113,11 @@ class Arrival:
     time: float
     request: Request
     again: bool = False
+
+    def __post_init__(self) -> None:
+        request: object = self.request
+        if not isinstance(request, Request):
+            raise _bad("Arrival", "request", "a Request", request)
 
 
 @dataclass(frozen=True, slots=True)

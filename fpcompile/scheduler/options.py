@@ -6,13 +6,16 @@ Every time is in seconds.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from math import inf
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from fpcompile.errors import InvalidInputError
 
 __all__ = ["SchedulerOptions", "make_options"]
+
+_WHOLE = ("kv_blocks", "block_tokens", "max_segments", "pack")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +60,10 @@ class SchedulerOptions:
             if isinstance(field.default, bool):
                 need(field.name, isinstance(value, bool), "a bool")
                 continue
-            number = isinstance(value, Real) and not isinstance(value, bool)
-            need(field.name, number or (value is None and field.default is None), "a number")
+            kind, expected = (Integral, "a whole number") if field.name in _WHOLE else (Real, "a number")
+            number = isinstance(value, kind) and not isinstance(value, bool)
+            none = ", or None" if field.default is None else ""
+            need(field.name, number or (value is None and bool(none)), expected + none)
         need("max_queue_s", self.max_queue_s > 0, "seconds > 0")
         need("kv_blocks", self.kv_blocks is None or self.kv_blocks > 0, "blocks > 0, or None")
         need("block_tokens", self.block_tokens >= 0, "tokens >= 0")
@@ -71,11 +76,22 @@ class SchedulerOptions:
 
 
 def make_options(base: SchedulerOptions | None, changes: dict[str, Any]) -> SchedulerOptions:
-    """``base`` with ``changes``; an unknown option raises and lists the legal ones."""
-    known = [field.name for field in fields(SchedulerOptions)]
-    unknown = sorted(set(changes) - set(known))
-    if unknown:
+    """``base`` with ``changes``; an unknown one raises :class:`InvalidInputError` with the legal ones."""
+    given: Any = base
+    if given is not None and not isinstance(given, SchedulerOptions):
         raise InvalidInputError(
-            f"unknown scheduler option {unknown[0]!r}", expected=f"one of {', '.join(known)}", got=unknown[0]
+            "options is no SchedulerOptions",
+            expected="SchedulerOptions(...), or None",
+            got=repr(given),
+            remedy="pass single options by name: Scheduler(policy, max_queue_s=2.0)",
+        )
+    known = [field.name for field in fields(SchedulerOptions)]
+    for name in sorted(set(changes) - set(known)):
+        near = get_close_matches(name, known, n=1)
+        raise InvalidInputError(
+            f"unknown scheduler option {name!r}",
+            expected=f"one of {', '.join(known)}",
+            got=name,
+            remedy=f"did you mean {near[0]!r}?" if near else None,
         )
     return replace(base or SchedulerOptions(), **changes)

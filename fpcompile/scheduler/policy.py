@@ -29,13 +29,14 @@ Invariants
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
-from fpcompile.errors import InvalidInputError
+from fpcompile.errors import InvalidInputError, UnknownNameError
 from fpcompile.scheduler.batching import Batching
 from fpcompile.scheduler.errors import UnknownPolicyError
 from fpcompile.scheduler.job import RequestView
@@ -52,9 +53,17 @@ __all__ = [
     "make_policy",
     "policy_names",
     "register",
+    "whole",
 ]
 
 Unit = Literal["model", "layers", "half-layer", "operator", "tile", "tokens"]
+
+
+def whole(what: str, value: object, least: int = 1) -> int:
+    """``value``, a whole number >= ``least``; else :class:`InvalidInputError` about ``what``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InvalidInputError(what, expected=f"a whole number >= {least}", got=repr(value))
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +78,11 @@ class Grain:
     unit: Unit = "operator"
     size: int = 0
     synchronises: bool = False
+
+    def __post_init__(self) -> None:
+        if self.unit not in get_args(Unit):
+            raise UnknownNameError("unit of a grain", self.unit, known=get_args(Unit))
+        whole(f"the size of a grain of unit {self.unit!r}", self.size, 1 if self.unit == "tile" else 0)
 
 
 class Policy:
@@ -126,6 +140,9 @@ class RankingPolicy(Policy, ABC):
         ``views`` holds every waiting and paused run, and the one on the device if there is one.
         """
 
+    def retimed(self, now: float) -> None:
+        """From now on all that is left of runs takes another time, beside more or fewer decode steps."""
+
     def last_first(self, views: Sequence[RequestView], now: float) -> list[str]:
         """Request ids of these runs, last in line first: for moving memory. Must change nothing."""
         return [view.request.id for view in sorted(views, key=lambda view: (-view.deadline, -view.sequence))]
@@ -163,6 +180,14 @@ _REGISTRY: dict[str, Callable[..., Policy]] = {}
 
 def register(name: str) -> Callable[[_P], _P]:
     """Decorator: make a policy known under ``name``; returns its item, refuses duplicates."""
+    given: Any = name
+    if not isinstance(given, str) or not given or set(given) & set(":,;= "):
+        raise InvalidInputError(
+            "a policy is registered under a wrong name",
+            expected="a text without colon, comma, semicolon, equals sign and space",
+            got=repr(given),
+            remedy='@register("my-policy")',
+        )
 
     def put(factory: _P) -> _P:
         if name in _REGISTRY:
@@ -182,24 +207,26 @@ def policy_names() -> tuple[str, ...]:
 def make_policy(spec: Policy | str) -> Policy:
     """A fresh policy from its text form, for example ``"s-edf"``, ``"chunked:512,edf"``, ``"vllm:2048,512"``.
 
-    A policy that is given passes through. Raises :class:`UnknownPolicyError` listing the legal names, or
+    A policy that is given passes through. Hyphens in the names of options are underscores, but not where any
+    name will do, such as a tenant of `wfq`. Raises :class:`UnknownPolicyError` listing the legal names, or
     :class:`fpcompile.errors.InvalidInputError` when the arguments do not fit.
     """
     if isinstance(spec, Policy):
         return spec
+    given: Any = spec
+    if isinstance(given, type):
+        raise InvalidInputError(
+            "a policy is a class",
+            expected="an instance, or a registered name",
+            got=given.__name__,
+            remedy=f"{given.__name__}()",
+        )
     _load()
     name, _, arguments = str(spec).partition(":")
     factory = _REGISTRY.get(name)
     if factory is None:
         raise UnknownPolicyError(spec, known=_REGISTRY)
-    positional: list[int | float | str] = []
-    named: dict[str, int | float | str] = {}
-    for part in filter(None, (text.strip() for text in arguments.split(","))):
-        option, equals, value = part.partition("=")
-        if equals:
-            named[option.replace("-", "_")] = _value(value)
-        else:
-            positional.append(_value(part))
+    positional, named = _arguments(factory, arguments)
     try:
         policy = factory(*positional, **named)
     except TypeError as error:
@@ -210,7 +237,30 @@ def make_policy(spec: Policy | str) -> Policy:
     return policy
 
 
-def _value(text: str) -> int | float | str:
+_Value = int | float | str
+
+
+def _arguments(factory: Callable[..., Policy], text: str) -> tuple[list[_Value], dict[str, _Value]]:
+    """``512,edf,late_share=0.1``: the arguments without a name, and those with one."""
+    parameters = inspect.signature(factory).parameters.values()
+    any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    positional: list[_Value] = []
+    named: dict[str, _Value] = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        option, equals, value = part.partition("=")
+        if not equals:
+            positional.append(_value(part))
+            continue
+        name = option if any_name else option.replace("-", "_")
+        if name in named:
+            raise InvalidInputError(
+                f"option {option!r} of a policy is given twice", expected="each option once", got=text
+            )
+        named[name] = _value(value)
+    return positional, named
+
+
+def _value(text: str) -> _Value:
     for kind in (int, float):
         try:
             return kind(text)
@@ -220,8 +270,6 @@ def _value(text: str) -> int | float | str:
 
 
 def _usage(factory: Callable[..., Policy]) -> str:
-    import inspect
-
     return str(inspect.signature(factory)).replace(" -> None", "")
 
 

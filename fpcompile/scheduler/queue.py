@@ -230,6 +230,9 @@ class RankedQueue(Queue):
     def rejects(self) -> list[tuple[str, str]]:
         return self._policy.rejects()
 
+    def reorder(self, now: float) -> None:
+        self._policy.retimed(now)
+
     def wake(self, now: float) -> float:
         return self._policy.wake(now)
 

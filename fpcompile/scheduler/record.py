@@ -63,6 +63,9 @@ _TYPES = {
     )
 }  # fmt: skip
 
+_JSON: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float)}
+"""What a field of such a type may be in a log."""
+
 Step = tuple[tuple[Event, ...], tuple[Command, ...]]
 
 
@@ -182,6 +185,10 @@ def _value(data: dict[str, Any]) -> Any:
             made[key] = tuple(made[key])
     if "growing" in made:
         made["growing"] = tuple((blocks, tokens) for blocks, tokens in made["growing"])
+    for field in fields(kind):
+        wanted = _JSON.get(str(field.type))
+        if wanted is not None and field.name in made and not isinstance(made[field.name], wanted):
+            raise TypeError(f"{kind.__name__}.{field.name} is {made[field.name]!r}")
     return kind(**made)
 
 
@@ -200,7 +207,7 @@ def read_log(path: str | Path) -> Log:
     source = Path(path)
     try:
         text = source.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise InvalidInputError("cannot read the log", got=str(error), where=str(source)) from error
     steps: list[Step] = []
     predictions: list[tuple[float, ...]] = []
@@ -224,7 +231,7 @@ def read_log(path: str | Path) -> Log:
             events = tuple(_value(item) for item in data["events"])
             steps.append((events, tuple(_value(item) for item in data["commands"])))
             predictions.append(tuple(float(item) for item in data.get("predictions", ())))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise TraceError(
                 "a log line cannot be read",
                 path=source,
@@ -325,6 +332,7 @@ def outcomes_of(log: Log) -> list[Outcome]:
     """What really became of each request, in order of arrival; those that never ended count as not served.
 
     So do those that were cancelled before their end, whether or not what they shared a launch with went on.
+    Raises :class:`InvalidInputError` where events and commands of the log do not belong together.
     """
     requests = {request.id: request for request in requests_of(log)}
     started: dict[str, float] = {}
@@ -335,6 +343,8 @@ def outcomes_of(log: Log) -> list[Outcome]:
     left = {name: request.tokens for name, request in requests.items()}
     reasons: dict[str, str] = {}
     for event, commands in _flat(log):
+        if isinstance(event, Yielded | Completed) and event.run not in launched:
+            raise _torn_apart(f"{type(event).__name__} of {event.run!r}", "a Launch of that run before")
         if isinstance(event, Yielded | Completed) and (launch := launched[event.run]).tokens is not None:
             for name, tokens in zip(launch.requests, launch.tokens, strict=True):
                 left[name] -= tokens
@@ -349,6 +359,8 @@ def outcomes_of(log: Log) -> list[Outcome]:
             reasons.setdefault(event.request, "cancelled")
         for command in commands:
             if isinstance(command, Launch):
+                if unknown := sorted(set(command.requests) - set(requests)):
+                    raise _torn_apart(f"Launch of {unknown[0]!r}", "an Arrival of that request before")
                 launched[command.run] = command
                 asked = ""
                 for name in command.requests:
@@ -367,6 +379,15 @@ def outcomes_of(log: Log) -> list[Outcome]:
         )
         for name, request in requests.items()
     ]
+
+
+def _torn_apart(got: str, expected: str) -> InvalidInputError:
+    return InvalidInputError(
+        "events and commands of the log do not belong together",
+        expected=expected,
+        got=got,
+        remedy="take a log as it was written: Engine(record=FILE)",
+    )
 
 
 def _flat(log: Log) -> Iterator[tuple[Event, tuple[Command, ...]]]:

@@ -12,6 +12,7 @@ from typing import Any
 from fpcompile.errors import InvalidInputError, UnknownNameError
 from fpcompile.scheduler.costs import CostTable
 from fpcompile.scheduler.events import Request
+from fpcompile.scheduler.policy import whole
 from fpcompile.scheduler.simulator import SimulationResult, simulate
 
 __all__ = ["ROUTERS", "least_work", "round_robin", "simulate_replicas"]
@@ -51,11 +52,21 @@ def simulate_replicas(
     router: str = "least-work",
     **options: Any,
 ) -> list[SimulationResult]:
-    """One result per replica; ``policy`` is a spec, so that each replica gets its own instance."""
+    """One result per replica; ``policy`` is a spec, so that each replica gets its own instance.
+
+    ``options`` are those of :func:`simulate`. Raises :class:`UnknownNameError` for a router,
+    :class:`InvalidInputError` for what else is wrong.
+    """
     if router not in ROUTERS:
         raise UnknownNameError("router", router, known=ROUTERS)
-    if replicas < 1:
-        raise InvalidInputError("replicas", expected=">= 1", got=repr(replicas))
+    whole("replicas", replicas)
+    spec: Any = policy
+    if not isinstance(spec, str):
+        raise InvalidInputError(
+            "a policy of replicas is a spec, for each has its own instance",
+            expected="a registered name with its arguments, such as 's-edf'",
+            got=repr(spec),
+        )
     places = ROUTERS[router](requests, replicas)
     parts: list[list[Request]] = [[] for _ in range(replicas)]
     for request, place in zip(requests, places, strict=True):

@@ -18,11 +18,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from itertools import pairwise
 from math import inf
 from time import perf_counter
 from typing import Any
 
-from fpcompile.errors import InternalError
+from fpcompile.errors import InternalError, InvalidInputError
 from fpcompile.scheduler.core import Scheduler
 from fpcompile.scheduler.costs import CostTable
 from fpcompile.scheduler.events import (
@@ -85,6 +86,7 @@ class SimulationResult:
     scheduler_s: float = 0.0
     peak_waiting: int = 0
     peak_paused_tokens: int = 0
+    """The most tokens of paused runs that were on the device at once; evicted ones are not."""
 
 
 @dataclass(slots=True)
@@ -110,7 +112,8 @@ class Simulator:
     modelled.
     ``evict_s`` and ``restore_s``: seconds per cache block moved. ``time_decisions`` measures ``handle`` by
     the wall clock (the only use of a clock, and it changes no decision). ``log`` sees every event with its
-    commands.
+    commands. ``core``: in place of a fresh one; it has its ``options`` already. Raises
+    :class:`InvalidInputError` for wrong ones.
     """
 
     def __init__(
@@ -130,8 +133,15 @@ class Simulator:
         **options: Any,
     ) -> None:
         chosen = make_policy(policy)
-        options.setdefault("move_s", evict_s + restore_s)
-        self.core = core or Scheduler(chosen, predictor=CostPredictor(table), **options)
+        _check(table, decode_step, evict_s=evict_s, restore_s=restore_s, decode_s=decode_s)
+        if core is None:
+            options.setdefault("move_s", evict_s + restore_s)
+            core = Scheduler(chosen, predictor=CostPredictor(table), **options)
+        elif options:
+            raise InvalidInputError(
+                "options of a core that is made already", expected="core= or options", got=", ".join(options)
+            )
+        self.core = core
         self.table = table
         self.result = SimulationResult()
         self._timelines = Timelines(table, self.core.policy.grain)
@@ -164,7 +174,11 @@ class Simulator:
         self._timer = inf
 
     def run(self, requests: Sequence[Request]) -> SimulationResult:
-        """Simulate until every request has ended. Requests must be sorted by arrival."""
+        """Simulate until every request has ended. Requests must be sorted by arrival, each with its own id.
+
+        Raises :class:`InvalidInputError` for others, :class:`EventOrderError` for an id that comes twice.
+        """
+        _check_requests(requests)
         self._requests = {request.id: request for request in requests}
         arrivals = [*requests]
         index, count = 0, len(arrivals)
@@ -230,8 +244,10 @@ class Simulator:
             request = self._requests[command.request]
             self._done[request.id] = Outcome(request, None, None, 0, command.reason)
         else:
-            blocks = sum(r.kv_blocks for r in self._runs[command.run].requests)
-            self.result.evictions += isinstance(command, Evict)
+            members, evicted = self._runs[command.run].requests, isinstance(command, Evict)
+            blocks, tokens = sum(r.kv_blocks for r in members), sum(r.tokens for r in members)
+            self._paused_tokens += -tokens if evicted else tokens
+            self.result.evictions += evicted
             self._busy_until = max(self._busy_until, now) + self._move_s[type(command)] * blocks
 
     # ---- the device
@@ -355,6 +371,45 @@ class Simulator:
             events[0] = Memory(now, first.free_blocks + blocks)
         else:
             events.insert(0, Memory(now, int(self.core.memory.free) + blocks))
+
+
+def _check(table: Any, decode_step: Any, **seconds: Any) -> None:
+    """Raise :class:`InvalidInputError` for the first argument of a simulator that is wrong."""
+    if not isinstance(table, CostTable):
+        raise InvalidInputError(
+            "table is no cost table",
+            expected="a CostTable: profile(), load_costs(path), CostTable.from_segments(...)",
+            got=repr(table),
+        )
+    if not isinstance(decode_step, tuple) or len(decode_step) != 2:
+        raise InvalidInputError(
+            "decode_step of a simulation",
+            expected="(seconds of a step, seconds more for each request in it)",
+            got=repr(decode_step),
+        )
+    fixed, each = decode_step
+    for name, value in {**seconds, "decode_step[0]": fixed, "decode_step[1]": each}.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < inf:
+            raise InvalidInputError(
+                f"{name} of a simulation", expected="finite seconds >= 0", got=repr(value)
+            )
+
+
+def _check_requests(requests: Any) -> None:
+    given = requests if isinstance(requests, Sequence) else [requests]
+    for request in given:
+        if not isinstance(request, Request):
+            raise InvalidInputError(
+                "a simulation serves requests", expected="a sequence of Request", got=repr(request)
+            )
+    for before, behind in pairwise(requests):
+        if behind.arrival < before.arrival:
+            raise InvalidInputError(
+                "the requests are not sorted by arrival",
+                expected=f"{behind.id!r} not before {before.arrival!r} s",
+                got=f"{behind.arrival!r} s",
+                remedy="sorted(requests, key=lambda request: request.arrival)",
+            )
 
 
 def simulate(

@@ -43,6 +43,11 @@ class ClassBook:
         self._seen += 1
         self.attainment += (met - self.attainment) / min(self._memory, self._seen + _PRIOR)
 
+    def forgive(self) -> None:
+        """A miss that was learnt, the last one or one of the last, does not come true."""
+        weight = 1 / max(min(self._memory, self._seen + _PRIOR), 2)
+        self.attainment = min(self.attainment / (1 - weight), 1.0)
+
     def harm(self, strength: float) -> float:
         """Relative harm of one more miss: 1 a little above the target, more below it, less far above."""
         need = (TARGET + 0.02 - self.attainment) / (1 - TARGET)

@@ -3,6 +3,7 @@
 At each event it looks at all waiting and paused requests with their exact remaining times.
 
 1. *Late* requests, those that could not meet their deadline even if they had the device at once, are apart.
+   They come back when decode steps leave more of the device to prefills, and there is time for them again.
 2. Moore-Hodgson's rule over the others: in deadline order, when the next one would be late, set the one that
    frees the most device time aside. What is accepted runs earliest deadline first, and all of it is in time.
    With everything present and one class, this maximises the number in time (Moore 1968).
@@ -18,7 +19,8 @@ At each event it looks at all waiting and paused requests with their exact remai
 7. Late requests share ``late_share`` of the device time, first come, first served, in turns of 20 to 40 ms,
    and otherwise run only when the device would be idle; idle time that they got counts towards their share.
 
-Cost: O(n log n) per event for n requests that are not late; late ones cost nothing per event.
+Cost: O(n log n) per event for n requests that are not late; late ones cost nothing, but when the share of
+decode steps changes.
 What would change this: costs that are revealed late, or many devices behind one queue.
 """
 
@@ -33,7 +35,7 @@ from fpcompile.errors import InvalidInputError
 from fpcompile.scheduler.batching import slo_batching
 from fpcompile.scheduler.job import RequestView
 from fpcompile.scheduler.policies.bookkeeping import ClassBook, LateShare
-from fpcompile.scheduler.policy import Grain, RankingPolicy, register
+from fpcompile.scheduler.policy import Grain, RankingPolicy, register, whole
 from fpcompile.scheduler.states import State
 
 __all__ = ["MooreHodgson"]
@@ -72,16 +74,17 @@ class MooreHodgson(RankingPolicy):
         ):
             if not 0 <= value < most:
                 raise InvalidInputError(f"policy option {name}", expected=f"in [0, {most})", got=repr(value))
-        if memory < 1 or budget_us < 1 or pack < 0 or not patience > 0:
-            raise InvalidInputError(
-                "policy option", expected="memory, budget_us >= 1, pack >= 0, patience > 0"
-            )
+        for name, value, least in (("memory", memory, 1), ("pack", pack, 0), ("budget_us", budget_us, 1)):
+            whole(f"policy option {name}", value, least)
+        if not patience > 0:
+            raise InvalidInputError("policy option patience", expected="seconds > 0", got=repr(patience))
         self.grain = Grain("tile", budget_us)
         self.batching = slo_batching(pack) if pack else None
         self._balance, self._foresight, self._memory, self._patience = balance, foresight, memory, patience
         self._live: list[tuple[float, int, RequestView]] = []
         self._place: dict[str, tuple[float, int]] = {}
         self._late: dict[str, RequestView] = {}
+        self._missed: set[str] = set()  # of the late ones, those that were learnt as a miss
         self._share = LateShare(late_share)
         self._books: dict[str, ClassBook] = {}
         self._running: RequestView | None = None
@@ -99,8 +102,7 @@ class MooreHodgson(RankingPolicy):
             self._put_late(view, now)  # not even alone: served, but not counted
             return
         book.arrived(view.remaining(now), request.slo, now)
-        self._place[request.id] = (view.deadline, view.sequence)
-        insort(self._live, (view.deadline, view.sequence, view))
+        self._put_live(view)
 
     def joined(self, view: RequestView, lead: RequestView, now: float) -> None:
         self._forget(view)
@@ -122,11 +124,30 @@ class MooreHodgson(RankingPolicy):
     def _forget(self, view: RequestView) -> bool:
         """Take a request out of the order; whether it was not late."""
         if self._late.pop(view.request.id, None) is not None:
+            self._missed.discard(view.request.id)
             return False
         place = self._place.pop(view.request.id, None)
         if place is not None:
             del self._live[bisect_left(self._live, place)]
         return True
+
+    def retimed(self, now: float) -> None:
+        back = [v for v in self._late.values() if now + v.remaining(now) <= v.deadline + _EPSILON]
+        if not back:
+            return
+        self._share.spend(now, waiting=True)
+        for view in back:
+            if view.request.id in self._missed:
+                self._books[view.request.klass].forgive()
+            self._forget(view)
+            self._put_live(view)
+            if view is self._running:
+                self._share.begin(now, late=False)
+        self._hopeless = [(view, why) for view, why in self._hopeless if view.request.id in self._late]
+
+    def _put_live(self, view: RequestView) -> None:
+        self._place[view.request.id] = (view.deadline, view.sequence)
+        insort(self._live, (view.deadline, view.sequence, view))
 
     def _put_late(self, view: RequestView, now: float) -> None:
         if self._patience < inf and view.state is not State.RUNNING and not view.started:
@@ -221,6 +242,7 @@ class MooreHodgson(RankingPolicy):
         for view in missed:
             self._forget(view)
             self._put_late(view, now)
+            self._missed.add(view.request.id)
             self._books[view.request.klass].learn(False)
         if aside:
             gone = {view.sequence for view in aside}

@@ -28,6 +28,7 @@ from fpcompile.scheduler.policy import (
     StepView,
     make_policy,
     register,
+    whole,
 )
 from fpcompile.scheduler.states import State
 
@@ -69,18 +70,12 @@ class _Ordered(KeyedPolicy):
         self._inner.ended(view, outcome, now)
 
 
-def _positive(what: str, value: object) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise InvalidInputError(what, expected="a whole number >= 1", got=repr(value))
-    return value
-
-
 @register("chunked")
 class Chunked(_Ordered):
     """A prompt is executed in chunks of ``tokens``; another request may go first between two chunks."""
 
     def __init__(self, tokens: int = 512, order: str = "fcfs") -> None:
-        super().__init__(order, Grain("tokens", _positive("chunk size", tokens)))
+        super().__init__(order, Grain("tokens", whole("chunk size", tokens)))
 
 
 @register("layered")
@@ -88,7 +83,7 @@ class Layered(_Ordered):
     """A prompt is executed in ``groups`` of layers (0: 1, 2, 4, 8 or 16 by its length, as published)."""
 
     def __init__(self, groups: int = 0, order: str = "fcfs") -> None:
-        super().__init__(order, Grain("layers", groups if groups == 0 else _positive("groups", groups)))
+        super().__init__(order, Grain("layers", whole("groups", groups, 0)))
 
 
 @register("flowprefill-published")
@@ -116,12 +111,11 @@ class Vllm(StepPolicy):
     ``threshold`` bounds the tokens that one prompt may take of a step; 0 is no bound.
     """
 
-    grain = Grain("tokens")
     eviction = False
 
     def __init__(self, tokens: int = 2048, threshold: int = 0) -> None:
-        self.tokens = _positive("token budget", tokens)
-        self.threshold = _positive("threshold", threshold) if threshold else self.tokens
+        self.tokens = whole("token budget", tokens)
+        self.threshold = whole("threshold", threshold, 0) or self.tokens
         self.grain = Grain("tokens", self.tokens)
 
     def compose(self, views: Sequence[StepView], now: float) -> list[tuple[str, int]]:

@@ -12,6 +12,7 @@ from fpcompile.errors import InvalidInputError
 from fpcompile.scheduler import (
     Arrival,
     Completed,
+    Decoding,
     KeyedPolicy,
     Launch,
     RankingPolicy,
@@ -24,6 +25,7 @@ from fpcompile.scheduler import (
 from fpcompile.scheduler.bound import attainment_bound
 from fpcompile.scheduler.events import Command, Event, Yielded
 from fpcompile.scheduler.goodput import attainment, highest_rate, percentile
+from fpcompile.scheduler.policies.hodgson import MooreHodgson
 from fpcompile.scheduler.simulator import Simulator, simulate
 from fpcompile.scheduler.synthetic import synthetic_trace
 from fpcompile.scheduler.workload import requests_at
@@ -141,6 +143,23 @@ def test_hopeless_late_requests_can_be_rejected_early() -> None:
     requests = [job("a", 0.0, 20.0, 10.0), *[job(f"late{i}", 0.1, 0.2, 1.0) for i in range(3)]]
     log = run_all("fpcompile:patience=30", requests)
     assert [line for line in log if "reject" in line] == ["0.1 reject late2"]
+
+
+@pytest.mark.parametrize("known_before", [True, False])
+def test_who_is_late_beside_decode_steps_is_so_no_longer_when_those_end(known_before: bool) -> None:
+    core = Scheduler("fpcompile:late_share=0")
+    core.handle(Arrival(0.0, job("first", 0.0, 3.0, 1.0, klass="x")))
+    second = Arrival(0.1, job("second", 0.1, 4.0, 1.0, klass="x"))
+    decoding = Decoding(0.1, 0.9)
+    core.handle_all([second, decoding] if known_before else [decoding, second])
+    assert core.jobs["second"].remaining(0.1) == pytest.approx(10.0), "neither could be in time like that"
+    core.handle(Decoding(0.2, 0.0))
+    core.handle(Arrival(0.3, job("other", 0.3, 30.0, 1.0, klass="y")))
+    assert core.handle(Completed(1.2, "first")) == (Launch("second", ("second",)),), "not a late one any more"
+    core.handle(Completed(2.2, "second"))
+    policy = core.policy
+    assert isinstance(policy, MooreHodgson)
+    assert policy._books["x"].attainment > 0.9, "nobody missed"
 
 
 @pytest.mark.parametrize(

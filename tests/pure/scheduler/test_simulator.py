@@ -158,6 +158,18 @@ def test_eviction_and_restoring_take_their_time() -> None:
     assert second[0] - first[0] == pytest.approx(8 * 0.03)
 
 
+def test_what_is_evicted_is_not_paused_on_the_device() -> None:
+    requests = [
+        job("a", 0.0, 50.0, 5.0, kv_blocks=6),
+        job("b", 1.0, 20.0, 3.0, kv_blocks=6),
+        job("c", 2.0, 5.0, 0.5, kv_blocks=4),
+    ]
+    roomy = simulate("chunked:10,edf", requests, LINEAR)
+    tight = simulate("chunked:10,edf", requests, LINEAR, kv_blocks=10)
+    assert (roomy.evictions, roomy.peak_paused_tokens) == (0, 800), "a and b wait for c"
+    assert (tight.evictions, tight.peak_paused_tokens) == (1, 500), "a is away by then"
+
+
 def test_generating_requests_hold_their_blocks_while_they_decode() -> None:
     requests = [
         job("a", 0.0, 99.0, 1.0, kv_blocks=8, decode_tokens=10),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fpcompile.cli.guard import quiet, remedied
+from fpcompile.serving import bench_cli, bench_serve_cli
+from fpcompile.serving.coverage import coverage
+from fpcompile.serving.server.command import serve
 
 __all__ = ["app", "main"]
 
@@ -107,43 +109,21 @@ def explain(
         typer.echo(program.explain(tokens=tokens))
 
 
-def _mount_benchmarks() -> None:
-    """``fpcompile bench`` and ``fpcompile replay``, which the serving layer brings."""
-    name = "fpcompile.serving.bench_cli"
-    if importlib.util.find_spec(name) is not None:
-        module = importlib.import_module(name)
-        importlib.import_module("fpcompile.serving.bench_serve_cli")
-        app.add_typer(module.app, name="bench")
-        app.command("replay")(module.replay)
+def _mount(name: str, function: Callable[..., None]) -> None:
+    """A command that the serving layer brings, with its errors in one line."""
 
-
-def _mount_coverage() -> None:
-    """``fpcompile coverage``, which the serving layer brings."""
-    from fpcompile.serving.coverage import coverage
-
-    @functools.wraps(coverage)
+    @functools.wraps(function)
     def command(*args: Any, **kwargs: Any) -> None:
         with quiet(), remedied():
-            coverage(*args, **kwargs)
+            function(*args, **kwargs)
 
-    app.command("coverage")(command)
-
-
-def _mount_server() -> None:
-    """``fpcompile serve``, which the serving layer brings."""
-    from fpcompile.serving.server.command import serve
-
-    @functools.wraps(serve)
-    def command(*args: Any, **kwargs: Any) -> None:
-        with quiet(), remedied():
-            serve(*args, **kwargs)
-
-    app.command("serve")(command)
+    app.command(name)(command)
 
 
-_mount_benchmarks()
-_mount_coverage()
-_mount_server()
+app.add_typer(bench_serve_cli.app, name="bench")  # of bench_cli, with the command that it adds
+app.command("replay")(bench_cli.replay)
+_mount("coverage", coverage)
+_mount("serve", serve)
 
 
 def main() -> None:

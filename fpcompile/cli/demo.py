@@ -30,9 +30,11 @@ from fpcompile.cli.demo_values import DemoOptions, DemoResult, Outcome, PolicyRu
 from fpcompile.cli.interleave import Spread, interleave, ratio
 from fpcompile.cli.load import describe, forward_arguments, load_config, load_model, random_ids
 from fpcompile.engine.engine import Engine
-from fpcompile.errors import InvalidInputError
+from fpcompile.errors import InvalidInputError, UnknownNameError
 from fpcompile.executor.device import make_device
 from fpcompile.executor.packed import position_limit
+from fpcompile.executor.program import check_budget
+from fpcompile.ir import Granularity
 from fpcompile.scheduler import make_policy
 from fpcompile.scheduler.policy import StepPolicy
 
@@ -94,6 +96,9 @@ def run_demo(options: DemoOptions, stages: Stages) -> DemoResult:
 
 
 def _check(options: DemoOptions) -> None:
+    check_budget(options.max_blocking_ms)
+    if options.granularity not in list(Granularity):
+        raise UnknownNameError("granularity", options.granularity, known=[str(g) for g in Granularity])
     policy = make_policy(options.policy)
     if isinstance(policy, StepPolicy) or policy.grain.unit == "tokens" or policy.batching is not None:
         raise InvalidInputError(

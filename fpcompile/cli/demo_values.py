@@ -17,7 +17,8 @@ __all__ = ["DemoOptions", "DemoResult", "Outcome", "PolicyRun", "Prompt"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DemoOptions:
-    """What the command line asks for. ``urgent_slo`` in seconds; None: see :func:`urgent_slo`.
+    """What the command line asks for. ``urgent_slo`` in seconds; None: as
+    :meth:`fpcompile.cli.demo_times.Speed.urgent_slo` finds it.
 
     With ``max_blocking_ms`` segments run in tiles, by other kernels than the model's: bits may then differ.
     """

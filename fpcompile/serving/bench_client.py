@@ -52,6 +52,16 @@ class Endpoint:
     timeout: float = 600.0
     ignore_eos: bool = False
 
+    def __post_init__(self) -> None:
+        try:
+            url = httpx.URL(self.url)
+        except httpx.InvalidURL:
+            url = httpx.URL("")
+        if url.scheme not in ("http", "https") or not url.host:
+            raise UsageError(
+                "the server's address cannot be read", expected="http://HOST:PORT", got=repr(self.url)
+            )
+
     @property
     def path(self) -> str:
         """Of the endpoint, behind the server's address."""

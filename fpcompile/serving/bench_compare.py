@@ -67,7 +67,8 @@ def compare(report: dict[str, Any], cells: Sequence[Compared]) -> dict[str, Any]
             "attainment": bool(low) and all(abs(row["overall_difference"]) <= ATTAINMENT for row in low),
             "attainment_of_every_class": bool(low)
             and all(abs(v) <= ATTAINMENT for row in low for v in row["class_difference"].values()),
-            "mean_ttft": bool(low) and all(abs(row["ttft_ratio"] - 1) <= TTFT for row in low),
+            "mean_ttft": bool(low)
+            and all(row["ttft_ratio"] is not None and abs(row["ttft_ratio"] - 1) <= TTFT for row in low),
             "goodput": all(ratio is not None and abs(ratio - 1) <= GOODPUT for ratio in ratios),
         },
     }
@@ -77,7 +78,7 @@ def _row(
     policy: str, rate: float, load: float, real: Sequence[Outcome], simulated: Sequence[Outcome]
 ) -> dict[str, Any]:
     a, b = attainment(real), attainment(simulated)
-    ttft = [fmean(o.ttft for o in found if o.ttft is not None) for found in (real, simulated)]
+    measured, predicted = _mean_ttft(real), _mean_ttft(simulated)
     return {
         "policy": policy,
         "rate": rate,
@@ -91,20 +92,25 @@ def _row(
         "by_class": dict(a.by_class),
         "by_class_simulated": dict(b.by_class),
         "class_difference": {klass: b.by_class[klass] - value for klass, value in a.by_class.items()},
-        "mean_ttft": ttft[0],
-        "mean_ttft_simulated": ttft[1],
-        "ttft_ratio": ttft[1] / ttft[0],
+        "mean_ttft": measured,
+        "mean_ttft_simulated": predicted,
+        "ttft_ratio": predicted / measured if measured and predicted is not None else None,
     }
 
 
 def _repeated(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     seen = attainment(outcomes) if outcomes else None
-    times = [o.ttft for o in outcomes if o.ttft is not None]
     return {
         "overall_repeated": None if seen is None else seen.overall,
         "worst_repeated": None if seen is None else seen.worst,
-        "mean_ttft_repeated": fmean(times) if times else None,
+        "mean_ttft_repeated": _mean_ttft(outcomes),
     }
+
+
+def _mean_ttft(outcomes: Sequence[Outcome]) -> float | None:
+    """Of those that were served; None when nobody was."""
+    times = [o.ttft for o in outcomes if o.ttft is not None]
+    return fmean(times) if times else None
 
 
 def _goodput(report: dict[str, Any], name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ others are given; both are named in the report.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from fpcompile.errors import InvalidInputError, UsageError
+from fpcompile.errors import InvalidInputError, UnknownNameError, UsageError
 from fpcompile.scheduler import DEFAULT_PROFILE, SLO_TABLE, CostTable, load_costs, make_policy, profile
 from fpcompile.scheduler.bound import attainment_bound
 from fpcompile.scheduler.goodput import TARGET, highest_rate
@@ -35,6 +36,7 @@ from fpcompile.scheduler.workload import TraceRow, requests_at, tile
 __all__ = [
     "DEFAULT_POLICIES",
     "bound_goodput",
+    "check_classes",
     "check_folder",
     "default_rates",
     "make_report",
@@ -83,8 +85,8 @@ def run_bench_goodput(
     bundled profile). ``slo_scales`` beyond 1.0 are run at ``slo_rate`` (None: 0.8 of the capacity).
     ``runner`` replaces the simulator by a real measurement. ``check_us`` and ``sync_us`` replace the table's
     cost of a stop point. ``bound``: add what no scheduler of one device can exceed (:func:`bound_goodput`,
-    slow, needs scipy). Raises typed errors for a bad trace, policy, rate, scale, SLO, router, option or
-    report's folder, before any run.
+    slow, needs scipy). Raises typed errors for a bad trace, policy, rate, scale, SLO, class, router, option
+    or report's folder, before any run.
     """
     check_folder(json_path)
     table = load_costs(costs) if costs is not None else profile(DEFAULT_PROFILE)
@@ -93,6 +95,7 @@ def run_bench_goodput(
     else:
         rows = read_trace(trace)
     table = _with_stop_costs(table, check_us, sync_us)
+    check_classes(slos or (), rows)
     promised = {**{klass: slo for klass, (slo, _) in SLO_TABLE.items()}, **(slos or {})}
     for name in policies:
         make_policy(name)  # fail before the long part
@@ -100,6 +103,10 @@ def run_bench_goodput(
         raise InvalidInputError("nothing to measure", expected="at least one policy and one seed")
     if bound and replicas != 1:
         raise InvalidInputError("the bound is that of one device", expected="replicas=1", got=str(replicas))
+    if bound and importlib.util.find_spec("scipy") is None:
+        raise UsageError(
+            "the bound needs scipy", got="not installed", remedy="pip install 'fpcompile[bench]'"
+        )
     setup = SweepSetup(
         tuple(rows), table, promised, num_prompts, replicas, router,
         {"time_decisions": True, **(options or {})},
@@ -134,6 +141,14 @@ def _check(setup: SweepSetup, rates: Sequence[float], scales: Sequence[float]) -
     for scale in scales:
         requests_at(two, 1.0, setup.table, setup.slos, slo_scale=scale)
     simulate_replicas("fcfs", [], setup.table, replicas=setup.replicas, router=setup.router, **setup.options)
+
+
+def check_classes(named: Iterable[str], rows: Iterable[TraceRow]) -> None:
+    """Raise :class:`UnknownNameError` for a class that is neither in the trace nor in FlowPrefill's table."""
+    known = {row.klass for row in rows} | set(SLO_TABLE)
+    for klass in named:
+        if klass not in known:
+            raise UnknownNameError("class", klass, known=known)
 
 
 def check_folder(*paths: str | Path | None) -> None:

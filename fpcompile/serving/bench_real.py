@@ -33,12 +33,14 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from fpcompile.errors import InvalidInputError, UsageError
 from fpcompile.scheduler import SLO_TABLE, CostPredictor, CostTable, Request, Scheduler, make_policy, profile
+from fpcompile.scheduler.options import make_options
 from fpcompile.scheduler.simulator import Outcome, SimulationResult, Simulator
 from fpcompile.scheduler.sweep import Cell, CellKey, SweepSetup, summary
 from fpcompile.scheduler.synthetic import synthetic_trace
@@ -166,6 +168,7 @@ def run_bench_real(
     plans = {name: plan_of(make_policy(name)) for name in policies}
     if not policies or seeds < 1:
         raise InvalidInputError("nothing to measure", expected="at least one policy and one seed")
+    _check(model, rates, minutes, rows, options)
     with RealDevice(model) as device:
         about = device.describe()
         known = {plan: _measure(device, plan, short) for plan in dict.fromkeys(plans.values())}
@@ -207,6 +210,23 @@ def run_bench_real(
     if json_path is not None:
         Path(json_path).write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def _check(
+    model: str | None,
+    rates: Sequence[float] | None,
+    minutes: float,
+    rows: Sequence[TraceRow],
+    options: Mapping[str, Any] | None,
+) -> None:
+    """Raise what would be raised otherwise when minutes have been spent on measuring."""
+    if model is not None and not Path(model).is_dir():
+        raise InvalidInputError("there is no model folder", expected="what save_pretrained writes", got=model)
+    for what, value in (("minutes", minutes), *(("rate", rate) for rate in rates or ())):
+        if not 0 < value < inf:
+            raise InvalidInputError(what, expected="a finite number > 0", got=repr(value))
+    paper_slos(rows, 1.0, lambda _: 1.0)
+    make_options(None, dict(options or {}))
 
 
 def _plan_name(plan: Plan) -> str:

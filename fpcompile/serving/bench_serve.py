@@ -30,7 +30,7 @@ from fpcompile.scheduler.synthetic import synthetic_trace
 from fpcompile.scheduler.traces import read_trace
 from fpcompile.scheduler.workload import TraceRow, requests_at, tile
 from fpcompile.serving.bench_client import Endpoint, Sent, run_load
-from fpcompile.serving.bench_goodput import make_report
+from fpcompile.serving.bench_goodput import check_classes, check_folder, make_report
 
 __all__ = ["Load", "Slo", "run_bench_serve"]
 
@@ -74,6 +74,9 @@ class Load:
             raise InvalidInputError("rates", expected="requests per second > 0", got=repr(self.rates))
         if self.num_prompts < 2 or self.seeds < 1:
             raise InvalidInputError("nothing to measure", expected="2 prompts and 1 seed at least")
+        for name in ("length_scale", "slo_scale"):
+            if not 0 < getattr(self, name) < inf:
+                raise InvalidInputError(name, expected="a finite number > 0", got=repr(getattr(self, name)))
 
     def rows(self) -> list[TraceRow]:
         """The trace's requests, or synthetic ones, in the lengths that are sent."""
@@ -93,6 +96,7 @@ class Load:
     def promises(self, rows: Sequence[TraceRow]) -> dict[str, Slo]:
         """Of each class: its own, that of all (``""``), or FlowPrefill's; :class:`UsageError` without any."""
         given, found = dict(self.slos or {}), {}
+        check_classes(filter(None, given), rows)
         for klass in sorted({row.klass for row in rows}):
             published = Slo(SLO_TABLE[klass][0]) if klass in SLO_TABLE else None
             slo = given.get(klass, given.get("", published))
@@ -127,8 +131,10 @@ def run_bench_serve(
 ) -> dict[str, Any]:
     """Measure every rate with every seed, one after the other, and return the report.
 
-    Raises typed errors for a bad trace, rate or SLO, and :class:`UsageError` when the server does not answer.
+    Raises typed errors for a bad trace, rate, SLO or report's folder, and :class:`UsageError` when the server
+    does not answer.
     """
+    check_folder(json_path)
     rows = load.rows()
     slos = load.promises(rows)
     alone = asyncio.run(_alone(endpoint, [row.tokens for row in rows]))

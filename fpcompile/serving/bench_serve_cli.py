@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fpcompile.errors import UsageError
-from fpcompile.serving.bench_cli import app, message_and_exit, parse_numbers, progress_bar
+from fpcompile.serving.bench_cli import app, message_and_exit, progress_bar
+from fpcompile.serving.bench_options import parse_numbers
 
-__all__ = ["parse_goodput", "parse_slos", "serve"]
+__all__ = ["app", "parse_goodput", "parse_slos", "serve"]
 
 
 def parse_slos(pairs: list[str]) -> dict[str, tuple[float, float | None]]:
@@ -40,8 +41,12 @@ def parse_goodput(pairs: list[str]) -> dict[str, tuple[float, float | None]]:
         name, _, text = pair.partition(":")
         try:
             known[name] = float(text) / 1e3
+            if not known[name] > 0:
+                raise ValueError(text)
         except ValueError as error:
-            raise UsageError("cannot read the goodput", expected="ttft:MS or tpot:MS", got=pair) from error
+            raise UsageError(
+                "cannot read the goodput", expected="ttft:MS or tpot:MS, milliseconds > 0", got=pair
+            ) from error
     if unknown := set(known) - {"ttft", "tpot"}:
         raise UsageError("unknown metric of goodput", expected="ttft, tpot", got=sorted(unknown)[0])
     return {"": (known.get("ttft", float("inf")), known.get("tpot"))} if known else {}
@@ -86,15 +91,22 @@ def serve(
 ) -> None:
     """Goodput, attainment and latencies of a running OpenAI-compatible server, open loop."""
     with message_and_exit(), progress_bar("measuring") as progress:
-        from fpcompile.serving.bench_client import Endpoint
-        from fpcompile.serving.bench_serve import Load, Slo, run_bench_serve
+        try:
+            from fpcompile.serving.bench_client import Endpoint
+            from fpcompile.serving.bench_serve import Load, Slo, run_bench_serve
+        except ImportError as error:
+            raise UsageError(
+                "the client's packages are not installed",
+                got=str(error),
+                remedy="pip install 'fpcompile[serve]'",
+            ) from error
 
         if endpoint not in ("completions", "chat") or prompts not in ("ids", "text"):
             raise UsageError(
                 "unknown form", expected="completions or chat, ids or text", got=f"{endpoint}, {prompts}"
             )
         low, _, high = token_range.partition(":")
-        if not (low.isdigit() and high.isdigit() and int(low) < int(high)):
+        if not (low.isdecimal() and high.isdecimal() and int(low) < int(high)):
             raise UsageError("cannot read the range", expected="LOW:HIGH", got=token_range)
         given = {**parse_goodput(goodput or []), **parse_slos(slo or [])}
         report = run_bench_serve(

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fpcompile.errors import UnknownNameError
+from fpcompile.errors import InvalidInputError, UnknownNameError, UsageError
 from fpcompile.serving.coverage_workers import SECONDS, run_rows
 
 __all__ = ["coverage", "markdown_of"]
@@ -36,7 +36,7 @@ def coverage(
             "--rows", help="JSON lines to go on from and to add to; what is there is not run again."
         ),
     ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds for one architecture.")] = SECONDS,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds for one architecture.")] = SECONDS,
     output: Annotated[
         Path | None, typer.Option(help="Markdown file; docs/coverage.md when all are checked.")
     ] = None,
@@ -45,14 +45,15 @@ def coverage(
     kept = _kept(rows_file)
     names = _names(archs or [])
     todo = names if archs else [n for n in names if n not in kept]
+    target = output or (None if archs else Path("docs/coverage.md"))
+    for path in (target, rows_file):
+        _check_writable(path)
     made: list[dict[str, Any]] = []
     for row in _with_progress(todo, jobs, timeout, json_out):
         made.append(row)
         _announce(row, json_out, rows_file)
     rows = list({**kept, **{str(r["name"]): r for r in made}}.values())
-    target = output or (None if archs else Path("docs/coverage.md"))
     if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(markdown_of(rows), encoding="utf-8")
     if not json_out:
         typer.echo(_summary(rows))
@@ -84,8 +85,38 @@ def _kept(path: Path | None) -> dict[str, dict[str, Any]]:
     """Rows of an earlier run by name; the last one of a name counts."""
     if path is None or not path.exists():
         return {}
-    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    return {str(row["name"]): row for row in rows}
+    kept: dict[str, dict[str, Any]] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError("cannot read the rows", got=str(error), where=str(path)) from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            kept[str(row["name"])] = row
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidInputError(
+                "a row of an earlier run cannot be read",
+                expected="a JSON line that `fpcompile coverage --rows` wrote",
+                got=line[:80],
+                where=f"{path}, line {number}",
+                remedy="remove that line: its architecture is then run again",
+            ) from error
+    return kept
+
+
+def _check_writable(path: Path | None) -> None:
+    """Make the folder, and raise :class:`UsageError` if that cannot be: before hours are spent, not after."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise UsageError("the file cannot be written", got=str(error), where=str(path)) from error
 
 
 def _announce(row: dict[str, Any], json_out: bool, path: Path | None) -> None:

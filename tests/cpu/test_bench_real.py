@@ -137,6 +137,10 @@ def test_a_measurement_accounts_for_every_request_and_stands_beside_its_simulati
         (["--bound"], "--bound"),
         (["--costs", "x.json"], "--costs"),
         (["--length-scale", "2"], "length scale"),
+        (["--minutes", "nan"], "minutes"),
+        (["--rates", "0"], "rate"),
+        (["--kv-blocks", "0"], "kv_blocks"),
+        (["--model", "missing"], "no model folder"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_starts(options: list[str], message: str) -> None:

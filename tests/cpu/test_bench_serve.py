@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Iterator
 from math import inf
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -194,6 +195,36 @@ def test_a_server_that_is_not_there_is_a_mistake() -> None:
         asyncio.run(run_load(Endpoint("http://127.0.0.1:9", "m"), [_request("a", 0.0, 5)]))
 
 
+@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://host", "http://", "http://h:port"])
+def test_an_address_that_is_none_is_a_mistake(url: str) -> None:
+    with pytest.raises(UsageError, match="address"):
+        Endpoint(url, "m")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"rates": (0.0,)}, "rates"),
+        ({"length_scale": float("nan")}, "length_scale"),
+        ({"length_scale": -1.0}, "length_scale"),
+        ({"slo_scale": 0.0}, "slo_scale"),
+        ({"burstiness": 0.0}, "burstiness"),
+        ({"slos": {"txt": Slo(1.0)}}, "unknown class 'txt'"),
+        ({"trace": "missing.csv"}, "cannot read the trace"),
+    ],
+)
+def test_a_wrong_load_is_refused_before_anything_is_sent(wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        run_bench_serve(Endpoint("http://127.0.0.1:9", "m"), Load(**wrong))
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be written"):
+        run_bench_serve(
+            Endpoint("http://127.0.0.1:9", "m"), Load(), json_path=tmp_path / "missing" / "x.json"
+        )
+
+
 @pytest.mark.parametrize(
     ("ttft", "gaps", "met"),
     [
@@ -218,6 +249,6 @@ def test_options_are_read() -> None:
     for wrong in ("a", "a=x", "a=0", "a=1:2:3"):
         with pytest.raises(UsageError):
             parse_slos([wrong])
-    for wrong in ("e2el:5", "ttft"):
+    for wrong in ("e2el:5", "ttft", "ttft:-5", "tpot:nan"):
         with pytest.raises(UsageError):
             parse_goodput([wrong])

@@ -44,6 +44,13 @@ def test_version() -> None:
     assert run("--version").output == f"fpcompile {fpcompile.__version__}\n"
 
 
+@pytest.mark.slow
+def test_the_package_is_a_command_too() -> None:
+    command = [sys.executable, "-m", "fpcompile", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"fpcompile {fpcompile.__version__}\n"
+
+
 def test_help_lists_the_commands() -> None:
     for arguments in ([], ["--help"]):
         output = run(*arguments).output
@@ -171,6 +178,8 @@ def test_the_hub_refuses(monkeypatch: pytest.MonkeyPatch, kind: str, expected: s
         (["--device", "meta"], "unknown device"),
         (["--urgent-slo", "0"], "seconds > 0"),
         (["--urgent-slo", "nan"], "seconds > 0"),
+        (["--granularity", "operators"], "did you mean 'operator'?"),
+        (["--max-blocking-ms", "0"], "positive number of milliseconds"),
     ],
 )
 def test_demo_refuses_before_it_loads_a_model(

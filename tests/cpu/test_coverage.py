@@ -114,6 +114,24 @@ def test_an_unknown_architecture_is_one_line() -> None:
     assert "did you mean 'llama'" in result.output
 
 
+@pytest.mark.parametrize("line", ["{", "[1]", '{"status": "bits"}', "\xff\xfe"])
+def test_rows_that_cannot_be_read_are_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("an architecture was run")
+
+    monkeypatch.setattr(coverage_module, "run_rows", never)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(ROW) + f"\n{line}\n", encoding="latin-1")
+    result = CliRunner().invoke(app, ["coverage", "llama", "--rows", str(rows)])
+    assert result.exit_code == 2
+    assert str(rows) in result.output
+    result = CliRunner().invoke(app, ["coverage", "llama", "--output", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "cannot be written" in result.output
+
+
 def test_a_run_goes_on_from_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 

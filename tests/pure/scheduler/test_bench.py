@@ -27,8 +27,9 @@ from fpcompile.scheduler.simulator import Simulator
 from fpcompile.scheduler.sweep import Cell, CellKey, SweepSetup, run_cell
 from fpcompile.scheduler.synthetic import synthetic_trace
 from fpcompile.scheduler.workload import requests_at
-from fpcompile.serving.bench_cli import app, parse_numbers, parse_policies
+from fpcompile.serving.bench_cli import app
 from fpcompile.serving.bench_goodput import default_rates, run_bench_goodput
+from fpcompile.serving.bench_options import parse_numbers, parse_policies
 from fpcompile.serving.replay import replay_table
 
 
@@ -109,6 +110,17 @@ def test_the_command_writes_table_pictures_and_json(trace: Path, tmp_path: Path)
         ["--json", "missing/report.json"],
         ["--markdown", "missing/report.md"],
         ["--kv-blocks", "0"],
+        ["--rates", "5:1:1"],
+        ["--rates", ","],
+        ["--slo-scale", ""],
+        ["--policies", ";"],
+        ["--slo", "txt=0.1"],
+        ["--costs", "."],
+        ["--plot-policies", "nope"],
+        ["--plots", __file__],
+        ["--real", "--slo-scale", "0.5"],
+        ["--real", "--plot-policies", "fpcompile"],
+        ["--real", "--json", "missing/report.json"],
     ],
 )
 def test_bad_arguments_end_with_a_message_and_code_2(trace: Path, arguments: list[str]) -> None:
@@ -132,6 +144,7 @@ def test_errors_come_before_any_simulation(trace: Path) -> None:
         {"replicas": 2, "bound": True},
         {"options": {"kv_blocks": -1}},
         {"options": {"patience": 1}},
+        {"slos": {"txt": 0.1}},
         {"json_path": trace.parent / "missing" / "out.json"},
     ]
     for more in wrong:
@@ -157,8 +170,10 @@ def test_numbers_and_policies_are_parsed() -> None:
         "fpcompile:pack=0,balance=1",
     ]
     assert parse_policies("chunked:512,edf;fcfs;") == ["chunked:512,edf", "fcfs"]
-    with pytest.raises(UsageError):
-        parse_numbers("1:2:0")
+    assert parse_policies("fcfs,edf,fcfs") == ["fcfs", "edf"]
+    for text in ("1:2:0", "2:1:1", "", ",", "1:2", "1:nan:1"):
+        with pytest.raises(UsageError):
+            parse_numbers(text)
     assert len(default_rates(8.0)) == 24
     assert default_rates(8.0)[-1] == 12.0
 

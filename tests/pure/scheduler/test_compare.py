@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ def test_a_crossing_is_linear_between_rates() -> None:
     assert crossing([(1, 0.5), (2, 0.95), (3, 0.5)], 0.9) is None, "it starts below"
 
 
-def outcomes(ttfts: list[float]) -> list[Outcome]:
+def outcomes(ttfts: Sequence[float | None]) -> list[Outcome]:
     """Requests with an SLO of 1 s."""
     jobs = [job(f"r{i}", float(i), i + 1.0, 0.1, klass="x") for i in range(len(ttfts))]
     return [Outcome(one, ttft, None, 0) for one, ttft in zip(jobs, ttfts, strict=True)]
@@ -58,6 +59,16 @@ def test_agreement_is_judged_at_low_loads_and_at_the_crossing() -> None:
     assert not high["within"]["attainment"], "nothing was measured where it counts"
     report["comparison"] = alike
     assert "mean ttft yes" in comparison_markdown(report)
+
+
+def test_a_rate_at_which_nobody_was_served_is_compared_too() -> None:
+    report = report_of([0.0, 0.0], [0.0, 0.0])
+    nobody = outcomes([None] * 5)
+    found = compare(report, [Compared(CellKey("p", 1.0, 1), nobody, nobody, nobody)])
+    assert [found["rows"][0][key] for key in ("mean_ttft", "ttft_ratio", "mean_ttft_repeated")] == [None] * 3
+    assert not found["within"]["mean_ttft"]
+    report["comparison"] = found
+    assert "| - | - | - |" in comparison_markdown(report)
 
 
 def test_goodputs_that_never_cross_are_not_called_equal() -> None:

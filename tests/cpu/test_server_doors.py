@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 
 from fpcompile.errors import UsageError
 from fpcompile.serving.server.app import make_app
-from fpcompile.serving.server.connections import protocol_for
+from fpcompile.serving.server.connections import HEAD_BYTES, protocol_for
 from fpcompile.serving.server.failures import ApiError
 from fpcompile.serving.server.gate import Gate
 from fpcompile.serving.server.link import Link
@@ -110,6 +110,47 @@ def test_one_connection_too_many_is_told_so_and_the_others_go_on() -> None:
                 writer.close()
 
     asyncio.run(scene())
+
+
+LINES = [b"X-%d: " % number + b"a" * 1000 + b"\r\n" for number in range(66)]  # the last one is too much
+POST = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("parts", "status", "code"),
+    [
+        ([HEAD, *LINES[:50], b"\r\n"], 200, None),
+        ([HEAD, *LINES], 431, None),
+        ([b"\x16\x03\x01 no HTTP\r\n\r\n"], 400, "invalid_http"),
+        ([b"GET / HTTP/1.1\r\n\r\n"], 400, "invalid_http"),  # without a host
+        ([POST + b"no length\r\n"], 400, "invalid_http"),
+    ],
+    ids=["long", "too long", "no HTTP", "no host", "no chunk"],
+)
+def test_heads_in_parts_are_taken_or_refused_in_openais_words(
+    parts: list[bytes], status: int, code: str | None
+) -> None:
+    assert (sum(map(len, parts)) > HEAD_BYTES) is (status == 431)
+
+    async def scene() -> tuple[bytes, bytes]:
+        async with asyncio.timeout(PATIENCE), _listening(100, 600.0) as connect:
+            reader, writer = await connect()
+            with contextlib.suppress(ConnectionError):  # refused before its end
+                for part in parts:
+                    writer.write(part)
+                    await writer.drain()
+                    await asyncio.sleep(0.001)
+            head = await reader.readuntil(b"\r\n\r\n")
+            body = await (reader.readexactly(2) if status == 200 else reader.read())
+            writer.close()
+            return head, body
+
+    head, body = asyncio.run(scene())
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    if status != 200:
+        error = json.loads(body)["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert (error["type"], error["code"]) == ("invalid_request_error", code)
 
 
 # ---- beginnings

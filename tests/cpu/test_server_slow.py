@@ -22,10 +22,7 @@ GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 @contextlib.asynccontextmanager
 async def _listening(app: Any, write_s: float) -> AsyncIterator[tuple[uvicorn.Server, Callable[[], Any]]]:
     """A server, and how to connect to it: a socket that keeps little, asks, and has read nothing."""
-    config = uvicorn.Config(
-        app, http=protocol_for(100, 600.0, write_s), lifespan="off", log_config=None,
-        h11_max_incomplete_event_size=1 << 40,  # what parses heads has no limit of its own, as httptools
-    )  # fmt: skip
+    config = uvicorn.Config(app, http=protocol_for(100, 600.0, write_s), lifespan="off", log_config=None)
     server = uvicorn.Server(config)
     with contextlib.ExitStack() as ends, socket.create_server(("127.0.0.1", 0)) as sock:
         serving = asyncio.create_task(server.serve(sockets=[sock]))

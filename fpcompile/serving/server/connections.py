@@ -1,8 +1,8 @@
 """Connections: how many there may be, and how long each may take to ask, and to hear the answer.
 
 uvicorn closes a connection that is idle behind an answer, and the gate one whose body does not come. Here is
-the rest: a head of a request that does not come, or does not end; an answer that nobody reads; and one
-connection too many.
+the rest: a head of a request that does not come, or does not end, or is none; an answer that nobody reads;
+and one connection too many. Heads are parsed by h11 whatever else is installed: what is tested is what runs.
 
 An answer that the system does not take is kept by the connection. In each ``write_s`` seconds it must get
 smaller by :data:`SLOWEST` bytes for each of them, or be gone; else the connection is cut, whether or not the
@@ -18,7 +18,8 @@ import asyncio
 import socket
 from typing import Any, Final
 
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fpcompile.serving.server.failures import ApiError, ascii_json
 
@@ -30,7 +31,8 @@ SLOWEST: Final = 16 << 10
 """Bytes of an answer that a reader takes per second, at least."""
 _SYSTEMS: Final = 1 << 17  # bytes of an answer that the system keeps for a reader; Linux doubles it
 
-_Base: Any = AutoHTTPProtocol
+_Base: Any = H11Protocol
+_NO_HTTP: Final = ApiError(400, "this is no HTTP request", code="invalid_http")
 
 
 def too_slow(before: int, now: int, seconds: float) -> bool:
@@ -48,7 +50,10 @@ class _Connection(_Base):  # type: ignore[misc]
     _timer: asyncio.TimerHandle | None = None
     _stuck: asyncio.TimerHandle | None = None
     _unsent = 0
-    _head = 0
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.conn = h11.Connection(h11.SERVER, HEAD_BYTES)
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -61,16 +66,23 @@ class _Connection(_Base):  # type: ignore[misc]
         self._wait()
 
     def data_received(self, data: bytes) -> None:
-        if not self._asked:
-            self._head += len(data)
-            if self._timer is None:
-                self._wait()
+        if not self._asked and self._timer is None:
+            self._wait()
         super().data_received(data)
         if self._asked:
-            self._head = 0
             self._stop()
-        elif self._head > HEAD_BYTES and not self.transport.is_closing():
-            self._refuse(ApiError(431, f"the head of a request has at most {HEAD_BYTES} bytes"))
+
+    def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP, or a head without an end. (uvicorn answers with a line of text.)"""
+        if not self._asked:
+            long = len(self.conn.trailing_data[0]) > HEAD_BYTES
+            limit = f"the head of a request has at most {HEAD_BYTES} bytes"
+            self._refuse(ApiError(431, limit) if long else _NO_HTTP)
+            return
+        if not self.cycle.response_started:  # else: amid an answer nothing can be said
+            self._refuse(_NO_HTTP)
+        self.cycle.disconnected = True
+        self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -130,6 +142,7 @@ def _whole(error: ApiError) -> bytes:
         "Content-Length": str(len(body)),
         "Connection": "close",
     }
-    phrase = {431: "Request Header Fields Too Large", 503: "Service Unavailable"}[error.status]
-    lines = [f"HTTP/1.1 {error.status} {phrase}", *(f"{name}: {value}" for name, value in headers.items())]
+    phrases = {400: "Bad Request", 431: "Request Header Fields Too Large", 503: "Service Unavailable"}
+    lines = [f"HTTP/1.1 {error.status} {phrases[error.status]}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
     return "\r\n".join(lines).encode("ascii") + b"\r\n\r\n" + body

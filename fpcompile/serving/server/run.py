@@ -44,6 +44,7 @@ class Server(uvicorn.Server):
                 http=protocol_for(
                     settings.limits.connections, settings.limits.head_s, settings.limits.write_s
                 ),
+                ws="none",  # whatever is installed: their connections would have no limits
                 log_config=None,
                 access_log=False,
                 server_header=False,

@@ -8,6 +8,11 @@ When a step begins
     * One has: at the latest cut from which the earliest token deadline is still met, that is as soon as
       ``now + step + one launch of the prefill >= due``, all predicted. So prefills run as far as the slack of
       the streams allows, and decode runs when it must.
+    * Who asks for no time between tokens is due its next one ``2 q + b`` behind the last: ``q`` is what a
+      token of every member is predicted to take, which is its time between tokens on a device without
+      prefills, and ``b`` a launch. The prefill gets about as long as the step that follows, however fast the
+      device is. That is as long as it costs nobody a first token in time that was promised (``affords``);
+      else it waits as one that asked for :data:`DEFAULT_TBT_SLO`, and is ahead.
     * Behind each step the prefill makes at least one launch, so that late streams do not starve it.
     * A step for which there was no memory is made once more, when what is paused has made room.
     * Who has no memory for its next token is left out, see :mod:`fpcompile.engine.decode_memory`.
@@ -19,7 +24,9 @@ deadlines of its tokens allow that.
 Words
     *member*  a request of the lane.
     *away*    a request that was a member, and will be when its cache is back from the host.
-    *due*     when its next token must be there; see :mod:`fpcompile.engine.generation`.
+    *due*     when its next token must be there: where a time between tokens is asked for, see
+              :mod:`fpcompile.engine.generation`.
+    *round*   steps that give each member of a program a token.
 
 Invariants
     A member is live, and unknown to the scheduler. At most one step is under way; its tickets are members, or
@@ -57,17 +64,20 @@ _MOST: Final = 0.9  # of the device: behind each step a prompt makes a launch
 
 @dataclass(frozen=True, slots=True)
 class DecodeOptions:
-    """``max_batch``: sequences of one step. ``tbt_slo``: seconds, for requests that name none.
+    """``max_batch``: sequences of one step. ``tbt_slo``: seconds, for requests that name none; None: they are
+    kept within two steps and ``budget``, seconds of a launch.
 
     ``first``: decode goes first where TTFT and time between tokens cannot both be kept.
     """
 
-    tbt_slo: float = DEFAULT_TBT_SLO
+    tbt_slo: float | None = None
     max_batch: int = 256
     first: bool = True
+    budget: float = 0.0
 
     def __post_init__(self) -> None:
-        check_tbt_slo(self.tbt_slo)
+        if self.tbt_slo is not None:
+            check_tbt_slo(self.tbt_slo)
         batch: Any = self.max_batch
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise InvalidInputError("max_decode_batch is wrong", expected="an int >= 1", got=repr(batch))
@@ -100,6 +110,7 @@ class Lane:
         recorder: Recorder | None,
         rooms: Sequence[Rooms] = (),
         renew: Callable[[Ticket], object] = lambda ticket: None,
+        affords: Callable[[float], bool] = lambda stretch: True,
     ) -> None:
         self.options = options
         self.tokens = 0
@@ -110,11 +121,12 @@ class Lane:
         self._step: TokenStep | None = None
         self._next: tuple[list[Ticket], float, float] | None = None
         self._share: float | None = None
+        self._rounds: dict[str, float] = {}
         self._owes = False
         self._flies = False
         self._again = False
         self._make_room = make_room
-        self._rooms, self._renew = rooms, renew
+        self._rooms, self._renew, self._affords = rooms, renew, affords
         self._away: dict[str, Ticket] = {}
 
     def __len__(self) -> int:
@@ -144,7 +156,7 @@ class Lane:
             return
         ticket.prefilled(_generation(ticket))
         self._members[ticket.id] = ticket
-        self._next = self._share = None
+        self._changed()
         self._took(ticket, token)
 
     def _first(self, ticket: Ticket, output: Any) -> int | None:
@@ -163,7 +175,7 @@ class Lane:
         self._away.pop(ticket.id, None)
         if self._members.pop(ticket.id, None) is None:
             return
-        self._next = self._share = None
+        self._changed()
         step = self._step
         if step is not None and not any(other.id in self._members for other in step.tickets):
             self._step = None
@@ -174,7 +186,8 @@ class Lane:
         """The share of device time that the streams ask for beside prompts; 0 where prompts go first.
 
         That is what the steps of each program take, once in the shortest of its times between tokens: what a
-        stream is ahead of its deadlines is not counted on.
+        stream is ahead of its deadlines is not counted on. Who asks for none counts with the default one:
+        what it gets beyond that no promise to a prompt pays for.
         """
         if not self._members or not self.options.first:
             return 0.0
@@ -185,12 +198,30 @@ class Lane:
         return self._share
 
     def _asked(self, program: str) -> float:
-        tickets = [ticket for ticket in self._members.values() if ticket.program == program]
-        decoder = _generation(tickets[0]).decoder
-        batch = tickets[: self.options.max_batch if decoder.together else 1]
-        predicted = decoder.seconds([_generation(t).sequence for t in batch], _budgets(batch))
-        seconds = self._prices.corrected(program, len(batch), predicted)
-        return seconds * len(tickets) / len(batch) / min(_generation(t).tbt_slo for t in tickets)
+        members = [ticket for ticket in self._members.values() if ticket.program == program]
+        return self._round(program) / min(_generation(t).tbt_slo or DEFAULT_TBT_SLO for t in members)
+
+    def _round(self, program: str) -> float:
+        """Predicted seconds in which each member of ``program`` gets a token."""
+        if program not in self._rounds:
+            tickets = [ticket for ticket in self._members.values() if ticket.program == program]
+            decoder = _generation(tickets[0]).decoder
+            batch = tickets[: self.options.max_batch if decoder.together else 1]
+            predicted = decoder.seconds([_generation(t).sequence for t in batch], _budgets(batch))
+            seconds = self._prices.corrected(program, len(batch), predicted)
+            self._rounds[program] = seconds * len(tickets) / len(batch)
+        return self._rounds[program]
+
+    @property
+    def _gap(self) -> float:
+        """Seconds between two tokens of a member that asks for no time, at most."""
+        programs = dict.fromkeys(ticket.program for ticket in self._members.values())
+        return 2 * sum(map(self._round, programs)) + self.options.budget
+
+    def _changed(self) -> None:
+        """There are other members, or steps have another price."""
+        self._next = self._share = None
+        self._rounds.clear()
 
     def clear(self) -> None:
         """Everybody has ended."""
@@ -221,19 +252,29 @@ class Lane:
             if launch is not None:
                 self._owes = False
             return True
-        _, due, seconds = self._plan()
+        tickets, due, seconds = self._plan()
         now = self._clock()
-        if now + seconds + (0.0 if launch is None else launch()) < due:
+        ahead = now + seconds + (0.0 if launch is None else launch())
+        if ahead < due:
+            return True
+        if ahead < min(_generation(ticket).due for ticket in tickets) and not self._spared():
             return True
         return not self.options.first and _made_late(load, now, seconds)
+
+    def _spared(self) -> bool:
+        """Whether promises to prompts leave their turns to streams that ask for nothing."""
+        gap = self._gap
+        turn = (gap + self.options.budget) / 2  # of a prompt, between two steps
+        return not turn or self._affords(gap / turn)
 
     def _plan(self) -> tuple[list[Ticket], float, float]:
         """(members, when the first of them is due, predicted seconds) of the step under way, or the next."""
         if self._step is not None:
             return list(self._step.tickets), self._step.due, self._step.left
         if self._next is None:
-            tickets = sorted(self._members.values(), key=lambda ticket: _generation(ticket).due)
-            first, due = tickets[0], _generation(tickets[0]).due
+            gap = self._gap
+            tickets = sorted(self._members.values(), key=lambda ticket: _due(ticket, gap))
+            first, due = tickets[0], _due(tickets[0], gap)
             decoder = _generation(first).decoder
             size = self.options.max_batch if decoder.together else 1
             tickets = [ticket for ticket in tickets if ticket.program == first.program][:size]
@@ -284,7 +325,7 @@ class Lane:
         for ticket in found.ready:
             self._members[ticket.id] = self._away.pop(ticket.id)
             ticket.came_back(self._clock())
-            self._next = self._share = None
+            self._changed()
         for ticket in found.dropped:
             self._renew(self._away.pop(ticket.id))
         return found.failed
@@ -307,7 +348,7 @@ class Lane:
     def _gave_way(self, found: Reserve) -> None:
         for ticket in (*found.away, *found.dropped):
             self._members.pop(ticket.id, None)
-            self._next = self._share = None
+            self._changed()
             ticket.gave_way(self._clock())
         self._away.update((ticket.id, ticket) for ticket in found.away)
         for ticket in found.dropped:
@@ -397,7 +438,7 @@ class Lane:
         return True
 
     def _learn(self, step: TokenStep) -> None:
-        self._share = None
+        self._changed()
         name = step.tickets[0].program
         self._prices.learn(name, len(step.tickets), step.predicted, step.executed)
 
@@ -432,6 +473,11 @@ class Lane:
 def _generation(ticket: Ticket) -> Generation:
     assert ticket.generation is not None
     return ticket.generation
+
+
+def _due(ticket: Ticket, gap: float) -> float:
+    generation = _generation(ticket)
+    return generation.last + gap if generation.tbt_slo is None else generation.due
 
 
 def _budgets(tickets: Iterable[Ticket]) -> set[float | None]:

@@ -35,6 +35,7 @@ from fpcompile.engine.modes import Shape, whole
 from fpcompile.engine.pilot import Ending, Landing, Pilot
 from fpcompile.engine.prices import Prices, launch_of
 from fpcompile.engine.programs import Programs
+from fpcompile.engine.promises import affordable
 from fpcompile.engine.recorder import Recorder, joined
 from fpcompile.engine.registry import Registry
 from fpcompile.engine.renewal import renew
@@ -67,6 +68,7 @@ from fpcompile.scheduler.events import (
     SetTimer,
     Yielded,
 )
+from fpcompile.scheduler.job import Job
 from fpcompile.scheduler.states import State
 
 __all__ = ["Driver"]
@@ -108,6 +110,7 @@ class Driver(Hearing):
         self.lane = Lane(
             self.pilot, decoding, programs.names, clock=clock, finish=self._finish,
             make_room=self._make_room, recorder=recorder, rooms=memory.rooms, renew=self._renew,
+            affords=self._affords,
         )  # fmt: skip
         if memory.decoding is not None:
             memory.decoding.give_way = self._give_way
@@ -289,6 +292,18 @@ class Driver(Hearing):
         if self._flight is not None:
             for ticket in self._flight.load.served:
                 ticket.lent(start, now)
+
+    def _affords(self, stretch: float) -> bool:
+        """Whether promises to prompts are kept if what is left of each takes ``stretch`` times as long."""
+        flight, now = self._flight, self._now()
+
+        def left(job: Job) -> float:
+            if flight is None or flight.load.shared or flight.load.name != job.id:
+                return job.remaining(now)
+            load = flight.load
+            return self.prices.corrected(load.owner, load.tokens, load.left())
+
+        return affordable(self.core.jobs.values(), now, stretch, left)
 
     def _launching(self, behind: int) -> Launching | None:
         """For the watchdog: what is under way, or (``behind`` 1) what was before the last cut."""

@@ -33,7 +33,7 @@ from fpcompile.engine.decisions import check_recordable
 from fpcompile.engine.decoding import DecodeOptions
 from fpcompile.engine.driver import Driver
 from fpcompile.engine.errors import Home
-from fpcompile.engine.generation import DEFAULT_TBT_SLO, Generation, GenerationTerms, begin
+from fpcompile.engine.generation import Generation, GenerationTerms, begin
 from fpcompile.engine.handle import Handle
 from fpcompile.engine.health import Health
 from fpcompile.engine.memory import Memory
@@ -69,7 +69,8 @@ class Engine:
     is called by the device thread after each launch. ``device``: in place of the programs' own, for tests.
     ``device_thread``: False when the host calls ``turn()``. ``record``: a file for the log of all decisions,
     which ``fpcompile replay`` reads; see :mod:`fpcompile.engine.decisions`. ``tbt_slo``: seconds between
-    tokens of requests that name none; ``max_decode_batch``: sequences of one decode step; ``decode_first``:
+    tokens of requests that name none (None: at most two steps and ``max_blocking_ms`` while a prompt has the
+    device); ``max_decode_batch``: sequences of one decode step; ``decode_first``:
     whether the time between tokens is kept where that makes a prefill miss its TTFT, or the other way round;
     see :mod:`fpcompile.engine.decoding`. ``kv_blocks`` to ``host_memory`` are those of
     :class:`fpcompile.engine.memory_options.MemoryOptions`: a pool of cache blocks, and bounds on what paused
@@ -95,7 +96,7 @@ class Engine:
         device: Device | None = None,
         device_thread: bool = True,
         record: str | Path | None = None,
-        tbt_slo: float = DEFAULT_TBT_SLO,
+        tbt_slo: float | None = None,
         max_decode_batch: int = 256,
         decode_first: bool = True,
         kv_blocks: int | Mapping[str, int] | None = None,
@@ -109,7 +110,8 @@ class Engine:
     ) -> None:
         self._home = Home()
         self._programs = Programs(programs)
-        self._decoding = DecodeOptions(tbt_slo, 1 if deterministic else max_decode_batch, decode_first)
+        batch, budget = 1 if deterministic else max_decode_batch, (max_blocking_ms or 0.0) / 1e3
+        self._decoding = DecodeOptions(tbt_slo, batch, decode_first, budget)
         options = MemoryOptions(
             kv_blocks=kv_blocks, kv_memory=kv_memory, block_tokens=block_tokens, prefix_cache=prefix_cache,
             memory_budget=memory_budget, host_memory=host_memory, deterministic=deterministic,

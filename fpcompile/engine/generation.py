@@ -6,6 +6,9 @@ Deadlines
     ``last`` the time of the token before: a stream that is ahead may wait, but not so long that a reader sees
     it stop. ``base`` is the first token's own time instead if that was later, or nothing was promised: a
     first token that was late must not make all that follow late too.
+    Without a ``tbt_slo`` nothing is due; how long the lane keeps such a request waiting while a prompt has
+    the device is its business (:mod:`fpcompile.engine.decoding`). Where requests are put in an order, for
+    memory, it stands as one that asked for :data:`DEFAULT_TBT_SLO` and is ahead.
 
 A generation is written by the engine's driver only.
 """
@@ -27,7 +30,7 @@ from fpcompile.executor.sampling import Sampler, Wishes
 __all__ = ["DEFAULT_TBT_SLO", "FinishReason", "Generation", "GenerationTerms", "begin"]
 
 DEFAULT_TBT_SLO: Final = 0.2
-"""Seconds between tokens for requests that name none: faster than people read."""
+"""Seconds between tokens, in place of none: faster than people read."""
 
 _LONGEST_GAP: Final = 3
 """Of a stream that is ahead of its deadlines, in ``tbt_slo``."""
@@ -37,14 +40,21 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class GenerationTerms:
-    """What a submission says about generating, checked. ``tbt_slo`` in seconds."""
+    """What a submission says about generating, checked. ``tbt_slo`` in seconds, None for no time."""
 
     wishes: Wishes
-    tbt_slo: float
+    tbt_slo: float | None
 
     @classmethod
     def check(
-        cls, *, max_new_tokens: Any, config: Any, processors: Any, seed: Any, tbt_slo: Any, default: float
+        cls,
+        *,
+        max_new_tokens: Any,
+        config: Any,
+        processors: Any,
+        seed: Any,
+        tbt_slo: Any,
+        default: float | None,
     ) -> GenerationTerms | None:
         """The terms, None for one forward pass; raises :class:`InvalidInputError`."""
         if max_new_tokens is None and config is None:
@@ -95,7 +105,7 @@ class Generation:
         "sampler", "sequence", "tbt_slo", "tokens",
     )  # fmt: skip
 
-    def __init__(self, decoder: Decoder, begun: Begun, sampler: Sampler, tbt_slo: float) -> None:
+    def __init__(self, decoder: Decoder, begun: Begun, sampler: Sampler, tbt_slo: float | None) -> None:
         self.decoder, self.sampler, self.tbt_slo = decoder, sampler, tbt_slo
         self.prompt = begun.ids
         """``[1, n]``."""
@@ -150,6 +160,8 @@ class Generation:
     @property
     def due(self) -> float:
         """When the next token is due, once there is a first one."""
+        if self.tbt_slo is None:
+            return self.last + _LONGEST_GAP * DEFAULT_TBT_SLO
         ahead = self._base + len(self.tokens) * self.tbt_slo
         return min(ahead, self.last + _LONGEST_GAP * self.tbt_slo)
 

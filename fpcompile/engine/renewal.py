@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from fpcompile.engine.generation import DEFAULT_TBT_SLO
 from fpcompile.engine.memory import Memory
 from fpcompile.engine.metrics import Ticket
 from fpcompile.engine.modes import Shape
@@ -50,7 +51,7 @@ def renew(
     cost = prices.corrected(ticket.program, run.tokens, predicted)
     return dataclasses.replace(
         request,
-        deadline=max(generation.due, now + cost / (1 - share) + generation.tbt_slo),
+        deadline=max(generation.due, now + cost / (1 - share) + (generation.tbt_slo or DEFAULT_TBT_SLO)),
         tokens=run.tokens,
         cost=cost,
         kv_blocks=prompt.blocks,

@@ -7,6 +7,7 @@ count upwards from the prompt's first id, so that a lost, repeated or mixed one 
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fpcompile.engine.engine import Engine
 from fpcompile.engine.handle import Handle
+from fpcompile.engine.promises import affordable
 from fpcompile.errors import (
     InvalidInputError,
     RequestCancelledError,
@@ -26,6 +28,8 @@ from fpcompile.errors import (
     UsageError,
 )
 from fpcompile.executor.decode import Begun, Decoder, Generates, Step
+from fpcompile.scheduler.events import Request
+from fpcompile.scheduler.job import Job
 from fpcompile.scheduler.policy import Policy, make_policy
 from fpcompile.scheduler.record import outcomes_of, read_log
 from tests.cpu.test_engine_fakes import Clock, FakeProgram, FakeRun, drive, inline, raises
@@ -207,6 +211,89 @@ def test_a_stream_that_is_ahead_waits_three_times_its_slo_at_most() -> None:
     assert set(gaps) <= {28.0, 29.0, 30.0}
     assert stream.metrics.tbt_max is not None
     assert 28 <= stream.metrics.tbt_max <= 30
+
+
+def test_streams_that_ask_for_nothing_wait_two_steps_and_a_launch_at_most() -> None:
+    """A step takes 2 s, a launch may take 1.5: due 5.5 s behind the last token, begun at the latest cut."""
+    engine, program, _ = engine_of(100, tbt_slo=None, max_blocking_ms=1500.0)
+    stream = decoding(engine, [5])
+    long = engine.submit([900])
+    until(engine, long.done)
+    begins = [begin for begin, _ in program.decodes.steps]
+    gaps = [b - a for a, b in itertools.pairwise(begins)]
+    assert len(gaps) > 30
+    assert set(gaps) == {5.0}, "the prompt has 3 s behind each step: one more would be too late"
+    assert long.metrics.executed == 100
+    drive(engine)
+    assert (stream.metrics.tbt_slo, stream.metrics.tbt_max) == (None, 5.0)
+    assert list(stream.tokens()) == counting(5, 50)
+
+
+def test_what_streams_wait_at_most_counts_the_steps_of_all() -> None:
+    """Two that share no step: a token of each takes 4 s, so that 9.5 s are the most."""
+    engine, program, _ = engine_of(60, tbt_slo=None, max_blocking_ms=1500.0, max_decode_batch=1)
+    streams = [decoding(engine, [first], 100) for first in (100, 300)]
+    begun = len(program.decodes.steps)
+    long = engine.submit([900])
+    until(engine, long.done)
+    for first in (100, 300):
+        times = [begin for begin, members in program.decodes.steps[begun:] if members == (first,)]
+        gaps = [b - a for a, b in itertools.pairwise(times)]
+        assert len(gaps) > 5
+        assert 5.5 < max(gaps) <= 9.5
+    drive(engine)
+    assert [list(stream.tokens()) for stream in streams] == [counting(first, 100) for first in (100, 300)]
+
+
+def quick(segments: int, **options: Any) -> tuple[Engine, Generating]:
+    """Launches of 10 ms, and steps of two of them."""
+    engine, program, _ = engine_of(segments, tbt_slo=None, max_blocking_ms=10.0, **options)
+    program.seconds = program.decodes.seconds_each = 0.01
+    return engine, program
+
+
+@pytest.mark.parametrize(("ttft_slo", "turns"), [(None, True), (10.0, True), (0.23, False)])
+def test_promised_first_tokens_go_before_streams_that_ask_for_nothing(
+    ttft_slo: float | None, turns: bool
+) -> None:
+    engine, _ = quick(20)
+    stream = decoding(engine, [5])
+    prompt = engine.submit([900], ttft_slo=ttft_slo)
+    drive(engine)
+    assert prompt.metrics.slo_met is (None if ttft_slo is None else True)
+    longest = stream.metrics.tbt_max
+    assert longest is not None
+    assert (longest <= 0.05 + 1e-9) is turns, "two steps and a launch, or all of the prompt"
+    assert longest < 0.6, "as one that asked for 0.2 s, at most"
+
+
+def test_promises_to_prompts_that_wait_count_as_well() -> None:
+    """Each takes 0.2 s: in turn with the stream both would take twice as long, and one be late."""
+    engine, _ = quick(20)
+    decoding(engine, [5])
+    prompts = [engine.submit([first], ttft_slo=0.5) for first in (800, 900)]
+    drive(engine)
+    assert [prompt.metrics.slo_met for prompt in prompts] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("left", "deadlines", "stretch", "kept"),
+    [
+        ([1.0, 1.0], [2.0, 4.0], 2.0, True),
+        ([1.0, 1.0], [4.0, 2.0], 2.0, True),
+        ([1.0, 1.0], [2.0, 3.9], 2.0, False),
+        ([1.0, 1.0], [0.9, 2.0], 2.0, True),  # one is late anyhow
+        ([1.0, 9.0], [2.0, math.inf], 2.0, True),
+        ([0.0] * 65, [9.0] * 65, 1.0, False),
+        ([], [], 2.0, True),
+    ],
+)
+def test_what_can_be_spared(left: list[float], deadlines: list[float], stretch: float, kept: bool) -> None:
+    jobs = [
+        Job(Request(str(number), 0.0, deadline, 1, seconds, slo=deadline), number)
+        for number, (seconds, deadline) in enumerate(zip(left, deadlines, strict=True))
+    ]
+    assert affordable(jobs, 0.0, stretch, lambda job: left[job.sequence]) is kept
 
 
 def test_late_streams_leave_the_prefill_a_launch_behind_each_step() -> None:

@@ -55,6 +55,14 @@ def test_streams_that_share_no_steps_take_more(batch: int, share: float) -> None
     assert predicted(engine, engine.submit([200])) == pytest.approx(4.0 / (1 - share))
 
 
+def test_streams_that_ask_for_nothing_count_with_the_default() -> None:
+    """What they get beyond that is taken from no promise."""
+    engine, program, _ = engine_of(20, tbt_slo=None)
+    program.seconds = program.decodes.seconds_each = 0.01
+    decoding(engine, [5])
+    assert predicted(engine, engine.submit([100])) == pytest.approx(0.2 / (1 - 0.02 / 0.2))
+
+
 def test_programs_take_their_shares_each() -> None:
     clock = Clock()
     programs: dict[str, Any] = {name: Generating(clock=clock) for name in ("a", "b")}

@@ -13,7 +13,8 @@ from transformers import MPNetConfig, RobertaConfig
 
 from fpcompile.errors import InvalidInputError
 from fpcompile.serving.server import build as builder
-from fpcompile.serving.server.messages import Embed, Terms
+from fpcompile.serving.server.messages import Embed, Generate, Sampling, Terms
+from fpcompile.serving.server.metrics import Metrics
 from fpcompile.serving.server.models import build_model, parse_models
 from fpcompile.serving.server.settings import EngineSettings, ModelSpec
 from fpcompile.serving.server.tiny import EMBEDDER
@@ -107,5 +108,35 @@ def test_positions_behind_the_one_of_padding_are_counted(kind: Any, tmp_path: Pa
             with pytest.raises((IndexError, RuntimeError)):
                 model(torch.tensor([[*ids, 2]]))
         assert torch.allclose(torch.frombuffer(bytearray(got), dtype=torch.float32), whole, atol=1e-5)
+    finally:
+        backend.close()
+
+
+@pytest.mark.slow
+def test_blocks_of_the_pool_are_told_by_what_holds_them() -> None:
+    """While a stream decodes in a pool, and when it has ended: every block has one state."""
+    (spec, _) = parse_models([], ["tiny"])
+    backend = builder.build(EngineSettings((spec,), threads=1, options={"kv_memory": 1 << 20}))
+    metrics = Metrics()
+
+    def told() -> dict[str, float]:
+        metrics.update(backend.statistics())
+        (family,) = metrics.blocks.collect()
+        return {sample.labels["state"]: sample.value for sample in family.samples}
+
+    try:
+        total = sum(told().values())
+        ask = Generate("r", "tiny", (65,) * 40, 20, Sampling(ignore_eos=True), Terms(backend.engine.now()))
+        seen: list[dict[str, float]] = []
+        backend.pause()  # behind the first launch, until somebody listens
+        handle = backend.generate(ask)
+        handle.add_token_callback(lambda token: seen.append(told()))
+        backend.resume()
+        handle.result(60)
+        assert len(seen) == 20
+        assert seen[10]["decoding"] >= 4, "40 tokens and 10 more, in blocks of 16"
+        assert {sum(states.values()) for states in seen} == {total}
+        assert total > 4
+        assert told() == {"prefill": 0, "decoding": 0, "cached": 0, "free": total}
     finally:
         backend.close()

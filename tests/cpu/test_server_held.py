@@ -163,18 +163,22 @@ def test_a_pipe_with_no_message_in_it_ends(broken: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "floor", "told"),
-    [(None, 0.0, 0.3), (None, 1.0, 1.0), (None, 0.1, 0.3), (2.0, 1.0, 2.0), (0.05, 0.0, 0.05)],
-)
+    ("default", "asked", "floor", "told"),
+    [
+        (0.3, None, 0.0, 0.3), (0.3, None, 1.0, 1.0), (0.3, None, 0.1, 0.3), (0.3, 2.0, 1.0, 2.0),
+        (0.3, 0.05, 0.0, 0.05), (None, None, 0.0, None), (None, None, 1.0, 1.0), (None, None, 0.1, 0.2),
+        (None, 0.05, 0.0, 0.05),
+    ],
+)  # fmt: skip
 def test_who_asks_for_nothing_gets_no_more_than_the_floor(
-    asked: float | None, floor: float, told: float
+    default: float | None, asked: float | None, floor: float, told: float | None
 ) -> None:
     seen: dict[str, Any] = {}
     engine: Any = SimpleNamespace(submit=lambda ids, **options: seen.update(options))
     gate: Any = None
     config: Any = GenerationConfig
     facts = {"tiny": Facts("generate", 260, 4096)}
-    backend = EngineBackend(engine, gate, {}, facts, {"tiny": config()}, {}, 0.3)
+    backend = EngineBackend(engine, gate, {}, facts, {"tiny": config()}, {}, default)
     terms = Terms(0.0, ttft_slo=1.0, tbt_slo=asked, min_tbt=floor)
     backend.generate(Generate("r", "tiny", (1,), 3, Sampling(), terms))
     assert seen["tbt_slo"] == told

@@ -80,7 +80,7 @@ class EngineBackend:
         facts: Mapping[str, Facts],
         generation: Mapping[str, GenerationConfig],
         pooling: Mapping[str, str],
-        tbt_slo: float = DEFAULT_TBT_SLO,
+        tbt_slo: float | None = None,
     ) -> None:
         self._tbt_slo = tbt_slo
         self.engine, self.gate, self.programs, self.facts = engine, gate, programs, facts
@@ -107,9 +107,13 @@ class EngineBackend:
             **_terms(ask.terms),
         )
 
-    def _between_tokens(self, terms: Terms) -> float:
-        """Asking for nothing gets no more than asking for the floor."""
-        return max(self._tbt_slo, terms.min_tbt) if terms.tbt_slo is None else terms.tbt_slo
+    def _between_tokens(self, terms: Terms) -> float | None:
+        """Asking for nothing gets no more than asking for the floor, where there is one."""
+        if terms.tbt_slo is not None:
+            return terms.tbt_slo
+        if self._tbt_slo is None and not terms.min_tbt:
+            return None
+        return max(self._tbt_slo or DEFAULT_TBT_SLO, terms.min_tbt)
 
     def embed(self, ask: Embed) -> Handle:
         """Submit; the vector is :meth:`vector` of the result."""
@@ -140,6 +144,10 @@ class EngineBackend:
             "decoding_bytes": s.decoding_bytes,
             "host_bytes": s.memory.host_bytes,
             "kv_usage": s.memory.blocks_used / s.memory.blocks if s.memory.blocks else None,
+            "blocks_prefill": max(s.memory.blocks_used - s.memory.blocks_decoding, 0),
+            "blocks_decoding": s.memory.blocks_decoding,
+            "blocks_cached": s.memory.blocks_cached,
+            "blocks_free": s.memory.blocks_free,
             "reused_tokens": s.memory.reused_tokens,
         }
 
@@ -224,7 +232,7 @@ def build(settings: EngineSettings) -> EngineBackend:
         record_timeline=False,
         **settings.options,
     )
-    tbt_slo = settings.options.get("tbt_slo", DEFAULT_TBT_SLO)
+    tbt_slo = settings.options.get("tbt_slo")
     backend = EngineBackend(engine, gate, programs, facts, generation, pooling, tbt_slo)
     try:
         _warm(backend)

@@ -47,8 +47,12 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait to be launched.")] = 1024,
     max_queue_s: Annotated[float | None, typer.Option(help="Reject what has waited so many seconds.")] = None,
     tbt_slo: Annotated[
-        float, typer.Option(min=0.001, help="Seconds between tokens, of requests that name none.")
-    ] = 0.2,
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="Seconds between tokens, of requests that name none; else two steps and a launch at most.",
+        ),
+    ] = None,
     decode_first: Annotated[
         bool,
         typer.Option("--decode-first/--prefill-first", help="Which SLO is kept if not both: TBT or TTFT."),

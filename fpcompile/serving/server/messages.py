@@ -40,7 +40,7 @@ RefusedBecause = Literal["invalid", "full", "closed", "rejected", "timeout", "fa
 class Terms:
     """What is promised, and to whom: ``ttft_slo`` and ``tbt_slo`` None when nothing is.
 
-    ``min_tbt``: who is promised nothing between tokens gets the engine's default, but never less than this.
+    ``min_tbt``: who is promised nothing between tokens gets no more than who asks for this; 0 for no floor.
     ``timeout``: seconds from ``arrival`` in which the request must have ended; None for any time.
     """
 

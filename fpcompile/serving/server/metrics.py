@@ -21,6 +21,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 _FINE = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _BLOCKING = tuple(round(1e-4 * 10 ** (step / 10), 7) for step in range(48))  # to 5 s, each 26 % more
 _LABELS = ("model_name", "slo_class")
+_BLOCKS = ("prefill", "decoding", "cached", "free")
 
 
 def newer(before: Sequence[float], now: Sequence[float]) -> Sequence[float]:
@@ -86,6 +87,7 @@ class Metrics:
         self.decoding_bytes = gauge("decoding_kv_bytes", "What decoding requests hold.")
         self.host_bytes = gauge("host_kv_bytes", "What is moved to the host.")
         self.kv = gauge("kv_cache_usage_perc", "Share of the pool's blocks in use; 0 without a pool.")
+        self.blocks = gauge("kv_cache_blocks", "Blocks of the pool, by what holds them.", ("state",))
         self.reused = counter("prefix_cache_hit_tokens", "Tokens of prompts that were in the cache.")
         self.error = gauge("predictor_error_ratio", "Mean of |predicted - measured| / measured.")
         self.judged = gauge("predictor_judged", "Runs whose prediction was compared.")
@@ -126,6 +128,8 @@ class Metrics:
         self.reused.inc(max(statistics["reused_tokens"] - before["reused_tokens"], 0))
         if statistics["kv_usage"] is not None:
             self.kv.set(statistics["kv_usage"])
+        for state in _BLOCKS:
+            self.blocks.labels(state).set(statistics[f"blocks_{state}"])
         self._before, self._looked = dict(statistics), now
 
     def text(self) -> bytes:

@@ -9,7 +9,8 @@
 *pause*      a long run gives way to an urgent request of another program, whose only segment does nothing,
              and goes on: host time from the end of its launch, when the request is there, to the urgent
              launch, and from the end of that to the next launch of the long run, less the same around that
-             request on an idle engine. Accounting, metrics and the timeline are in it; nothing is evicted.
+             request on an idle engine, behind a bare step of the same run. Accounting, metrics and the
+             timeline are in it; nothing is evicted.
 *decisions*  the scheduler's part of that, by itself: it depends on the policy and on how many wait (here
              nobody else does; `scheduler_cost.py` has the rest). The target is for the other part.
 *leave*      the same without an engine: ``advance`` returns at a cut, ``suspend``, and ``advance`` again.
@@ -243,7 +244,9 @@ def pauses(program: PackedProgram, ids: Tensor, repeats: int, policy: str) -> di
                 while engine.turn(None):
                     pass
                 preempting += watch.pauses()
-                for _ in range(len(program.segments)):
+                beside = program.start(ids)
+                while not beside.done:
+                    beside.step()  # the processor's caches hold the same as behind a launch of the engine
                     urgent = engine.submit([0], program="urgent", ttft_slo=60.0)
                     decided, begun = watch.decided, time.perf_counter()
                     engine.turn(None)

@@ -6,7 +6,8 @@
 One engine holds two programs, an LLM and an encoder, both tiny. Threads and an event loop submit prompts of
 random lengths, with and without promises; some are cancelled at a random time, some time out, some are
 generated, some meet a fault in a segment: an exception, memory that runs out once or for good, a slow
-segment. A hook that raises is there too. At the end, and then the exit code is 1:
+segment. One copy to the host of twenty finds no memory, for which nobody may fail. A hook that raises is
+there too. At the end, and then the exit code is 1:
 
     a request that has not ended as completed, cancelled, rejected or failed, or ended as nobody asked;
     a result that has not the bits of the same request alone;
@@ -43,10 +44,12 @@ from fpcompile.errors import (
     RequestTimeoutError,
     SegmentError,
 )
+from fpcompile.executor.offload import Parking
 from fpcompile.models.zoo import tiny_model
 
 LENGTHS = (3, 9, 33, 70)
 CLIENTS = 3
+COPIES = 0.05
 ENDS = ("completed", "cancelled", "rejected", "failed")
 
 
@@ -69,7 +72,8 @@ class Faults:
 
     def __init__(self, share: float, seed: int) -> None:
         self.made: Counter[str] = Counter()
-        self._share, self._draw, self._real = share, random.Random(seed), Run._call
+        self._share, self._draw = share, random.Random(seed)
+        self._real, self._copy = Run._call, Parking.to_host
 
     def __enter__(self) -> Faults:
         faults, real = self, self._real
@@ -79,11 +83,17 @@ class Faults:
                 faults.strike()
             return real(run, *rest)
 
-        _patch(call)
+        def to_host(parking: Parking, tensors: Any, **options: Any) -> Any:
+            if tensors and faults._draw.random() < COPIES:
+                faults.made["copy"] += 1
+                raise MemoryError("injected")
+            return faults._copy(parking, tensors, **options)
+
+        _patch(call, to_host)
         return self
 
     def __exit__(self, *_: object) -> None:
-        _patch(self._real)
+        _patch(self._real, self._copy)
 
     def strike(self) -> None:
         """Before a segment: raise, wait, or do nothing."""
@@ -99,10 +109,11 @@ class Faults:
             raise SegmentError("soak", cause=Injected("injected"))
 
 
-def _patch(call: Any) -> None:
-    """Let runs call their functions through ``call``."""
-    patched: Any = Run
-    patched._call = call
+def _patch(call: Any, to_host: Any) -> None:
+    """Let runs call their functions through ``call``, and copies to the host be made by ``to_host``."""
+    runs: Any = Run
+    copies: Any = Parking
+    runs._call, copies.to_host = call, to_host
 
 
 class Traffic:

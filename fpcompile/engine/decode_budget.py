@@ -15,16 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, final
 
 from torch import Tensor
 
 from fpcompile.engine.decode_memory import Host, Reserve
 from fpcompile.engine.metrics import Ticket
-from fpcompile.executor.faults import forget_frames, out_of_memory
+from fpcompile.executor.faults import out_of_memory, unless_out_of_memory
 from fpcompile.executor.kv import LayerKV
 from fpcompile.executor.offload import Parking
-from fpcompile.scheduler.future import FILLED, OutputLengths
+from fpcompile.scheduler.future import FILLED, OutputLengths, peak_of
 
 __all__ = ["DecodeBudget"]
 
@@ -61,6 +62,8 @@ class DecodeBudget:
         self._deterministic = deterministic
         self._lengths = OutputLengths()
         self._away: dict[str, _Away] = {}
+        self._looked = inf
+        """What paused runs held when nobody could come back; inf when that may have changed."""
         self._coming: dict[str, tuple[int, int, float]] = {}  # prompts that restore what was dropped
 
     @property
@@ -70,7 +73,7 @@ class DecodeBudget:
 
     def reserve(self, tickets: Sequence[Ticket], members: Iterable[Ticket]) -> Reserve:
         """Who of ``tickets`` can be stepped, once what all ``members`` hold is within the budget."""
-        found = Reserve()
+        found, self._looked = Reserve(), inf
         own = sorted((t for t in members if not self._pooled(t)), key=_due)
         for ticket in own:
             self._coming.pop(ticket.id, None)
@@ -107,30 +110,31 @@ class DecodeBudget:
 
     def _on_host(self, generation: Any, held: int) -> _Away | None:
         """A copy of its cache; None where it cannot be taken out, or there is no memory for the copy."""
-        if not self._host.room_for(held):
-            return None
-        try:
+
+        def copy() -> _Away | None:
             layers = generation.decoder.layers(generation.sequence)
             if layers is None or not self._host.room_for(_bytes_of(layers)):
                 return None
             flat = [t for kv in layers.values() for t in (kv.keys, kv.values)]
             moved = iter(self._parking().to_host(flat))
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            forget_frames(error)
-            return None
-        tensors = {i: (next(moved), next(moved), kv.start) for i, kv in layers.items()}
-        return _Away(tensors, _bytes_of(layers), held)
+            tensors = {i: (next(moved), next(moved), kv.start) for i, kv in layers.items()}
+            return _Away(tensors, _bytes_of(layers), held)
+
+        return unless_out_of_memory(copy) if self._host.room_for(held) else None
 
     def back(self, away: Iterable[Ticket], members: Iterable[Ticket]) -> Reserve:
-        """Who of those that are away has its cache again, or may compute it."""
-        found = Reserve()
+        """Who of those that are away has its cache again, or may compute it.
+
+        Asked at every cut: nobody is looked at again before a step, an end, or less that is paused.
+        """
+        found, paused = Reserve(), self._paused()
+        if paused >= self._looked:
+            return found
         active = [self._growing(ticket) for ticket in members if not self._pooled(ticket)]
         active += self._coming.values()
         for ticket in sorted((t for t in away if t.id in self._away), key=_due):
             growing = self._growing(ticket)
-            if active and _peak([*active, growing]) > FILLED * max(self.budget - self._paused(), 0):
+            if active and peak_of([*active, growing]) > FILLED * max(self.budget - paused, 0):
                 break
             active.append(growing)
             kept, generation = self._away[ticket.id], ticket.generation
@@ -147,9 +151,10 @@ class DecodeBudget:
                 if not out_of_memory(error):
                     raise
                 found.failed = ticket, error
-                break
+                return found
             del self._away[ticket.id]
             found.ready.append(ticket)
+        self._looked = paused
         return found
 
     def _restore(self, generation: Any, tensors: dict[int, tuple[Tensor, Tensor, int]]) -> None:
@@ -171,20 +176,12 @@ class DecodeBudget:
 
     def ended(self, ticket: Ticket) -> None:
         """A request is over."""
+        self._looked = inf
         self._away.pop(ticket.id, None)
         self._coming.pop(ticket.id, None)
         generation = ticket.generation
         if generation is not None and generation.tokens and ticket.state in ("completed", "cancelled"):
             self._lengths.ended(len(generation.tokens), cut=generation.finish_reason == "length")
-
-
-def _peak(growing: Iterable[tuple[int, int, float]]) -> float:
-    """The most bytes that these will hold together, if each gets a token at a time."""
-    held = rate = most = 0.0
-    for nbytes, tokens, each in sorted(growing, key=lambda one: -one[1]):
-        held, rate = held + nbytes, rate + each
-        most = max(most, held + tokens * rate)
-    return most
 
 
 def _due(ticket: Ticket) -> float:

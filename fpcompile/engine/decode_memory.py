@@ -31,7 +31,7 @@ from fpcompile.engine.generation import Generation
 from fpcompile.engine.memory_facts import Prompt
 from fpcompile.engine.metrics import Ticket
 from fpcompile.executor.blocks import prefix_keys
-from fpcompile.executor.faults import forget_frames, out_of_memory
+from fpcompile.executor.faults import out_of_memory, unless_out_of_memory
 from fpcompile.executor.offload import Parking, unstashed
 from fpcompile.executor.pool import KVPool, Room
 from fpcompile.executor.pool_growing import Tail
@@ -359,14 +359,8 @@ class DecodeMemory:
 
 def _put_away(member: _Member) -> bool:
     """Copy what is new of its cache to the host; False where there is no memory for the copy."""
-    try:
-        member.parking.put_away(member.room, member.tail.lengths)
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        forget_frames(error)
-        return False
-    return True
+    copied = unless_out_of_memory(lambda: member.parking.put_away(member.room, member.tail.lengths))
+    return copied is not None
 
 
 def _generation(ticket: Ticket) -> Any:

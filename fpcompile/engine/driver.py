@@ -38,7 +38,9 @@ from fpcompile.engine.programs import Programs
 from fpcompile.engine.promises import affordable
 from fpcompile.engine.recorder import Recorder, joined
 from fpcompile.engine.registry import Registry
+from fpcompile.engine.relief import Relief
 from fpcompile.engine.renewal import renew
+from fpcompile.engine.reports import Reports
 from fpcompile.engine.statistics import Counts, EngineStatistics
 from fpcompile.errors import (
     DeviceFailedError,
@@ -48,22 +50,21 @@ from fpcompile.errors import (
     RequestTimeoutError,
 )
 from fpcompile.executor.device import Device
-from fpcompile.executor.faults import forget_frames, out_of_memory
 from fpcompile.executor.loop import Hook
+from fpcompile.executor.offload import settle
 from fpcompile.scheduler.core import Scheduler
 from fpcompile.scheduler.events import (
     Arrival,
     Cancelled,
     Command,
     Completed,
-    Decoding,
-    Dropped,
     Event,
     Evict,
     Failed,
     Launch,
     Pause,
     Reject,
+    Reserved,
     Restore,
     SetTimer,
     Yielded,
@@ -76,7 +77,6 @@ __all__ = ["Driver"]
 logger = logging.getLogger(__name__)
 
 _SHORTEST = 1e-3  # seconds; nobody is told to come back sooner
-_NOTABLE = 0.02  # of the device: smaller changes of what decode steps take are not told
 
 
 @final
@@ -107,21 +107,22 @@ class Driver(Hearing):
         self.counts = Counts()
         self.prices = prices
         self.memory = memory
+        self._relief = Relief(memory, device, self._last_first)
         self.lane = Lane(
             self.pilot, decoding, programs.names, clock=clock, finish=self._finish,
-            make_room=self._make_room, recorder=recorder, rooms=memory.rooms, renew=self._renew,
+            make_room=self._relief.make_room, recorder=recorder, rooms=memory.rooms, renew=self._renew,
             affords=self._affords,
         )  # fmt: skip
         if memory.decoding is not None:
             memory.decoding.give_way = self._give_way
         if memory.budgeted is not None:
-            memory.budgeted.relieve = lambda budget: memory.relieve(self._last_first(), budget)
+            memory.budgeted.relieve = self._relief.relieve
         self._programs, self._shape = programs, shape
         self.abandoned = False
         """Whether the engine is closed without waiting for its requests."""
         self._flight: Flight | None = None
         self._boarding = Boarding(self.pilot, memory, programs, registry, recorder)
-        self._decoding = 0.0  # share of the device, as the scheduler was told
+        self._reports = Reports(memory, self.lane, prices)
 
     # ---- for the owner of the loop
 
@@ -129,21 +130,30 @@ class Driver(Hearing):
         """Hear what has happened, then go on with the run that has the device until it gives it back.
 
         ``max_segments`` returns to the caller after so many segments; the run keeps the device. False when
-        the device is idle.
+        the device is idle. Raises :class:`DeviceFailedError`.
         """
-        self.watchdog.at_cut(self.clock())
-        with self.pilot.ready():
-            self._hear()
-            flight = self._flight
-            borrows = self.lane and (flight is None or flight.lends or not self.lane.lets(flight.load))
-            if borrows and self.lane.ready():  # may tell the scheduler that memory is short
-                self._decode(self._flight, max_segments)
-            elif self._flight is not None:
-                self._fly(self._flight, max_segments)
-            else:
-                self.watchdog.left()
-                return self.inbox.flag or (self.memory.decoding is not None and self.memory.decoding.freed)
+        now = self.clock()
+        self.watchdog.at_cut(now)
+        try:
+            with self.pilot.ready():
+                if self._called(now) or self.memory.freed:
+                    self._hear()
+                busy = self._go_on(max_segments)
+        except Exception as error:
+            self.pilot.check(error)
+            raise
         self.watchdog.left()
+        return busy
+
+    def _go_on(self, max_segments: int | None) -> bool:
+        flight = self._flight
+        borrows = self.lane and (flight is None or flight.lends or not self.lane.lets(flight.load))
+        if borrows and self.lane.ready():  # may tell the scheduler that memory is short
+            self._decode(self._flight, max_segments)
+        elif self._flight is not None:
+            self._fly(self._flight, max_segments)
+        else:
+            return self.inbox.flag or self.memory.freed
         return True
 
     def retry_after(self) -> float:
@@ -154,7 +164,7 @@ class Driver(Hearing):
         load = flight.load
         whole = self.prices.corrected(load.owner, load.tokens, load.seconds)
         left = whole - load.executed - (self.clock() - flight.begun)
-        return max(left / (1 - self._decoding), _SHORTEST)
+        return max(left / (1 - self._reports.share), _SHORTEST)
 
     def statistics(self) -> EngineStatistics:
         """A snapshot; from any thread."""
@@ -230,13 +240,13 @@ class Driver(Hearing):
         stop = self._stop_behind if self.core.policy.grain.synchronises else self._stop
         flight.begun, flight.made, flight.lends = self.clock(), 0, False
         if self.recorder is not None:
-            self.recorder.lanes = tuple(ticket.id for ticket in load.tickets)
+            self.recorder.lanes = load.names
         landing = (
             Landing(Ending.FAILED, error=flight.error)
             if flight.error is not None
             else self.pilot.fly(load.run, stop, limit, cost=load.cost, gives_back=last)
         )
-        now = self.clock()
+        now = self._now()
         self.watchdog.at_cut(now)
         load.executed += now - flight.begun  # without what a host does between two turns
         flight.begun = now
@@ -246,20 +256,26 @@ class Driver(Hearing):
             made = flight.made if flight.lends else limit or 0
             flight.quota = None if quota is None else quota - made
             return
-        self._land(flight)
+        self._land(flight, now)
         if landing.ending is Ending.STOPPED:
-            self._yield(load)
+            self._yield(load, now)
         elif landing.error is not None:
             self._failed(load, landing.error)
         else:
             self._completed(load, landing.value)
 
-    def _stop(self) -> bool:
-        """The question between two segments: has anything come that takes the device away?"""
+    def _at_cut(self) -> None:
+        """Between two launches: hear what has come, and let go of what was copied away."""
         now = self.clock()
         self.watchdog.at_cut(now)
+        if self.memory.flying:
+            settle(self.memory.flying)
         if self._called(now):
             self._hear()
+
+    def _stop(self) -> bool:
+        """The question between two segments: has anything come that takes the device away?"""
+        self._at_cut()
         flight = self._flight
         if flight is None or flight.pause:
             return True
@@ -274,10 +290,7 @@ class Driver(Hearing):
         start = self.clock()
 
         def stop() -> bool:
-            now = self.clock()
-            self.watchdog.at_cut(now)
-            if self._called(now):
-                self._hear()
+            self._at_cut()
             if not self.lane.stepping:
                 return True
             flight = self._flight
@@ -320,18 +333,16 @@ class Driver(Hearing):
         self.pilot.wait()
         return self._stop()
 
-    def _land(self, flight: Flight) -> None:
-        now = self._now()
+    def _land(self, flight: Flight, now: float) -> None:
         for ticket in flight.load.served:
             ticket.stopped(now)
         if flight.requested is not None:
             self.counts.blocking.append(now - flight.requested)
         self._flight = None
 
-    def _yield(self, load: Load) -> None:
+    def _yield(self, load: Load, now: float) -> None:
         """Stopped at a cut: by a pause, or at the end of its quota; a step only to be cancelled."""
         left = None if load.slices else self.prices.corrected(load.owner, load.tokens, load.left())
-        now = self._now()
         if not load.served:
             load.release()
             self.memory.release(load.tickets)
@@ -350,12 +361,12 @@ class Driver(Hearing):
             if self.recorder is not None:
                 self.recorder.preempted(ticket, now)
         if self.memory.over:
-            self.memory.relieve(self._last_first())
+            self._relief.relieve()
 
     def _failed(self, load: Load, error: Exception) -> None:
         """The run raised: that ends everybody in it, each with an error of its own."""
-        if out_of_memory(error) and self._begin_again(load, error):
-            self._yield(load)
+        if self._relief.begin_again(load, error):
+            self._yield(load, self._now())
             return
         for number, ticket in enumerate(load.served):
             self._finish(ticket, "failed", error=twin(error) if number else error)
@@ -372,28 +383,6 @@ class Driver(Hearing):
             logger.exception("policy %r failed to say who is last in line", self.core.policy.name)
             waiting = sorted(self._known.values(), key=lambda ticket: -ticket.request.deadline)
             return [ticket.id for ticket in waiting]
-
-    def _begin_again(self, load: Load, error: Exception) -> bool:
-        """Free what can be freed, and take the run back before its first launch; once for each run.
-
-        (Before its last launch would mean to keep the inputs of every launch while it executes.)
-        """
-        if load.retried or load.slices:
-            return False
-        load.retried = True
-        forget_frames(error)
-        self._make_room()
-        if not self.memory.begin_again(load):
-            return False
-        load.executed = 0.0
-        for ticket in load.served:
-            journal.restarted(ticket, error)
-        return True
-
-    def _make_room(self) -> None:
-        """Free what can be freed."""
-        self.memory.relieve(self._last_first(), 0.0)
-        self.pilot.device.free_cached()
 
     def _completed(self, load: Load, value: Any) -> None:
         """The run is done: hand out results; a step may leave requests that go on."""
@@ -451,38 +440,20 @@ class Driver(Hearing):
         self._flight = self._boarding.board(command, tickets, self._now())
 
     def _besides(self) -> list[Event]:
-        now, core = self._now(), self.core
-        told: list[Event] = [
-            Dropped(now, load.name, self.prices.corrected(load.owner, load.tokens, seconds))
-            for load, seconds in self.memory.take_dropped()
-            if load.name in core.jobs
-        ]
-        share = self.lane.share
-        if share != self._decoding and (not share or abs(share - self._decoding) > _NOTABLE):
-            self._decoding = share
-            told.append(Decoding(self._last, share))  # in front of who arrives
-        decoding = self.memory.decoding
-        if decoding is not None and (reserved := decoding.reserved(now, changed=True)) is not None:
-            told.append(reserved)
-        return told
+        return self._reports.besides(self.core, self._now(), self._last)
 
-    def _news(self) -> list[Event]:
-        decoding = self.memory.decoding
-        reserved = None if decoding is None or not decoding.freed else decoding.reserved(self._now())
-        return [] if reserved is None else [reserved]
+    def _news(self) -> list[Reserved]:
+        return self._reports.reserved(self._now()) if self.memory.freed else []
 
     def _give_way(self) -> None:
         """What decodes needs more blocks than are free."""
-        assert self.memory.decoding is not None
-        if (reserved := self.memory.decoding.reserved(self._now())) is not None:
-            self._hear(reserved)
+        self._hear(*self._reports.reserved(self._now()))
 
     def _renew(self, ticket: Ticket) -> None:
         """Its cache was dropped while it decoded: what it has so far comes again, as a prompt."""
         try:
-            request = renew(
-                ticket, self._programs, self._shape, self.memory, self.prices, self._now(), self._decoding
-            )
+            now, share = self._now(), self._reports.share
+            request = renew(ticket, self._programs, self._shape, self.memory, self.prices, now, share)
             self.inbox.put(Arrival(self._now(), request, again=True))
         except Exception as error:
             self.pilot.check(error)
@@ -493,8 +464,8 @@ class Driver(Hearing):
         if flight is None or flight.load.name != command.run:
             return  # it has landed already
         flight.pause = True
-        members = {ticket.id for ticket in flight.load.tickets}
-        if not any(isinstance(event, Cancelled) and event.request in members for event in events):
+        names = flight.load.names
+        if not any(isinstance(event, Cancelled) and event.request in names for event in events):
             flight.requested = min(event.time for event in events)
 
     # ---- ends
@@ -546,9 +517,7 @@ class Driver(Hearing):
 
     def _forsaken(self) -> None:
         """The scheduler has failed: the flight was its own."""
-        self._decoding = 0.0  # the next one was told nothing
-        if self.memory.decoding is not None:
-            self.memory.decoding.forsaken()
+        self._reports.forsaken()
         if self._flight is not None:
             self.pilot.clear()
-            self._land(self._flight)
+            self._land(self._flight, self._now())

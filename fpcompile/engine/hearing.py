@@ -85,11 +85,11 @@ class Hearing(abc.ABC):
         """Raise if nothing can be executed any more."""
 
     @abc.abstractmethod
-    def _besides(self) -> list[Event]:
+    def _besides(self) -> Sequence[Event]:
         """What the scheduler should know when it decides, and which is no reason to decide."""
 
     @abc.abstractmethod
-    def _news(self) -> list[Event]:
+    def _news(self) -> Sequence[Event]:
         """What is a reason to decide although nobody has sent it."""
 
     @abc.abstractmethod
@@ -119,19 +119,21 @@ class Hearing(abc.ABC):
 
         ``landed``: whom the run served that has just given the device back.
         """
-        events: list[Event] = [*(self.inbox.take() if self.inbox.flag else ()), *extra, *self._news()]
-        if self.clock() >= self._timer:
+        heard = self.inbox.take() if self.inbox.flag else []
+        events: list[Event] = [*extra, *self._news()]
+        now = self.clock()
+        if now >= self._timer:
             self._timer = inf
             events.append(Timer(self._now()))
-        if self._timeouts.next < inf:
-            events += self._timed_out()
-        if events:
-            events += self._besides()
-            events = self._without_withdrawn(events)
+        if now >= self._timeouts.next:
+            heard += self._timed_out(now)
+        if heard:
+            events += self._without_withdrawn(heard)
         if not events:
             return
-        keyed = sorted((event_order(event, sequence), event) for sequence, event in enumerate(events))
-        events = [event for _, event in keyed]
+        events += self._besides()
+        if len(events) > 1:
+            events.sort(key=lambda event: event_order(event, 0))  # the sort is stable: then as they came
         try:
             told = [self._in_time(event) for event in events]
             commands = self.core.handle_all(told)
@@ -147,19 +149,18 @@ class Hearing(abc.ABC):
             self._check(error)
             self._scheduler_failed(error)
 
-    def _timed_out(self) -> list[Event]:
+    def _timed_out(self, now: float) -> list[Cancelled]:
         """Withdraw those whose time is over: for the scheduler that is a cancel."""
-        now = self.clock()
         tickets = [self.registry.get(name) for name in self._timeouts.due(now)]
         overdue = [t for t in tickets if t is not None and t.request.arrival + t.timeout <= now]  # ids return
         for ticket in overdue:
             ticket.timed_out = True
         return [Cancelled(self._now(), ticket.id) for ticket in overdue]
 
-    def _without_withdrawn(self, events: Sequence[Event]) -> list[Event]:
+    def _without_withdrawn(self, events: Sequence[Arrival | Cancelled]) -> list[Arrival | Cancelled]:
         """Note who arrives; leave out what is void: cancelled before arriving, or after the end."""
         gone = {e.request for e in events if isinstance(e, Cancelled) and e.request not in self._known}
-        kept: list[Event] = []
+        kept: list[Arrival | Cancelled] = []
         for event in events:
             if isinstance(event, Cancelled) and event.request in gone:
                 if (member := self._beyond(event.request)) is not None:

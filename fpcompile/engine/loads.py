@@ -32,7 +32,8 @@ UNFINISHED: Final = object()
 class Load:
     """``tokens`` new tokens; ``seconds`` predicted when launched first, without corrections.
 
-    ``executed``: device seconds so far. ``shared``: the run is none of a ticket's own.
+    ``executed``: device seconds so far. ``shared``: the run is none of a ticket's own. ``names``: ids of
+    the tickets.
     """
 
     __slots__ = (
@@ -40,6 +41,7 @@ class Load:
         "cost",
         "executed",
         "name",
+        "names",
         "program",
         "retried",
         "run",
@@ -64,6 +66,7 @@ class Load:
         slices: bool = False,
     ) -> None:
         self.name, self.tickets = name, tuple(tickets)
+        self.names = tuple([ticket.id for ticket in tickets])
         self.run, self.program = run, program
         self.tokens, self.seconds, self.cost = tokens, seconds, cost
         self.shared, self.slices = shared, slices

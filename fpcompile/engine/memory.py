@@ -21,7 +21,6 @@ Invariants
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -30,6 +29,7 @@ from fpcompile.engine.decode_memory import DecodeMemory, Rooms
 from fpcompile.engine.generation import Generation
 from fpcompile.engine.loads import Load
 from fpcompile.engine.memory_facts import NOTHING, MemoryStatistics, Prompt
+from fpcompile.engine.memory_moves import Moves
 from fpcompile.engine.memory_options import USUAL_RATE, MemoryOptions, copy_rate, make_pools
 from fpcompile.engine.memory_seats import Held, Seat, contexts, core_of, install, written
 from fpcompile.engine.metrics import Ticket
@@ -45,7 +45,6 @@ from fpcompile.executor.pool_growing import longest_span
 from fpcompile.executor.prefix import go_on_behind, prompt_keys, reusable
 from fpcompile.executor.run import Run
 from fpcompile.executor.slices import Chunks, Sliced
-from fpcompile.executor.together import Together
 from fpcompile.scheduler.future import Growing
 
 __all__ = ["Memory"]
@@ -65,14 +64,14 @@ class Memory:
         self.options = options
         self._device = device
         self._programs = programs
-        self._clock, self._recorder = clock, recorder
         self._pools = make_pools(programs, options)
         self._seats: dict[str, Seat] = {}
         self._held: dict[str, Held] = {}
-        self._dropped: list[tuple[Load, float]] = []
-        self._flying: Flying = []
-        self._rate = copy_rate(device, clock) if self.active else USUAL_RATE
-        self._counts = {"offloads": 0, "recomputations": 0, "copied_bytes": 0, "reused_tokens": 0}
+        self.flying: Flying = []
+        """Copies to the host or back that may be under way."""
+        self.moves = Moves(copy_rate(device, clock) if self.active else USUAL_RATE, clock, recorder)
+        """Copies and new beginnings of paused runs."""
+        self._reused = 0
         self.decoding = self._decoding(self.pool)
         """What decodes in the pool; None without one."""
         self.budgeted = self._budgeted(options)
@@ -89,7 +88,7 @@ class Memory:
         return DecodeMemory(
             pool,
             self,
-            lambda: Parking(self._device, self._flying),
+            lambda: Parking(self._device, self.flying),
             self._begun,
             deterministic=self.options.deterministic,
             spans={n: longest_span(p) for n, p in programs.items() if isinstance(p, PackedProgram)},
@@ -101,7 +100,7 @@ class Memory:
         return DecodeBudget(
             options.memory_budget,
             self,
-            lambda: Parking(self._device, self._flying),
+            lambda: Parking(self._device, self.flying),
             lambda: self.paused_bytes,
             lambda ticket: self.decoding is not None and ticket in self.decoding,
             deterministic=options.deterministic,
@@ -124,6 +123,11 @@ class Memory:
                 yield seat.ticket.prompt.blocks, self.decoding.to_come(seat.ticket.program, generation)
 
     @property
+    def freed(self) -> bool:
+        """Whether blocks were given back that the scheduler has not heard of."""
+        return self.decoding is not None and self.decoding.freed
+
+    @property
     def active(self) -> bool:
         """Whether memory is limited; else it is moved only when the device has none left."""
         return bool(self._pools) or self.options.memory_budget is not None
@@ -143,7 +147,7 @@ class Memory:
             "kv_blocks": pool.blocks.total,
             "block_tokens": pool.block_tokens,
             "lockstep": not self.options.deterministic,
-            "move_s": 2 * pool.block_bytes / self._rate,
+            "move_s": 2 * pool.block_bytes / self.moves.rate,
         }
 
     # ---- at submission
@@ -200,9 +204,10 @@ class Memory:
             install(seat, reused)
             ticket.reused_tokens = reused
             ticket.predicted = seconds_left(self._programs[ticket.program], core)
-            self._counts["reused_tokens"] += reused
+            self._reused += reused
             return
-        seat.rooms = [pool.room(batch, tokens, spare=spare) for batch, tokens in contexts(run)]
+        for batch, tokens in contexts(run):
+            seat.rooms.append(pool.room(batch, tokens, spare=spare))
         install(seat)
 
     def board(self, load: Load) -> bool:
@@ -210,36 +215,22 @@ class Memory:
 
         Whether it begins again, so that its launches may be others.
         """
-        settle(self._flying)
+        settle(self.flying)
         held = self._of(load)
         if held is None:
             self._hold(load)
             return False
-        again = held.dropped
-        moved = held.evicted
-        for room in held.rooms if moved else ():
-            if room.parked:  # not one that was taken before an earlier attempt failed
-                room.take()
-        if again:
-            for seat in held.seats:
-                install(seat)
-            if isinstance(load.run, Together):
-                load.run.again()  # who asked it meanwhile has joined it without its blocks
-            load.begin_again()
-        elif moved or held.parked:
-            with self._copying(held, "restored"):
-                if moved:
-                    held.parking.restore(held.rooms)
-                if held.parked:
-                    held.parking.bring_back()
+        again, moved = held.dropped, held.evicted or held.parked or held.dropped
+        if moved:
+            self.moves.bring_back(held)
         held.paused = held.evicted = held.dropped = False
-        self._note(held)
+        (self._moved if moved else self._note)(held)
         return again
 
     def _hold(self, load: Load) -> None:
         seats = [self._seats[t.id] for t in load.tickets if t.id in self._seats]
         if seats and not load.slices:  # the members of a step are never moved
-            held = self._held[load.name] = Held(load, seats, Parking(self._device, self._flying))
+            held = self._held[load.name] = Held(load, seats, Parking(self._device, self.flying))
             for seat in seats:
                 seat.held = held
 
@@ -273,16 +264,13 @@ class Memory:
             copying = held.parking.unstashed(held.load.run, held.rooms)
             if not held.parked:
                 copying += held.parking.new_bytes(held.load.run)
-            if self._better_again(held, copying) or not self._room_on_host(copying, held):
-                self._drop(held)
-            else:
-                with self._copying(held, "evicted"):
-                    self._counts["copied_bytes"] += held.parking.stash(held.load.run, held.rooms)
-                    self._park(held)
+            again = self.moves.better_again(held, copying) or not self._room_on_host(copying, held)
+            if again or not self.moves.put_away(held, "evicted", held.rooms):
+                self.moves.drop(held)
         for room in held.rooms:
             room.free()
         held.evicted = True
-        self._note(held)
+        self._moved(held)
 
     def relieve(self, last_first: Iterable[str], budget: float | None = None) -> None:
         """Bring what paused runs hold below the budget; ``last_first``: their names, last in line first.
@@ -315,76 +303,32 @@ class Memory:
         if held is None or not held.droppable:
             return False
         if not held.dropped:
-            self._drop(held)
-        self._note(held)
+            self.moves.drop(held)
+        self._moved(held)
         return True
 
     def _move(self, held: Held) -> None:
         copying = held.parking.new_bytes(held.load.run)
-        if self._better_again(held, copying):
-            self._drop(held)
-        elif self._room_on_host(copying, held):
-            with self._copying(held, "offloaded"):
-                self._park(held)
-        elif held.droppable:
-            self._drop(held)
-        self._note(held)
-
-    def take_dropped(self) -> list[tuple[Load, float]]:
-        """Runs that begin again, with their predicted seconds, since this was asked last."""
-        dropped, self._dropped = self._dropped, []
-        return dropped
-
-    def _better_again(self, held: Held, copying: int) -> bool:
-        """Whether computing again is predicted to take less than copying there and back."""
-        moved = copying + held.own + held.in_blocks
-        return held.droppable and held.load.executed < moved / self._rate
-
-    def _park(self, held: Held) -> None:
-        if not held.parked:
-            self._counts["copied_bytes"] += held.parking.park(held.load.run)
-            self._counts["offloads"] += 1
-            for seat in held.seats:
-                seat.ticket.offloads += 1
-
-    def _drop(self, held: Held) -> None:
-        if not held.droppable:
-            raise InternalError("a run that cannot be computed again is dropped", got=held.load.name)
-        held.parking.forget(held.rooms)
-        for seat in held.seats:
-            if seat.origin is not None:
-                seat.origin.again()
-            seat.ticket.recomputations += 1
-            if seat.ticket.reused_tokens:  # what is shared is not written again
-                for room in held.rooms:
-                    room.free()
-                held.evicted = True
-        if isinstance(held.load.run, Together):
-            held.load.run.again()
-        held.dropped = True
-        self._counts["recomputations"] += 1
-        load = held.load
-        self._dropped.append((load, load.seconds if load.shared else seconds_left(load.program, load.run)))
-
-    @contextlib.contextmanager
-    def _copying(self, held: Held, name: str) -> Iterator[None]:
-        """A span of the timeline."""
-        start = self._clock()
-        yield
-        if self._recorder is not None:
-            for seat in held.seats:
-                self._recorder.copied(seat.ticket, name, start, self._clock())
+        again = self.moves.better_again(held, copying) or not self._room_on_host(copying, held)
+        if (again or not self.moves.put_away(held, "offloaded")) and held.droppable:
+            self.moves.drop(held)
+        self._moved(held)
 
     def _note(self, held: Held) -> None:
-        """Keep the sums, and the first member's metrics, as ``held`` is now."""
+        """Keep the sum of what is on the device as ``held`` is now."""
         device = held.own if held.paused else 0
-        host = held.parking.host_bytes(held.rooms)
         self.paused_bytes += device - held.device
+        held.device = device
+
+    def _moved(self, held: Held) -> None:
+        """The same, the sum of the copies on the host, and the first member's metrics."""
+        self._note(held)
+        host = held.parking.host_bytes(held.rooms)
         self.host_bytes += host - held.host
-        held.device, held.host = device, host
+        held.host = host
         served = held.load.served
         if held.paused and served and served[0].state == "paused":
-            served[0].paused_bytes = device + held.in_blocks
+            served[0].paused_bytes = held.device + held.in_blocks
 
     # ---- the host
 
@@ -401,7 +345,7 @@ class Memory:
                 break
             if held.host and held is not spared and not held.parked and not held.evicted:
                 held.parking.forget(held.rooms)
-                self._note(held)
+                self._moved(held)
         if self.decoding is not None and self.host_bytes + decoding + nbytes > limit:
             self.decoding.forget_copies()
         return self.host_bytes + self._decoding_on_host + nbytes <= limit
@@ -428,7 +372,7 @@ class Memory:
 
     def release(self, tickets: Sequence[Ticket]) -> None:
         """Nobody executes these requests any more: their blocks and copies are free. Again is no mistake."""
-        settle(self._flying)
+        settle(self.flying)
         for ticket in tickets:
             for rooms in (self.decoding, self.budgeted) if ticket.ended is not None else ():
                 if rooms is not None:
@@ -462,7 +406,10 @@ class Memory:
             block_bytes=0 if pool is None else pool.block_bytes,
             blocks_decoding=0 if decoding is None else decoding.blocks,
             decode_evictions=sum(r.evictions for r in (decoding, self.budgeted) if r is not None),
-            **self._counts,
+            offloads=self.moves.offloads,
+            copied_bytes=self.moves.copied_bytes,
+            recomputations=self.moves.recomputations,
+            reused_tokens=self._reused,
         )
 
     def validate(self, free: float) -> None:

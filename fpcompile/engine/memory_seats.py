@@ -8,7 +8,9 @@ Words
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from fpcompile.engine.loads import Load
@@ -37,7 +39,7 @@ class Seat:
         return self.origin.run if isinstance(self.origin, Origin) else self.origin
 
 
-@dataclass(slots=True)
+@dataclass(eq=False)
 class Held:
     """``parked``: its own tensors are on the host. ``evicted``: its blocks are given back.
 
@@ -68,9 +70,9 @@ class Held:
         """Whether it can be computed again."""
         return all(seat.origin is not None for seat in self.seats)
 
-    @property
-    def inputs(self) -> dict[int, int]:
-        """Address and bytes of each storage that is kept so that it can be computed again."""
+    @cached_property
+    def inputs(self) -> Mapping[int, int]:
+        """Address and bytes of each storage that is kept so that it can be computed again; they stay."""
         origins = [seat.origin for seat in self.seats if isinstance(seat.origin, Origin)]
         return {address: size for origin in origins for address, size in origin.storages.items()}
 

@@ -136,7 +136,7 @@ class Ticket:
         """Whether it was executed in slices, or with others."""
         self.executed = 0.0
         self.preemptions = 0
-        self.preempted_by: tuple[str, ...] = ()
+        self.preempted_by: list[str] = []
         self.packed_with: dict[str, None] = {}
         """Names of those with whom it shared a launch, in order."""
         self.paused_bytes = 0
@@ -197,7 +197,7 @@ class Ticket:
         self.preemptions += 1
         self.paused_bytes = nbytes
         if by is not None:
-            self.preempted_by = (*self.preempted_by, by)
+            self.preempted_by.append(by)
 
     def rested(self, nbytes: int) -> None:
         """It keeps ``nbytes`` until its next slice; nobody preempted it."""
@@ -246,7 +246,7 @@ class Ticket:
             suspended=self.suspended,
             executed=self.executed,
             preemptions=self.preemptions,
-            preempted_by=self.preempted_by,
+            preempted_by=tuple(self.preempted_by),
             packed_with=tuple(self.packed_with),
             slo_met=met,
             numerics="tolerance" if self.shared or self.reused_tokens else "bits",

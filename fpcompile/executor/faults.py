@@ -5,11 +5,15 @@ memory ran out.
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from fpcompile.errors import SegmentError
 from fpcompile.ir import Part, Segment
+
+_T = TypeVar("_T")
 
 
 def segment_error(segment: Segment, part: Part, names: tuple[str, ...], error: Exception) -> SegmentError:
@@ -53,3 +57,14 @@ def forget_frames(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__
+
+
+def unless_out_of_memory(work: Callable[[], _T]) -> _T | None:
+    """What ``work()`` returns; None where memory ran out, and then nothing is held of the attempt."""
+    try:
+        return work()
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        forget_frames(error)
+        return None

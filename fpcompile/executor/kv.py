@@ -24,8 +24,9 @@ class KV(Protocol):
     """One layer's keys ``[B, Hkv, n, D]`` and values ``[B, Hkv, n, Dv]``, as far as attention reads them.
 
     ``start`` is the position of the first of them. ``append`` puts new tokens behind the last one and returns
-    what holds all of them. ``own`` are the tensors whose memory this holds, ``pooled_bytes`` what it holds
-    of a memory that is not its own; ``kept`` is the same in memory of its own, for results and checkpoints.
+    what holds all of them. ``storages`` are address and bytes of the memory that it owns, ``pooled_bytes``
+    what it holds of a memory that is not its own; ``kept`` is the same in memory of its own, for results and
+    checkpoints.
     """
 
     @property
@@ -38,7 +39,7 @@ class KV(Protocol):
     def start(self) -> int: ...
 
     @property
-    def own(self) -> tuple[Tensor, ...]: ...
+    def storages(self) -> Mapping[int, int]: ...
 
     @property
     def pooled_bytes(self) -> int: ...
@@ -64,26 +65,25 @@ class LayerKV:
         )
 
     @property
-    def own(self) -> tuple[Tensor, ...]:
-        """Both."""
-        return (self.keys, self.values)
-
-    @property
     def pooled_bytes(self) -> int:
         """None."""
         return 0
 
     @property
     def storages(self) -> Mapping[int, int]:
-        """As :func:`storages_of` what it owns: asked for at every pause, and always the same."""
+        """Asked for at every pause, and always the same."""
         if self._storages is None:
-            object.__setattr__(self, "_storages", storages_of(self.own))
+            object.__setattr__(self, "_storages", storages_of((self.keys, self.values)))
         assert self._storages is not None
         return self._storages
 
     def kept(self) -> LayerKV:
         """It is in memory of its own."""
         return self
+
+
+NO_STORAGES: Final[Mapping[int, int]] = {}
+"""Of what lies in memory that is not its own."""
 
 
 def storages_of(tensors: Iterable[Tensor]) -> dict[int, int]:
@@ -97,7 +97,7 @@ def kv_storages(groups: Iterable[Mapping[int, KV]]) -> dict[int, int]:
     found: dict[int, int] = {}
     for group in groups:
         for kv in group.values():
-            found.update(kv.storages if isinstance(kv, LayerKV) else storages_of(kv.own))
+            found.update(kv.storages)
     return found
 
 
@@ -149,9 +149,9 @@ class GrowingKV:
         return self._keys.untyped_storage().nbytes() + self._values.untyped_storage().nbytes()
 
     @property
-    def own(self) -> tuple[Tensor, ...]:
+    def storages(self) -> Mapping[int, int]:
         """Both, with their room."""
-        return (self._keys, self._values)
+        return storages_of((self._keys, self._values))
 
     @property
     def pooled_bytes(self) -> int:

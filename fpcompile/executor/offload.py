@@ -30,6 +30,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fpcompile.executor.checkpoint import Packer, Placement
 from fpcompile.executor.device import Device, Event
+from fpcompile.executor.faults import unless_out_of_memory
 from fpcompile.executor.kv import KV, LayerKV, kv_storages, storages_of
 from fpcompile.executor.pool import PooledKV, Room
 from fpcompile.executor.run import Run
@@ -71,21 +72,22 @@ def _shelves(run: Any) -> list[Shelf]:
 
 def own_bytes(run: Any, more: Mapping[int, int]) -> int:
     """Bytes on the device that a run holds besides blocks of a pool, with ``more`` storages; each once."""
-    tensors = [t for shelf in _shelves(run) for t in shelf.values()]
-    return sum({**more, **storages_of(tensors), **kv_storages(caches_of(run))}.values())
+    found = {**more, **kv_storages(caches_of(run))}
+    for shelf in _shelves(run):
+        found.update(storages_of(shelf.values()))
+    return sum(found.values())
 
 
 @final
 class Origin:
     """A run before its first launch. Holds its inputs: tokens, positions, and a cache that it continues."""
 
-    __slots__ = ("_caches", "_call", "_schedule", "_storages", "_values", "run")
+    __slots__ = ("_caches", "_call", "_schedule", "_values", "run")
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self._values, self._caches = dict(run.values), [dict(group) for group in run.kv]
         self._call, self._schedule = run.call, run.schedule
-        self._storages: dict[int, int] | None = None
 
     @property
     def plain(self) -> bool:
@@ -94,10 +96,8 @@ class Origin:
 
     @property
     def storages(self) -> Mapping[int, int]:
-        """Address and bytes of each storage of the inputs; looked at once, for they stay."""
-        if self._storages is None:
-            self._storages = {**storages_of(self._values.values()), **kv_storages(self._caches)}
-        return self._storages
+        """Address and bytes of each storage of the inputs."""
+        return {**storages_of(self._values.values()), **kv_storages(self._caches)}
 
     def again(self) -> None:
         """The run is as it was before its first launch; what it held is dropped."""
@@ -212,7 +212,9 @@ class Parking:
         if not device.asynchronous:
             return list(tensors) if fresh else [t.clone() for t in tensors]
         small = [t for t in tensors if t.nbytes < _TOGETHER]
-        joined = torch.cat([t.reshape(-1).view(torch.uint8) for t in small]) if len(small) > 1 else None
+        joined = None
+        if len(small) > 1:  # where there is no memory for that, they travel one by one
+            joined = unless_out_of_memory(lambda: torch.cat([t.reshape(-1).view(torch.uint8) for t in small]))
         large = [t for t in tensors if joined is None or t.nbytes >= _TOGETHER]
         sources = large if joined is None else [*large, joined]
         copies, event = device.copy_to_host(sources)

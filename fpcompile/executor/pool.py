@@ -27,7 +27,7 @@ Invariants
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, final
 
 import torch
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from fpcompile.errors import InternalError, InvalidInputError
 from fpcompile.executor.blocks import BlockPool, extents
-from fpcompile.executor.kv import LayerKV
+from fpcompile.executor.kv import NO_STORAGES, LayerKV
 from fpcompile.models.attention import AttentionCall
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Layout:
     @property
     def token_bytes(self) -> int:
         """Bytes of one token in all layers."""
-        return sum(self.layer_bytes(layer) for layer, _, _, _ in self.entries)
+        return sum(h * (k + v) * self.dtype.itemsize for _, h, k, v in self.entries)
 
     def layer_bytes(self, layer: int) -> int:
         """Bytes of one token in one layer."""
@@ -72,6 +72,8 @@ class KVPool:
 
     def __init__(self, layout: Layout, blocks: int, block_tokens: int, device: torch.device) -> None:
         self.layout, self.block_tokens = layout, block_tokens
+        self.block_bytes = block_tokens * layout.token_bytes
+        """Of one block, in all layers."""
         self.blocks = BlockPool(blocks)
         rows = blocks * block_tokens
         self.stores = {
@@ -81,11 +83,6 @@ class KVPool:
             )
             for layer, heads, key, value in layout.entries
         }
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block in all layers."""
-        return self.block_tokens * self.layout.token_bytes
 
     def needed(self, tokens: int) -> int:
         """Blocks of a sequence of ``tokens`` tokens."""
@@ -339,9 +336,9 @@ class PooledKV:
         return self.room.read(self.layer, self.length)[1]
 
     @property
-    def own(self) -> tuple[Tensor, ...]:
+    def storages(self) -> Mapping[int, int]:
         """None: the memory is the pool's."""
-        return ()
+        return NO_STORAGES
 
     @property
     def pooled_bytes(self) -> int:

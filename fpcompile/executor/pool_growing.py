@@ -20,7 +20,7 @@ from typing import final
 from torch import Tensor
 
 from fpcompile.errors import InternalError
-from fpcompile.executor.kv import KV, GrowingKV, LayerKV
+from fpcompile.executor.kv import KV, NO_STORAGES, GrowingKV, LayerKV
 from fpcompile.executor.packed import PackedProgram
 from fpcompile.executor.pool import PooledKV, Room
 
@@ -113,9 +113,9 @@ class PooledGrowingKV:
         return self._origin + self.first
 
     @property
-    def own(self) -> tuple[Tensor, ...]:
+    def storages(self) -> Mapping[int, int]:
         """None: the memory is the pool's."""
-        return ()
+        return NO_STORAGES
 
     @property
     def pooled_bytes(self) -> int:

@@ -32,7 +32,7 @@ from typing import Final, Protocol, final
 import torch
 from torch import Tensor
 
-from fpcompile.executor.kv import KV, LayerKV
+from fpcompile.executor.kv import KV, NO_STORAGES, LayerKV
 from fpcompile.models.attention import AttentionCall, MaskKind
 
 __all__ = ["TOKENS", "Abreast", "Flight", "Place", "Racks", "Tenant", "room_for"]
@@ -348,9 +348,9 @@ class Abreast:
         return self.rows.start
 
     @property
-    def own(self) -> tuple[Tensor, ...]:
+    def storages(self) -> Mapping[int, int]:
         """None: the memory is the rack's."""
-        return ()
+        return NO_STORAGES
 
     @property
     def pooled_bytes(self) -> int:

@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final, final
 
-__all__ = ["FILLED", "LEAST", "Growing", "OutputLengths", "everything", "peak"]
+__all__ = ["FILLED", "LEAST", "Growing", "OutputLengths", "everything", "peak", "peak_of"]
 
 Growing = tuple[int, int]
 """(blocks held, tokens to come)."""
@@ -43,11 +43,19 @@ def peak(growing: Iterable[Growing], block_tokens: int) -> int:
     >>> peak([(1, 32), (1, 32)], 16), peak([(4, 0), (1, 64)], 16)
     (6, 5)
     """
-    held = most = 0
-    ordered = sorted(growing, key=lambda one: -one[1])
-    for count, (blocks, tokens) in enumerate(ordered, 1):
-        held += blocks
-        most = max(most, held + count * -(-tokens // block_tokens))
+    return int(peak_of([(blocks, tokens, 1) for blocks, tokens in growing], block_tokens))
+
+
+def peak_of(growing: Iterable[tuple[float, int, float]], every: int = 1) -> float:
+    """The same of anything that grows: (what is held, tokens to come, what each ``every`` tokens add).
+
+    >>> peak_of([(64, 2, 8.0), (16, 4, 8.0)])
+    112.0
+    """
+    held = rate = most = 0.0
+    for has, tokens, adds in sorted(growing, key=lambda one: -one[1]):
+        held, rate = held + has, rate + adds
+        most = max(most, held + rate * -(-tokens // every))
     return most
 
 

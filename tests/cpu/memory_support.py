@@ -29,7 +29,7 @@ def inline(program: Any, *, rate: float = COPY, policy: Any = "s-edf", **options
     """An engine that the test turns; the later a request comes, the sooner its deadline should be."""
     options.setdefault("clock", Clock())
     engine = Engine(program, policy=policy, device_thread=False, **options)
-    engine._memory._rate = rate
+    engine._memory.moves.rate = rate
     return engine
 
 

@@ -293,4 +293,4 @@ def test_growing_caches_are_copied_seldom_and_keep_a_window_only() -> None:
     window = GrowingKV(LayerKV(one, one), 16)
     for _ in range(2000):
         window.append(one, one)
-    assert sum(t.nbytes for t in window.own) <= 2 * (2 * 16 + 64) * 4 * 4
+    assert window.nbytes <= 2 * (2 * 16 + 64) * 4 * 4

@@ -96,6 +96,41 @@ def test_nobody_is_looked_at_again_before_a_block_changes_hands() -> None:
     assert len(asked) == 2
 
 
+def test_beside_a_budget_nobody_is_looked_at_again_before_something_is_freed() -> None:
+    asked: list[bool] = []
+
+    def away() -> Iterator[Ticket]:
+        asked.append(True)
+        yield from ()
+
+    engine = inline(program_of("qwen3"), memory_budget=1000)
+    memory, budgeted = engine._memory, engine._memory.budgeted
+    assert budgeted is not None
+
+    def looks() -> int:
+        """How often, at three cuts."""
+        before = len(asked)
+        for _ in range(3):
+            budgeted.back(away(), [])
+        return len(asked) - before
+
+    memory.paused_bytes = 10
+    assert looks() == 1
+    memory.paused_bytes = 20
+    assert looks() == 0, "there is less room than before"
+    memory.paused_bytes = 9
+    assert looks() == 1, "a paused run went on"
+    budgeted.reserve([], [])
+    assert looks() == 1, "a step follows"
+    engine.submit(ids(5))
+    (ticket,) = engine._registry.live()
+    budgeted.ended(ticket)
+    assert looks() == 1, "somebody has ended"
+    memory.paused_bytes = 0
+    drain(engine)
+    empty(engine)
+
+
 def test_the_hosts_bound_counts_a_copy_that_was_dropped_for_it() -> None:
     """Who has been away once has a copy there; a full host drops it, and then all has to be copied."""
     clock = Clock()

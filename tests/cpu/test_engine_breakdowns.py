@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import weakref
 from typing import Any
 
@@ -15,6 +16,7 @@ import fpcompile
 from fpcompile.engine.engine import Engine
 from fpcompile.errors import DeviceFailedError, EngineClosedError, SegmentError
 from fpcompile.executor.faults import out_of_memory
+from fpcompile.executor.offload import Parking
 from fpcompile.models.zoo import sample_ids
 from fpcompile.testing import FakeAsyncDevice
 from tests.cpu.support import differences, mlp, outcome, reference, toy
@@ -236,6 +238,24 @@ def test_a_device_error_that_comes_out_of_an_event_is_the_devices(monkeypatch: p
     with pytest.raises(DeviceFailedError):
         drive(engine)
     _closed_by_device(engine, handles)
+
+
+def test_a_device_error_while_a_paused_run_is_moved_is_the_devices(
+    program: fpcompile.Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_: Any) -> int:
+        raise _illegal()
+
+    engine = Engine(program, device_thread=False, policy="s-edf", memory_budget=0)
+    engine._memory.moves.rate = math.inf
+    long = engine.submit(sample_ids(40), ttft_slo=1000.0)
+    for _ in range(4):
+        engine.turn(1)
+    urgent = engine.submit(sample_ids(7), ttft_slo=100.0)
+    monkeypatch.setattr(Parking, "park", breaks)
+    with pytest.raises(DeviceFailedError):
+        drive(engine)
+    _closed_by_device(engine, [long, urgent])
 
 
 def test_a_device_thread_ends_with_its_device_and_another_engine_may_be_made() -> None:

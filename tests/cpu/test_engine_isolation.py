@@ -171,3 +171,61 @@ def test_a_timeout_is_not_inherited_with_the_id(monkeypatch: pytest.MonkeyPatch)
     clock.advance(2.0)
     drain(engine)
     assert again.metrics.state == "completed"
+
+
+# ---- no memory for a copy
+
+
+@pytest.mark.parametrize("where", ["stash", "park"])
+def test_without_memory_for_a_copy_an_evicted_prompt_begins_again(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = program_of("qwen3")
+    engine = inline(program, rate=COPY, kv_blocks=12)
+    paused = engine.submit(ids(150), ttft_slo=1000.0)
+    turn(engine, 3)
+    fail_once(monkeypatch, Parking, where)
+    urgent = engine.submit(ids(151), ttft_slo=1.0)
+    drain(engine)
+    assert (paused.metrics.offloads, paused.metrics.recomputations) == (0, 1)
+    assert urgent.metrics.recomputations == 0
+    for handle, length in ((paused, 150), (urgent, 151)):
+        assert differences(outcome(handle.result(0)), finish(program.start(ids(length)))) == []
+    empty(engine)
+
+
+@pytest.mark.parametrize("continued", [False, True])
+def test_without_memory_for_a_copy_nobody_fails_over_the_budget(
+    continued: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt begins again; what continues a cache cannot, and stays where it is."""
+    program = program_of("qwen3")
+    given = {"past_key_values": program(ids(6)).past_key_values} if continued else {}
+    engine = inline(program, rate=COPY, memory_budget=0)
+    paused = engine.submit(ids(40), ttft_slo=1000.0, **given)
+    turn(engine, 4)
+    calls = fail_once(monkeypatch, Parking, "park")
+    urgent = engine.submit(ids(41), ttft_slo=1.0)
+    drain(engine)
+    assert calls[0] == 1
+    assert (paused.metrics.offloads, paused.metrics.recomputations) == (0, 0 if continued else 1)
+    assert differences(outcome(paused.result(0)), finish(program.start(ids(40), **given))) == []
+    assert differences(outcome(urgent.result(0)), finish(program.start(ids(41)))) == []
+    empty(engine)
+
+
+def test_out_of_memory_where_what_is_paused_cannot_be_copied_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy that should make room needs memory itself: both runs begin again."""
+    program = program_of("qwen3")
+    engine = inline(program, rate=COPY)
+    paused = engine.submit(ids(40), ttft_slo=1000.0)
+    turn(engine, 4)
+    urgent = engine.submit(ids(41), ttft_slo=1.0)
+    turn(engine, 3)
+    fail_once(monkeypatch, Parking, "park")
+    fail_once(monkeypatch, Run, "step")
+    drain(engine)
+    assert [handle.metrics.recomputations for handle in (paused, urgent)] == [1, 1]
+    for handle, length in ((paused, 40), (urgent, 41)):
+        assert differences(outcome(handle.result(0)), finish(program.start(ids(length)))) == []
+    empty(engine)

@@ -34,6 +34,7 @@ from hypothesis.stateful import (
 import fpcompile
 from fpcompile.engine.engine import Engine
 from fpcompile.errors import BudgetWarning, RequestCancelledError, SegmentError
+from fpcompile.executor.offload import Parking
 from fpcompile.scheduler.job import RequestView
 from fpcompile.scheduler.policy import RankingPolicy
 from tests.cpu.memory_support import empty, ids
@@ -91,6 +92,20 @@ class Memory(RuleBasedStateMachine):
         self.prompts: dict[str, tuple[int, float | None]] = {}
         self.streams: dict[str, tuple[int, int]] = {}
         self.lost: set[str] = set()
+        self.short = 0
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(Parking, "to_host", self.copy_unless_short(Parking.to_host))
+
+    def copy_unless_short(self, copy: Any) -> Any:
+        """As ``copy``, but the next ``short`` copies find no memory."""
+
+        def to_host(parking: Parking, tensors: Sequence[torch.Tensor], **options: bool) -> Any:
+            if self.short and tensors:
+                self.short -= 1
+                raise MemoryError("injected")
+            return copy(parking, tensors, **options)
+
+        return to_host
 
     @initialize(
         budget=st.sampled_from([0, 50_000, None]),
@@ -154,7 +169,12 @@ class Memory(RuleBasedStateMachine):
     @rule(fast=st.booleans())
     def copying(self, fast: bool) -> None:
         """Moving is quicker than computing again, or slower."""
-        self.engine._memory._rate = math.inf if fast else 1.0
+        self.engine._memory.moves.rate = math.inf if fast else 1.0
+
+    @rule(copies=st.integers(1, 2))
+    def run_short(self, copies: int) -> None:
+        """The host has no memory for the next copies: whoever was to go begins again, and nobody fails."""
+        self.short = copies
 
     @rule(name=names)
     def evict(self, name: str) -> None:
@@ -222,8 +242,13 @@ class Memory(RuleBasedStateMachine):
             self.engine._driver.validate()
 
     def teardown(self) -> None:
-        if not hasattr(self, "engine"):
-            return
+        try:
+            if hasattr(self, "engine"):
+                self.end()
+        finally:
+            self.patch.undo()
+
+    def end(self) -> None:
         while self.engine.turn(1):
             self.engine._driver.validate()
         empty(self.engine)

@@ -9,12 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fpcompile.engine.engine import Engine
 from fpcompile.errors import RequestCancelledError
+from fpcompile.executor import offload
+from fpcompile.executor.offload import Parking
+from fpcompile.executor.run import Run
 from fpcompile.testing import FakeAsyncDevice
 from tests.cpu.memory_support import AGAIN, COPY, drain, empty, ids, inline, nested, turn
 from tests.cpu.support import differences, finish, outcome, program_of
+from tests.cpu.test_engine_isolation import fail_once
 
 # ---- policies that share launches
 
@@ -216,9 +222,82 @@ def test_an_urgent_request_does_not_wait_for_the_copy_to_the_host() -> None:
     device.synchronize()
     assert device.violations == []
     engine._memory.release([])
-    assert engine._memory._flying == [], "nothing keeps what was copied"
+    assert engine._memory.flying == [], "nothing keeps what was copied"
     assert differences(outcome(urgent.result(0)), finish(program.start(ids(45)))) == []
     empty(engine)
+
+
+def weakly(tensor: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def test_out_of_memory_waits_for_the_copies_that_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes to the host holds its memory until it is there; the run begins again behind that."""
+    monkeypatch.setattr(offload, "_TOGETHER", 0)  # no tensor is copied on the device first
+    program = program_of("qwen3")
+    device, seen = FakeAsyncDevice(copy_bytes_per_second=1e3), list[bool]()
+
+    def look(run: Any, segment: Any, start: float, end: float) -> None:
+        if run.tokens == 41 and run.at == 1:
+            seen.append(all(storage.expired() for storage in moved))  # type: ignore[no-untyped-call]
+
+    engine = inline(program, device=device, clock=device.clock, on_segment=look)
+    paused = engine.submit(ids(40), ttft_slo=1000.0)
+    turn(engine, 6)
+    flight = engine._driver._flight
+    assert flight is not None
+    run: Any = flight.load.run
+    moved = [weakly(t) for t in run.values.values() if t.is_floating_point()]
+    assert moved
+    urgent = engine.submit(ids(41), ttft_slo=1.0)
+    fail_once(monkeypatch, Run, "step", at=2)
+    drain(engine)
+    assert seen == [False, True]
+    assert (paused.metrics.offloads, urgent.metrics.recomputations) == (1, 1)
+    for handle, length in ((paused, 40), (urgent, 41)):
+        assert differences(outcome(handle.result(0)), finish(program.start(ids(length)))) == []
+    assert device.violations == []
+    empty(engine)
+
+
+def test_what_was_copied_away_is_freed_at_a_cut() -> None:
+    """Whoever has the device then may keep it for long."""
+    device = FakeAsyncDevice(copy_bytes_per_second=1e12)
+    engine = inline(program_of("qwen3"), device=device, clock=device.clock, memory_budget=0)
+    engine.submit(ids(40), ttft_slo=1000.0)
+    turn(engine, 4)
+    urgent = engine.submit(ids(41), ttft_slo=1.0)
+    while not engine._memory.flying:
+        turn(engine)
+    device.advance(1.0)
+    turn(engine)
+    assert urgent.metrics.state == "running"
+    assert engine._memory.flying == []
+    drain(engine)
+    assert device.violations == []
+    empty(engine)
+
+
+def test_tensors_travel_one_by_one_where_there_is_no_memory_for_a_piece(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program, device = program_of("qwen3"), FakeAsyncDevice()
+    run, parking = program.start(ids(40)), Parking(device)
+
+    def full(*_: Any, **__: Any) -> Tensor:
+        raise torch.OutOfMemoryError("injected")
+
+    for _ in range(7):
+        run.step()
+    with device.active():
+        monkeypatch.setattr(torch, "cat", full)
+        assert parking.park(run) > 0
+        monkeypatch.undo()
+        device.synchronize()
+        parking.bring_back()
+        device.synchronize()
+    assert differences(finish(run), finish(program.start(ids(40)))) == []
+    assert device.violations == []
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def test_runs_that_give_way_have_the_bits_of_those_that_do_not(dtype: torch.dtyp
     prompts = [sample_ids(200 - number, seed=number).cuda() for number in range(6)]
     expected = [program(prompt).logits for prompt in prompts]
     engine = Engine(program, policy="s-edf", device_thread=False, kv_blocks=26, memory_budget=0)
-    engine._memory._rate = rate
+    engine._memory.moves.rate = rate
     handles: list[Any] = []
     for number, prompt in enumerate(prompts):
         handles.append(engine.submit(prompt, ttft_slo=1e6 - 1e3 * number))

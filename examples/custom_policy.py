@@ -16,8 +16,7 @@ import torch
 from embed_threads import prompt, small_model
 
 import fpcompile
-from fpcompile.scheduler.job import RequestView
-from fpcompile.scheduler.policy import KeyedPolicy, register
+from fpcompile.scheduler import KeyedPolicy, RequestView, register
 
 PROMPTS = (("free", 3000), ("free", 400), ("free", 40), ("gold", 800))
 

@@ -1,10 +1,11 @@
-"""A language model and an embedder on one engine: one device, one scheduler, one bound on blocking.
+"""A language model and an embedder on one engine: one device, one scheduler.
 
     python examples/llm_and_embedder.py
 
 While a long prompt is computed and a stream generates, texts are embedded with a tight promise: each of them
-stops whatever runs at its next cut. Two engines on one device could not promise that. Models are small and
-random; results are compared with those of the unmodified models.
+stops whatever runs at its next cut. Two engines on one device could not promise that. For a bound on how far
+the next cut is, give both programs the same ``max_blocking_ms``. Models are small and random; results are
+compared with those of the unmodified models.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def main() -> None:
     embedder: Any = encoder()
     texts = [prompt(length) for length in (12, 30, 12)]
     programs = {"chat": fpcompile.segment(llm), "embed": fpcompile.segment(embedder)}
-    with fpcompile.Engine(programs, max_blocking_ms=50.0, tbt_slo=0.2) as engine:
+    with fpcompile.Engine(programs, tbt_slo=0.2) as engine:
         talk = engine.submit(prompt(48), program="chat", max_new_tokens=NEW, ttft_slo=1.0)
         next(talk.tokens())
         long = engine.submit(prompt(3000), program="chat", ttft_slo=60.0, logits_to_keep=1)

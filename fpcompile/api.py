@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
@@ -35,6 +36,13 @@ from fpcompile.passes.pipeline import compile_packed
 WEIGHTS = ("shared", "packed")
 ROUTES = ("auto", "packed", "generic")
 RATES = ("default", "measured")
+KNOWN = {
+    "granularity": tuple(str(g) for g in Granularity),
+    "weights": WEIGHTS,
+    "backend": BACKENDS,
+    "route": ROUTES,
+}
+"""Legal values of the options of :func:`segment` that are names."""
 
 
 def segment(
@@ -54,86 +62,93 @@ def segment(
 ) -> Program:
     """Compile ``model`` into preemptible segments.
 
-    ``granularity`` places the cuts: ``"operator"`` (around attention, every projection and experts),
-    ``"layer"`` or ``"model"``. ``"auto"`` takes the fewest cuts with which every launch keeps
-    ``max_blocking_ms`` at ``design_tokens`` tokens (2048), and of these the ones with the fewest live bytes;
-    operators are priced by their operations and bytes at ``rates``: ``"default"``, constants that give the
-    same plan on every machine, or ``"measured"`` on this one (:mod:`fpcompile.passes.auto`). Without a budget
-    its cuts are those of ``"operator"``. ``max_blocking_ms`` bounds the predicted time of every launch at any
-    prompt length: small segments are launched together, long ones tile by tile (:class:`BudgetWarning` where
-    even the smallest tile takes longer, :class:`BudgetError` with ``strict_budget``); the device is measured
-    for it, a few seconds at the first time (:mod:`fpcompile.executor.cost_cache`). None means one launch
-    for each segment. ``weights="packed"`` keeps a second copy of linear weights in the layout of the CPU's
-    bf16 kernel: the same bits, faster, above all for short prompts and tiles; it has no effect elsewhere.
-    ``backend="inductor"`` compiles each distinct function between attention calls once, now, whatever the
-    depth (seconds; TorchInductor needs a C++ compiler, on CUDA Triton); what it cannot compile stays eager
-    and is named in ``explain()``. Fused code rounds differently: the model's numbers, not its bits.
-    ``backend="cudagraphs"`` replays the code between attention calls as CUDA graphs for up to 256 tokens at a
-    time, padded to the next of a few lengths (packed route; a wide granularity gains more); the rest is
-    eager. ``route="auto"`` packs sequences where the model is proven to allow it
-    (:mod:`fpcompile.models.capture`) and else takes any model as it is (:mod:`fpcompile.models.generic`);
-    ``"packed"`` and ``"generic"`` ask for one. ``example_inputs`` are the arguments of one call (a mapping,
-    a tuple or a tensor); models whose inputs are not token ids need them, and with them the generic route
-    is taken. ``dynamic_shapes``, in torch.export's conventions, says which of their sizes vary; without it
-    the route keeps batch and lengths symbolic where the model allows, and other sizes get a graph of their
-    own when first met. An ``ExportedProgram`` may be passed for the model, a LoRA model of PEFT as well.
-    ``verify`` runs a self-check on the model's own weights: two short sequences, alone and packed, against
-    the unmodified model. The model is left as found and shares its weights with the program: changes in
-    place are seen by later runs (not with ``weights="packed"``), a replaced weight is an error. Forward
-    hooks of the model are part of what is traced: they are called now, with fake tensors, and not in runs.
+    The model is left as found and shares its weights with the program: changes in place are seen by later
+    runs (not with ``weights="packed"``), a replaced weight is an error. Forward hooks of the model are part
+    of what is traced: they are called now, with fake tensors, and not in runs. A LoRA model of PEFT may be
+    passed, and an ``ExportedProgram``.
 
-    Raises :class:`InvalidInputError` for something that is no evaluating model, :class:`UnknownNameError` for
-    an unknown granularity, route, rates or backend, :class:`UsageError` where the backend's compiler is
-    missing, :class:`UnsupportedModelError` for a model that cannot be captured by the route.
+    ``granularity``
+        where the cuts are: ``"operator"`` (around attention, every projection and experts), ``"layer"``,
+        ``"model"`` (none), or ``"auto"``: the fewest cuts with which every launch keeps ``max_blocking_ms``
+        at ``design_tokens`` tokens (2048), and of these the ones with the fewest live bytes
+        (:mod:`fpcompile.passes.auto`). Without a budget its cuts are those of ``"operator"``.
+    ``rates``
+        for ``"auto"``, what operators are priced by: ``"default"``, constants that give the same plan on
+        every machine, or ``"measured"`` on this one.
+    ``max_blocking_ms``
+        milliseconds that bound the predicted time of every launch, whatever the prompt's length: small
+        segments are launched together, long ones tile by tile. :class:`BudgetWarning` says where even the
+        smallest tile takes longer; with ``strict_budget`` that is a :class:`BudgetError`. The device is
+        measured for it, a few seconds at the first time (:mod:`fpcompile.executor.cost_cache`). None: one
+        launch for each segment.
+    ``route``
+        ``"auto"`` packs sequences where the model is proven to allow it (:mod:`fpcompile.models.capture`),
+        and else takes the model as it is (:mod:`fpcompile.models.generic`); ``"packed"`` and ``"generic"``
+        ask for one.
+    ``example_inputs``
+        the arguments of one call (a mapping, a tuple or a tensor). Models whose inputs are not token ids
+        need them, and with them the generic route is taken.
+    ``dynamic_shapes``
+        which of their sizes vary, in torch.export's conventions. Without it batch and lengths stay symbolic
+        where the model allows, and other sizes get a graph of their own when first met.
+    ``backend``
+        ``"eager"`` calls the model's own operators. ``"inductor"`` compiles each distinct function between
+        attention calls once, now, whatever the depth (seconds; needs a C++ compiler, on CUDA Triton); what it
+        cannot compile stays eager and is named in ``explain()``. Fused code rounds differently: the model's
+        numbers, not its bits. ``"cudagraphs"`` replays that code as CUDA graphs for up to 256 tokens at a
+        time, padded to the next of a few lengths (packed route; a wide granularity gains more); the rest is
+        eager.
+    ``weights``
+        ``"packed"`` keeps a second copy of linear weights in the layout of the CPU's bf16 kernel: the same
+        bits, faster, above all for short prompts and tiles. It has no effect elsewhere.
+    ``verify``
+        run a self-check on the model's own weights: two short sequences, alone and packed, against the
+        unmodified model.
+
+    Raises :class:`InvalidInputError` for something that is no evaluating model and for options that do not go
+    together, :class:`UnknownNameError` for an unknown granularity, route, rates, weights or backend,
+    :class:`UsageError` where the backend's compiler is missing, :class:`UnsupportedModelError` for a model
+    that cannot be captured by the route.
     """
     if isinstance(model, ExportedProgram):
         model, own = exported_module(model)
         example_inputs = own if example_inputs is None else example_inputs
     _check_model(model)
-    if granularity not in list(Granularity):
-        raise UnknownNameError("granularity", granularity, known=[str(g) for g in Granularity])
-    if weights not in WEIGHTS:
-        raise UnknownNameError("weights", weights, known=WEIGHTS)
-    if backend not in BACKENDS:
-        raise UnknownNameError("backend", backend, known=BACKENDS)
+    _check_names(granularity=granularity, weights=weights, backend=backend, route=route)
+    _check_examples(route, example_inputs, dynamic_shapes)
     if backend == "cudagraphs":
         check_device({p.device for p in model.parameters() if not p.is_meta})
-    if route not in ROUTES:
-        raise UnknownNameError("route", route, known=ROUTES)
-    design = _design(model, granularity, max_blocking_ms, design_tokens, rates)
+    options = _Options(
+        granularity=Granularity(granularity),
+        max_blocking_ms=max_blocking_ms,
+        strict_budget=strict_budget,
+        backend=backend,
+        weights=weights,
+        verify=verify,
+        design=_design(model, granularity, max_blocking_ms, design_tokens, rates),
+    )
     blocked: str | None = None
-    if dynamic_shapes is not None and example_inputs is None:
-        raise InvalidInputError(
-            "dynamic_shapes without example_inputs",
-            expected="example_inputs, whose sizes dynamic_shapes speaks of",
-            got="none",
-        )
     if route != "generic" and example_inputs is None:
         try:
-            with tracing(_device_type(model)):
-                budget = {"max_blocking_ms": max_blocking_ms, "strict_budget": strict_budget}
-                program = _packed(model, granularity, design, budget, weights, backend, verify)
-            if max_blocking_ms is not None and program.device.type != "meta":
-                _ = program.costs
-            return program
+            return _packed(model, options)
         except UnsupportedModelError as refused:
             if route == "packed":
                 raise
-            where = f" ({refused.where})" if refused.where else ""
-            blocked = f"{refused.reason}{where}"
-    with tracing(_device_type(model)):
-        return compile_generic_program(
-            model,
-            granularity=Granularity(granularity),
-            max_blocking_ms=max_blocking_ms,
-            strict_budget=strict_budget,
-            example_inputs=example_inputs,
-            blocked=blocked,
-            verify=verify,
-            dynamic_shapes=dynamic_shapes,
-            backend=backend,
-            design=design,
-        )
+            blocked = f"{refused.reason} ({refused.where})" if refused.where else refused.reason
+    return _generic(model, options, example_inputs, dynamic_shapes, blocked)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    """What a program of either route is asked for, checked. ``design``: what ``auto`` places cuts for."""
+
+    granularity: Granularity
+    max_blocking_ms: float | None
+    strict_budget: bool
+    backend: str
+    weights: str
+    verify: bool
+    design: Design | None
 
 
 def load(
@@ -148,7 +163,8 @@ def load(
     with ``backend="inductor"`` was saved with, which may do anything: only for a folder that nobody else
     can write. Without it those functions are compiled again.
 
-    Raises :class:`ProgramFileError` where one of these differs, and for a damaged folder.
+    Raises :class:`ProgramFileError` where one of these differs, and for a damaged folder;
+    :class:`InvalidInputError` for what is no model or no path; ``OSError`` where there is no such folder.
     """
     _check_model(model)
     with tracing(_device_type(model)):
@@ -200,15 +216,16 @@ def _design(
     return Design(budget / 1e3, found, tokens or DESIGN_TOKENS)
 
 
-def _packed(
-    model: nn.Module,
-    granularity: str,
-    design: Design | None,
-    budget: dict[str, Any],
-    weights: str,
-    backend: str,
-    verify: bool,
-) -> PackedProgram:
+def _packed(model: nn.Module, options: _Options) -> PackedProgram:
+    """By the packed route; raises :class:`UnsupportedModelError` where that is not proven right."""
+    with tracing(_device_type(model)):
+        program = _compile_packed(model, options)
+    if options.max_blocking_ms is not None and program.device.type != "meta":
+        _ = program.costs  # measured now, not in the first run
+    return program
+
+
+def _compile_packed(model: nn.Module, options: _Options) -> PackedProgram:
     inner = _without_adapters(model)
     if not isinstance(inner, PreTrainedModel):
         raise UnsupportedModelError(
@@ -216,15 +233,38 @@ def _packed(
         )
     captured = capture(inner)
     partitioned = compile_packed(
-        captured, Granularity(granularity), packed_weights=weights == "packed", design=design
+        captured, options.granularity, packed_weights=options.weights == "packed", design=options.design
     )
+    budget: dict[str, Any] = {
+        "max_blocking_ms": options.max_blocking_ms,
+        "strict_budget": options.strict_budget,
+    }
     program = PackedProgram(partitioned, captured.bindings, inner, **budget)
-    if verify:  # of the generated code: other rounding may turn a choice of experts, and look like mixing
+    if options.verify:  # generated code: other rounding may turn a choice of experts, and look like mixing
         self_check(program, model)
-    if backend == "eager":
+    if options.backend == "eager":
         return program
-    lowered = Partitioned(*lower(partitioned.plan, partitioned.functions, backend, verify=verify))
-    return PackedProgram(lowered, captured.bindings, inner, **budget)
+    functions = lower(partitioned.plan, partitioned.functions, options.backend, verify=options.verify)
+    return PackedProgram(Partitioned(*functions), captured.bindings, inner, **budget)
+
+
+def _generic(
+    model: nn.Module, options: _Options, example_inputs: Any, dynamic_shapes: Any, blocked: str | None
+) -> Program:
+    """By the generic route; ``blocked`` is what stands in the way of the packed one."""
+    with tracing(_device_type(model)):
+        return compile_generic_program(
+            model,
+            granularity=options.granularity,
+            max_blocking_ms=options.max_blocking_ms,
+            strict_budget=options.strict_budget,
+            example_inputs=example_inputs,
+            blocked=blocked,
+            verify=options.verify,
+            dynamic_shapes=dynamic_shapes,
+            backend=options.backend,
+            design=options.design,
+        )
 
 
 def _without_adapters(model: nn.Module) -> nn.Module:
@@ -258,4 +298,27 @@ def _check_model(model: Any) -> None:
             expected="ordinary tensors",
             got="inference tensors, which cannot be traced",
             remedy="build or load the model outside torch.inference_mode()",
+        )
+
+
+def _check_names(**given: Any) -> None:
+    """Raise :class:`UnknownNameError` for the first option that has no legal value."""
+    for kind, name in given.items():
+        if name not in KNOWN[kind]:
+            raise UnknownNameError(kind, name, known=KNOWN[kind])
+
+
+def _check_examples(route: str, example_inputs: Any, dynamic_shapes: Any) -> None:
+    if dynamic_shapes is not None and example_inputs is None:
+        raise InvalidInputError(
+            "dynamic_shapes without example_inputs",
+            expected="example_inputs, whose sizes dynamic_shapes speaks of",
+            got="none",
+        )
+    if route == "packed" and example_inputs is not None:
+        raise InvalidInputError(
+            "example_inputs are for the generic route",
+            expected="route='auto' or 'generic' with them, or none",
+            got="route='packed'",
+            remedy="leave out example_inputs: the packed route traces token ids of its own",
         )

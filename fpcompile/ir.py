@@ -2,7 +2,8 @@
 
 Words: a *segment* is the unit of the plan; it consists of *parts* (graph code, one attention call, one
 opaque leaf) that are launched together. A *live set* holds the values that cross a *cut*. A *plan* is the
-printable description of a program and reads back from its own text (see :mod:`fpcompile.plan_text`).
+printable description of a program and reads back from its own text (see
+:mod:`fpcompile.passes.plan_text`).
 
 Invariants: nothing here is mutable, nothing here holds a tensor, and sizes are sympy expressions in the
 three symbolic dimensions ``tokens`` (new tokens in the run), ``rows`` (positions whose logits are asked

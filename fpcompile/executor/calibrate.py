@@ -41,16 +41,12 @@ _SLOW = 50  # a shortest length that takes more than this part of the time leave
 _log = logging.getLogger(__name__)
 
 
-def calibrate(program: Program, *, lengths: tuple[int, ...] = LENGTHS, seconds: float = 5.0) -> CostModel:
-    """Measure ``program`` at increasing lengths for about ``seconds`` and make its cost model.
-
-    Random token ids are used; the device should be otherwise idle: medians bear some noise.
-    """
-    return cost_model(program, measure(program, lengths=lengths, seconds=seconds))
-
-
 def measure(program: Program, *, lengths: tuple[int, ...] = LENGTHS, seconds: float = 5.0) -> Samples:
-    """The medians behind :func:`calibrate`. Longer lengths than ``seconds`` allow are left out."""
+    """Median seconds of each stage of ``program`` at increasing lengths, found in about ``seconds``.
+
+    Longer lengths than that allows are left out. Random token ids are used; the device should be otherwise
+    idle: medians bear some noise.
+    """
     measured: dict[Key, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     limit = program.max_tokens or max(lengths)
     end = time.perf_counter() + seconds

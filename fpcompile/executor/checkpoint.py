@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from fpcompile.errors import CheckpointError, UsageError
 from fpcompile.executor import tensor_file
 from fpcompile.executor.kv import LayerKV
+from fpcompile.executor.paths import as_path
 from fpcompile.executor.schedule import Launch
 
 if TYPE_CHECKING:
@@ -63,14 +63,20 @@ class Checkpoint:
         return sum(int(s.numel()) for s in self.storages)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the snapshot to one file, replacing an older one atomically."""
+        """Write the snapshot to one file, replacing an older one atomically.
+
+        Raises :class:`InvalidInputError` for what is no path, ``OSError`` where nothing can be written.
+        """
+        where = as_path(path)
         description = json.dumps(_describe(self), sort_keys=True)
-        tensor_file.write(Path(path), FORMAT, description, self.storages)
+        tensor_file.write(where, FORMAT, description, self.storages)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Checkpoint:
-        """Read a snapshot. Raises :class:`CheckpointError` for a truncated, changed or foreign file."""
-        description, tensors = tensor_file.read(Path(path), FORMAT)
+        """Read a snapshot. Raises :class:`CheckpointError` for a truncated, changed or foreign file,
+        :class:`InvalidInputError` for what is no path, ``FileNotFoundError`` where there is none.
+        """
+        description, tensors = tensor_file.read(as_path(path), FORMAT)
         try:
             return _rebuild(json.loads(description), tensors)
         except (KeyError, TypeError, ValueError) as error:

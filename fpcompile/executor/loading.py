@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import safetensors
 from torch import nn
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel
 
 from fpcompile.errors import ProgramFileError
 from fpcompile.executor import saving, saving_generic
+from fpcompile.executor.paths import as_path
 from fpcompile.executor.program import Program
 from fpcompile.executor.program_file import read_folder
 from fpcompile.executor.saving_parts import CODE, COMPILED, CONSTANTS, FUNCTIONS
@@ -27,7 +27,7 @@ def load(
     Raises :class:`ProgramFileError` for a damaged folder and another model.
     """
     optional = (*(name for names in _OF_ROUTE.values() for name in names), saving.COSTS, COMPILED)
-    manifest, files = read_folder(Path(path), (FUNCTIONS, CONSTANTS), optional, CODE)
+    manifest, files = read_folder(as_path(path), (FUNCTIONS, CONSTANTS), optional, CODE)
     where = str(path)
     try:
         if any(name not in files for name in _OF_ROUTE[manifest["route"]]):

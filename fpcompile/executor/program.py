@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fpcompile.errors import BudgetError, BudgetWarning, InvalidInputError
 from fpcompile.executor import cost_cache
-from fpcompile.executor.calibrate import cost_model, measure
+from fpcompile.executor.calibrate import LENGTHS, cost_model, measure
 from fpcompile.executor.cost_model import CostModel, Samples
 from fpcompile.executor.experts import state_notes
 from fpcompile.executor.explain import explain
@@ -94,7 +94,11 @@ class Program(abc.ABC):
 
         Below it what the compiler has to say, and what is known of tiles: where their bits were seen to be
         others than the whole's (once the program was calibrated), and what ranges of experts hold.
+        Raises :class:`InvalidInputError` for ``tokens`` that are no whole number >= 1.
         """
+        given: Any = tokens
+        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+            raise InvalidInputError("tokens is wrong", expected="a whole number >= 1", got=repr(given))
         return explain(
             self.plan, tokens, (*self._tile_notes(), *state_notes(self.stages, self.dtype, tokens))
         )
@@ -238,18 +242,24 @@ class Program(abc.ABC):
         generator = torch.Generator().manual_seed(length)
         return torch.randint(self.vocabulary, (1, length), generator=generator)
 
-    def calibrate(self, **options: Any) -> CostModel:
-        """Measure the segments on the device, now, and use that from here on; see
-        :func:`fpcompile.executor.calibrate.measure` for the options.
+    def calibrate(self, *, lengths: Sequence[int] | None = None, seconds: float | None = None) -> CostModel:
+        """Measure the segments on the device, now, and use that from here on.
 
-        Without options, what was measured is kept on disk too (:mod:`fpcompile.executor.cost_cache`).
+        ``lengths``: tokens of the prefills that are timed (:data:`fpcompile.executor.calibrate.LENGTHS`), up
+        to the model's longest; ``seconds``: about how long that may take (5), and 0.4 times as long for
+        tiles.
+        Without either, what was measured is kept on disk too (:mod:`fpcompile.executor.cost_cache`).
+        Raises :class:`InvalidInputError`.
         """
+        chosen = LENGTHS if lengths is None else _lengths(lengths)
+        given: Any = _SECONDS if seconds is None else seconds
+        if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given < math.inf:
+            raise InvalidInputError("seconds is wrong", expected="finite seconds > 0", got=repr(given))
         with self._calibrating:
-            seconds = _TILES * float(options.get("seconds", _SECONDS))
-            samples = measure(self, **options)
-            tiles, self._bits = measure_tiles(self, cost_model(self, samples), seconds=seconds)
+            samples = measure(self, lengths=chosen, seconds=given)
+            tiles, self._bits = measure_tiles(self, cost_model(self, samples), seconds=_TILES * given)
             samples = {**samples, **tiles}
-            if not options:
+            if lengths is None and seconds is None:
                 cost_cache.write(self, samples, self._bits)
             return self.use_costs(samples)
 
@@ -304,6 +314,13 @@ def check_budget(max_blocking_ms: float | None) -> float | None:
             got=repr(given),
         )
     return float(given)
+
+
+def _lengths(given: Any) -> tuple[int, ...]:
+    lengths = tuple(given) if isinstance(given, Sequence) else ()
+    if not lengths or any(type(n) is not int or n < 1 for n in lengths):
+        raise InvalidInputError("lengths is wrong", expected="whole numbers >= 1", got=repr(given))
+    return lengths
 
 
 _ORIGIN = ("_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype")

@@ -21,7 +21,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -32,6 +31,7 @@ from transformers.utils.generic import ModelOutput
 from fpcompile.errors import ProgramFileError
 from fpcompile.executor import cost_cache
 from fpcompile.executor.packed import PackedProgram
+from fpcompile.executor.paths import as_path
 from fpcompile.executor.program_file import write_folder
 from fpcompile.executor.saving_parts import (
     CONSTANTS,
@@ -86,7 +86,7 @@ def save(program: PackedProgram, path: str | os.PathLike[str]) -> None:
         "max_blocking_ms": program.max_blocking_ms,
         "strict_budget": program.strict_budget,
     }
-    write_folder(Path(path), head, files)
+    write_folder(as_path(path), head, files)
 
 
 def load(

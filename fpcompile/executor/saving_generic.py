@@ -15,7 +15,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -24,6 +23,7 @@ from torch import Tensor, fx, nn
 
 from fpcompile.errors import ProgramFileError
 from fpcompile.executor.generic import GenericProgram, Variant
+from fpcompile.executor.paths import as_path
 from fpcompile.executor.program_file import write_folder
 from fpcompile.executor.saving_parts import (
     CONSTANTS,
@@ -93,7 +93,7 @@ def save(program: GenericProgram, path: str | os.PathLike[str]) -> None:
         ),
         **write_compiled_functions(functions),
     }
-    write_folder(Path(path), head, files)
+    write_folder(as_path(path), head, files)
 
 
 def load(

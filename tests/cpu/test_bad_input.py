@@ -92,6 +92,47 @@ def test_a_budget_that_is_none(given: Any, program: fpcompile.Program) -> None:
     _complete(caught.value)
 
 
+def test_example_inputs_do_not_take_the_packed_route_away_silently() -> None:
+    with pytest.raises(InvalidInputError, match="generic route") as caught:
+        fpcompile.segment(model_of("llama"), route="packed", example_inputs=(sample_ids(4),))
+    _complete(caught.value)
+
+
+@pytest.mark.parametrize("tokens", [0, -3, 2.0, "16", True, None])
+def test_a_plan_is_explained_at_a_number_of_tokens(tokens: Any, program: fpcompile.Program) -> None:
+    with pytest.raises(InvalidInputError, match="tokens is wrong") as caught:
+        program.explain(tokens)
+    _complete(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"seconds": 0}, {"seconds": -1.0}, {"seconds": float("nan")}, {"seconds": "5"}, {"lengths": ()},
+        {"lengths": 12}, {"lengths": "12"}, {"lengths": (0,)}, {"lengths": (16, 1.5)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_calibration_has_lengths_and_a_time(wrong: dict[str, Any], program: fpcompile.Program) -> None:
+    with pytest.raises(InvalidInputError, match=next(iter(wrong))) as caught:
+        program.calibrate(**wrong)
+    _complete(caught.value)
+
+
+@pytest.mark.parametrize("path", [None, 3, ["a"]], ids=repr)
+def test_a_path_that_is_none(path: Any, program: fpcompile.Program) -> None:
+    checkpoint = program.start(sample_ids(4)).checkpoint()
+    for call in (
+        lambda: program.save(path),
+        lambda: fpcompile.load(path, model_of("llama")),
+        lambda: checkpoint.save(path),
+        lambda: fpcompile.Checkpoint.load(path),
+    ):
+        with pytest.raises(InvalidInputError, match="path is wrong") as caught:
+            call()
+        _complete(caught.value)
+
+
 VOCABULARY = 128
 BAD_IDS: dict[str, Any] = {
     "empty": torch.zeros(1, 0, dtype=torch.long),

@@ -63,9 +63,10 @@ def segment(
     """Compile ``model`` into preemptible segments.
 
     The model is left as found and shares its weights with the program: changes in place are seen by later
-    runs (not with ``weights="packed"``), a replaced weight is an error. Forward hooks of the model are part
-    of what is traced: they are called now, with fake tensors, and not in runs. A LoRA model of PEFT may be
-    passed, and an ``ExportedProgram``.
+    runs (not with ``weights="packed"``). A replaced weight, or a later change of its buffers, submodules,
+    adapters, hooks or configuration, is an error when a run starts (docs/adapters.md). Forward hooks of the
+    model are part of what is traced: they are called now, with fake tensors, and not in runs. A LoRA model of
+    PEFT may be passed, and an ``ExportedProgram``.
 
     ``granularity``
         where the cuts are: ``"operator"`` (around attention, every projection and experts), ``"layer"``,

@@ -27,6 +27,7 @@ from fpcompile.executor.generic import GenericProgram
 from fpcompile.executor.inputs import check_ids
 from fpcompile.executor.sampling import Sampler, Wishes
 from fpcompile.models.generic_tree import flatten
+from fpcompile.models.shadow import shadow
 
 __all__ = ["GenericDecoder", "GenericSequence", "generic_decoder"]
 
@@ -54,6 +55,7 @@ class GenericDecoder(Decoder):
     def __init__(self, program: GenericProgram) -> None:
         self.program = program
         self.model: Any = program.model
+        self._notes: Any = shadow(program.model)
         self._positions = "position_ids" in inspect.signature(self.model.forward).parameters
         self._lock = threading.Lock()
         self._validated = False
@@ -136,9 +138,16 @@ class GenericDecoder(Decoder):
     def _begin(self, ids: Tensor, inputs: dict[str, Any]) -> Begun:
         options = {n: inputs.pop(n) for n in ("max_blocking_ms", "strict_budget") if n in inputs}
         if self._positions:  # as generate gives them: some models count them wrongly by themselves
-            inputs = {**inputs, "position_ids": torch.arange(int(ids.shape[1]), device=ids.device)[None]}
+            inputs = {**inputs, "position_ids": self._counted(ids, inputs)}
         run = self.program.start(**self._inputs(ids, inputs, first=True), **options)
         return Begun(run, ids, int(ids.shape[1]), inputs)
+
+    def _counted(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Positions of a prompt, those of images in it too. Steps count on from them; what a multimodal model
+        notes in itself for that, one note for all sequences, stays in a copy.
+        """
+        counted: Tensor = self._notes._prepare_position_ids_for_generation(ids, {"input_ids": ids, **inputs})
+        return counted
 
     def _inputs(self, ids: Tensor, kwargs: dict[str, Any], *, first: bool) -> dict[str, Any]:
         made: dict[str, Any] = self.model.prepare_inputs_for_generation(

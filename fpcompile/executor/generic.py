@@ -33,7 +33,8 @@ from fpcompile.ir import Granularity, Part, PartKind
 from fpcompile.models.ambient import tracing
 from fpcompile.models.generic import GenericBindings, GenericCapture, pack
 from fpcompile.models.generic_shapes import promises
-from fpcompile.models.generic_tree import unflatten
+from fpcompile.models.generic_tree import Flat, unflatten
+from fpcompile.models.kept import holds_cache
 from fpcompile.passes.design import Design
 from fpcompile.passes.generic_capture import capture_generic
 from fpcompile.passes.generic_partition import Compiled, compile_generic
@@ -290,22 +291,19 @@ class GenericProgram(Program):
             raise InvalidInputError("the call has no tensor", expected="the model's inputs", got="none")
         seen = tuple(self.variants)
         for variant in seen:  # without the lock: nobody waits for what others compile
-            values = variant.captured.guards.bind(flat, tensors)
+            values = self._bound(variant, flat, tensors)
             if values is not None:
                 return variant, tensors, values
         with self._lock:
             for variant in self.variants:
-                if (
-                    variant not in seen
-                    and (values := variant.captured.guards.bind(flat, tensors)) is not None
-                ):
+                if variant not in seen and (values := self._bound(variant, flat, tensors)) is not None:
                     return variant, tensors, values
             promised = promises(self.model, flat, self.dynamic_shapes)
             if self.variants:
                 promised = {i: p.softened(tensors[i]) for i, p in promised.items()}
             known = self.variants[0].captured.opaque if self.variants else ()
             with tracing(self.device.type):
-                captured = capture_generic(self.model, flat, tensors, promised, known)
+                captured = capture_generic(self.model, flat, tensors, promised, known, self.kept)
                 values = captured.guards.bind(flat, tensors)
                 if values is None:
                     raise UsageError("a variant does not hold for the call that it was compiled from")
@@ -316,7 +314,23 @@ class GenericProgram(Program):
     def serves(self, *args: Any, **kwargs: Any) -> bool:
         """Whether a variant for such a call is compiled."""
         flat, tensors = pack((args, self._plain(kwargs)), self.device)
-        return any(variant.captured.guards.bind(flat, tensors) is not None for variant in self.variants)
+        return any(self._bound(variant, flat, tensors) is not None for variant in self.variants)
+
+    @property
+    def kept(self) -> frozenset[str]:
+        """Attributes of the model that calls assign tensors to, as far as is known."""
+        return frozenset[str]().union(*(variant.captured.kept for variant in self.variants))
+
+    def _bound(
+        self, variant: Variant, flat: Flat, tensors: Sequence[Tensor]
+    ) -> dict[sympy.Symbol, int] | None:
+        """The symbols of a call that a variant serves. A variant may have been traced before it was known
+        what calls leave in the model: one for calls with a cache is then not trusted, as they may go on from
+        it.
+        """
+        if not self.kept <= variant.captured.distrusted and holds_cache(flat.spec):
+            return None
+        return variant.captured.guards.bind(flat, tensors)
 
     def _compile(self, captured: GenericCapture) -> Compiled:
         """A traced variant as segments and their functions, lowered for the backend."""

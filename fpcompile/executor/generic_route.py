@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fpcompile.executor.generic import GenericProgram
 from fpcompile.ir import Granularity
 from fpcompile.models.generic_shapes import by_name
 from fpcompile.models.generic_tree import flatten, unflatten
+from fpcompile.models.shadow import shadow
 from fpcompile.passes.design import Design
 
 _LENGTH = 37  # a size that no model dimension is likely to have
@@ -116,25 +118,49 @@ def default_example(model: nn.Module) -> Example:
 
 
 def self_check(program: GenericProgram, model: nn.Module, example: Example) -> None:
-    """Raise :class:`UnsupportedModelError` when the program's results are not the model's."""
+    """Raise :class:`UnsupportedModelError` when the program's results are not the model's, or when the
+    model's own depend on the calls before: what it keeps, a program does not.
+    """
     if program.device.type == "meta":
         return
-    program_out = flatten(program(*example[0], **example[1], max_blocking_ms=math.inf))
-    with torch.no_grad():
-        args, kwargs = _fresh(example)
-        own = flatten(model(*args, **kwargs))
-    if len(own.tensors) != len(program_out.tensors):
-        raise _differs(model, f"{len(program_out.tensors)} result tensors instead of {len(own.tensors)}")
-    for i, (expected, got) in enumerate(zip(own.tensors, program_out.tensors, strict=True)):
-        if expected.shape != got.shape or expected.dtype != got.dtype:
-            raise _differs(model, f"result {i} is {got.dtype}{list(got.shape)}")
+    got = flatten(program(*example[0], **example[1], max_blocking_ms=math.inf))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # copying an exported module's tree specs
+        unmodified = shadow(model)  # a forward may write into buffers and keep tensors
+        own, again = _called(unmodified, example), _called(unmodified, example)
+    if (difference := _difference(own, got.tensors)) is not None:
+        raise _differs(model, difference)
+    if (difference := _difference(own, again)) is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not give the same numbers twice",
+            reason=f"its forward keeps something from call to call, or draws random numbers: {difference}",
+            remedy="make what it keeps an argument and a result of its forward",
+        )
+
+
+def _called(model: nn.Module, example: Example) -> list[Tensor]:
+    """The tensors of a result, which the next call cannot change."""
+    args, kwargs = _fresh(example)
+    return [t.clone() for t in flatten(model(*args, **kwargs)).tensors]
+
+
+def _difference(own: Sequence[Tensor], got: Sequence[Tensor]) -> str | None:
+    """What of two results differs by more than rounding, None when nothing does."""
+    if len(own) != len(got):
+        return f"{len(got)} result tensors instead of {len(own)}"
+    for i, (expected, other) in enumerate(zip(own, got, strict=True)):
+        if expected.shape != other.shape or expected.dtype != other.dtype:
+            return f"result {i} is {other.dtype}{list(other.shape)}"
         if not expected.is_floating_point() or expected.numel() == 0:
             continue
         finite = torch.isfinite(expected)
+        if not torch.equal(finite, torch.isfinite(other)):
+            return f"result {i} is infinite or not a number in other places"
         scale = float(expected[finite].float().abs().max()) if bool(finite.any()) else 1.0
-        error = float((expected.float() - got.float())[finite].abs().max()) if bool(finite.any()) else 0.0
+        error = float((expected.float() - other.float())[finite].abs().max()) if bool(finite.any()) else 0.0
         if not error <= _ROUNDING.get(expected.dtype, 0.1) * max(scale, 1e-6):
-            raise _differs(model, f"result {i} differs by {error:.2g}, its largest element is {scale:.2g}")
+            return f"result {i} differs by {error:.2g}, its largest element is {scale:.2g}"
+    return None
 
 
 def check_known(program: GenericProgram, model: nn.Module) -> None:

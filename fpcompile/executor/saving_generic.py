@@ -171,6 +171,8 @@ def _write_variant(variant: Variant, prefix: str, constants: dict[str, Tensor]) 
         "notes": captured.notes,
         "length": None if captured.length is None else write_expr(captured.length),
         "growing": sorted(captured.growing),
+        "kept": sorted(captured.kept),
+        "distrusted": sorted(captured.distrusted),
         "leaves": [_write_leaf(leaf, paths, plain) for leaf in captured.leaves],
     }
 
@@ -221,6 +223,8 @@ def _read_variant(
         notes=tuple(row["notes"]),
         length=None if row["length"] is None else expr(row["length"]),
         growing=frozenset(row["growing"]),
+        kept=frozenset(row["kept"]),
+        distrusted=frozenset(row["distrusted"]),
     )
     compiled = Compiled(
         renamed_functions(plan_text.parse(row["plan"]), generated),
@@ -295,6 +299,8 @@ def _write_leaf(leaf: Leaf, paths: Mapping[int, str], plain: _Plain) -> dict[str
             "sizes": [[write_expr(s) for s in sizes] for sizes in signature.sizes],
             "orders": signature.orders,
             "copies": signature.copies,
+            "kept": sorted(signature.kept),
+            "constants": signature.constants,
         },
     }
 
@@ -318,6 +324,8 @@ def _read_leaf(
         tuple(tuple(map(expr, sizes)) for sizes in kept["sizes"]),
         orders=tuple(map(tuple, kept["orders"])),
         copies=bool(kept["copies"]),
+        kept=frozenset(kept["kept"]),
+        constants=tuple(kept["constants"]),
     )
     return opaque_leaf(signature, module, row["kind"])
 

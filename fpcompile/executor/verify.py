@@ -2,7 +2,8 @@
 
 Two short sequences of different lengths are run by the unmodified model one at a time, and by the program
 one at a time and packed together. A model whose sequences mix when packed (positions counted from ids,
-state across tokens) differs by far more than rounding; the threshold only separates the two.
+state across tokens) differs by far more than rounding; the threshold only separates the two. So does one that
+keeps a state from call to call, or that takes another way for a single token, which a trace cannot see.
 """
 
 from __future__ import annotations
@@ -34,15 +35,19 @@ def self_check(program: Program, model: nn.Module) -> None:
     ]
     unmodified = shadow(model)  # its forward may write into buffers (dynamic rotary frequencies)
     with torch.no_grad():
-        cache = getattr(unmodified(input_ids=ids[0], use_cache=True), "past_key_values", None)
+        first = unmodified(input_ids=ids[0], use_cache=True)
         own = [unmodified(input_ids=i, use_cache=False).logits for i in ids]
+        token = unmodified(input_ids=ids[0][:, :1], use_cache=False).logits
+    cache = getattr(first, "past_key_values", None)
     if cache is not None and type(cache) is not DynamicCache:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot take the packed route",
             reason=f"its cache is a {type(cache).__name__}, that of a packed program a DynamicCache",
         )
     free: dict[str, Any] = {"use_cache": False, "max_blocking_ms": math.inf}
+    _compare(model, "run by the model a second time", first.logits, own[0])
     alone = [program(i, **free).logits for i in ids]
+    _compare(model, "of one token", token, program(ids[0][:, :1], logits_to_keep=1, **free).logits)
     width = max(_LENGTHS)
     batch = torch.zeros(len(ids), width, dtype=torch.long, device=program.device)
     mask = torch.zeros_like(batch)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers import masking_utils as mu
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fpcompile.errors import UnsupportedModelError
@@ -189,13 +190,18 @@ class AttentionCall:
         The CPU kernel takes grouped heads together with a mask, so that keys and values are not repeated
         for each block as the model's own function would.
         """
-        if self.implementation != "sdpa" or q.device.type != "cpu":
+        if not self._torch_kernel or q.device.type != "cpu":
             return self.attend(q, k, v, mask)
         causal = mask is None and self.mask.kind is not MaskKind.BIDIRECTIONAL and q.shape[2] > 1
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=self.kwargs.get("scaling"), enable_gqa=True
         )
         return out.transpose(1, 2)
+
+    @property
+    def _torch_kernel(self) -> bool:
+        """Whether ``function`` is transformers' own around torch's kernel, not one in its place."""
+        return self.implementation == "sdpa" and self.function is sdpa_attention_forward
 
     @property
     def head_unit(self) -> int:
@@ -207,7 +213,7 @@ class AttentionCall:
         if hasattr(self.module, "sinks"):
             return 0
         weight = next(self.module.parameters(), None)
-        alone = self.implementation == "sdpa" and weight is not None and weight.device.type == "cpu"
+        alone = self._torch_kernel and weight is not None and weight.device.type == "cpu"
         return 1 if alone else self.heads // self.kv_heads
 
 
@@ -284,17 +290,19 @@ class AttentionRecorder:
             raise refuse(f"two attention calls share the cache entry {layer}")
         if entry != layer and not writers:
             raise refuse(f"the cache entry {entry} is read before it is written")
+        config = getattr(module, "config", None)
+        implementation = getattr(config, "_fpcompile_attention", None) or self.implementation
         keep: dict[str, Any] = {}
         for key, value in kwargs.items():
             if key in _IGNORED_KWARGS or value is None:
                 continue
-            if key == "s_aux" and isinstance(value, Tensor):
-                continue  # sinks: the model's own function reads them from the module
+            if key == "s_aux" and isinstance(value, Tensor) and implementation in ("eager", "sdpa"):
+                continue  # sinks: the eager function reads them from the module, torch's kernel has none
+            if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+                raise refuse(f"attention takes an argument {key!r} that follows the number of tokens")
             if isinstance(value, Tensor):
                 raise refuse(f"attention takes an extra tensor argument {key!r}")
             keep[key] = value
-        config = getattr(module, "config", None)
-        implementation = getattr(config, "_fpcompile_attention", None) or self.implementation
         if implementation not in mu.ALL_MASK_ATTENTION_FUNCTIONS:
             raise refuse(f"attention {implementation!r} is registered without a mask function")
         function = own_attention(module, implementation)

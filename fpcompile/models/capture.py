@@ -13,7 +13,7 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -96,9 +96,28 @@ class _Wrapper(nn.Module):
                 use_cache=False,
                 **rows,
             )
+        _refuse_more(self.model, out)
         self.note(type(out))
         logits: Tensor = out.logits
         return logits if self.picks_rows else logits[:, logits_to_keep, :]
+
+
+_RETURNED = ("logits", "past_key_values", "last_hidden_state")
+
+
+def _refuse_more(model: PreTrainedModel, out: Any) -> None:
+    """A packed program returns logits and cache only. (Moshi's hidden states are left out.)"""
+    fields = out.items() if isinstance(out, Mapping) else ()
+    more = [n for n, v in fields if n not in _RETURNED and v is not None and not _empty(v)]
+    if more:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot take the packed route",
+            reason=f"it returns {', '.join(more)} besides logits and cache",
+        )
+
+
+def _empty(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and not value
 
 
 def attention_implementation(model: PreTrainedModel) -> str:

@@ -18,10 +18,11 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 
+from fpcompile.errors import InvalidInputError
 from fpcompile.models import leaves
 from fpcompile.models.generic_decisions import Decision
 from fpcompile.models.generic_shapes import Promises
-from fpcompile.models.generic_tree import At, Flat, Node, Spec, flatten
+from fpcompile.models.generic_tree import At, Flat, Node, Plain, Spec, flatten
 
 _AUTO = torch.export.Dim.AUTO
 
@@ -73,6 +74,8 @@ class GenericBindings:
     ``inputs`` are the placeholders' names in the order of the flat inputs; ``outputs`` what the flat outputs
     are: names of nodes. ``counts`` are expressions in the symbols. ``growing`` are the inputs that every
     model replaces and none writes into: the keys and values of a cache.
+    ``kept`` are the attributes that the trace assigned tensors to, ``distrusted`` those that it was not
+    allowed to read (:mod:`fpcompile.models.kept`).
     """
 
     weights: dict[str, tuple[str, Tensor]]
@@ -86,6 +89,8 @@ class GenericBindings:
     notes: tuple[str, ...]
     length: sympy.Symbol | None
     growing: frozenset[int]
+    kept: frozenset[str]
+    distrusted: frozenset[str]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -106,6 +111,20 @@ def pack(tree: Any, device: torch.device) -> tuple[Flat, tuple[Tensor, ...]]:
     flat = flatten(tree)
     tensors = tuple(t.to(device) for t in flat.tensors)
     return flat, (*tensors, *(torch.empty(int(c), 0, device=device) for c in flat.counts))
+
+
+def refuse_arrays(spec: Spec, where: str = "the call") -> None:
+    """Raise :class:`InvalidInputError` for an array that is no tensor: it would become a constant."""
+    if isinstance(spec, Node):
+        for key, part in spec.entries:
+            refuse_arrays(part, where if key is None else str(key))
+    elif isinstance(spec, Plain) and hasattr(spec.value, "__array__") and getattr(spec.value, "ndim", False):
+        raise InvalidInputError(
+            f"{where} holds an array that is no tensor",
+            expected="torch tensors",
+            got=type(spec.value).__name__,
+            remedy="convert it with torch.as_tensor",
+        )
 
 
 def dynamic_dims(

@@ -70,6 +70,37 @@ def _open(size: torch.SymInt) -> bool:
     return any(str(s).startswith("u") and s not in env.replacements for s in expr.free_symbols)
 
 
+def _storage(node: fx.Node) -> int | None:
+    """The memory that a node's result lies in."""
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """Nodes into whose results a node writes in place."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None or not schema.is_mutable:
+        return []
+    given = [
+        node.args[i] if i < len(node.args) else node.kwargs.get(a.name)
+        for i, a in enumerate(schema.arguments)
+    ]
+    infos = [a.alias_info for a in schema.arguments]
+    return [
+        g for g, info in zip(given, infos, strict=True) if info and info.is_write and isinstance(g, fx.Node)
+    ]
+
+
+def _writers(graph: fx.Graph) -> dict[int | None, list[fx.Node]]:
+    """Memory -> the nodes that write into it. A view is written into as well as what it is a view of."""
+    found: dict[int | None, list[fx.Node]] = {}
+    for node in graph.nodes:
+        for target in _written(node):
+            found.setdefault(_storage(target), []).append(node)
+    found.pop(None, None)
+    return found
+
+
 def _read(name: str, tensor: Tensor) -> Any:
     if name == "shape":
         return list(tensor.shape)
@@ -132,10 +163,11 @@ class Deciding(TorchFunctionMode):
                     torch._check(size == real)  # type: ignore[no-untyped-call]
 
     def _ancestors(self, node: fx.Node) -> list[fx.Node] | None:
-        """Nodes that ``node`` is computed from, in order; None when weights, activations or random numbers
-        are among them.
+        """Nodes that ``node`` is computed from, in order, and those that write in place into what they gave;
+        None when weights, activations or random numbers are among them.
         """
         found: dict[fx.Node, None] = {}
+        written = _writers(node.graph)
         todo = [node]
         while todo:
             current = todo.pop()
@@ -145,6 +177,7 @@ class Deciding(TorchFunctionMode):
             if not known and self._constant(current) is None:
                 return None
             found[current] = None
+            todo.extend(written.get(_storage(current), ()))
             if current not in self.inputs:
                 todo.extend(current.all_input_nodes)
             if len(found) > _MOST_NODES:
@@ -173,6 +206,9 @@ class Deciding(TorchFunctionMode):
         used = [n for n in needed if n in self.inputs]
         for source in used:
             copied[source] = graph.placeholder(f"x{self.inputs[source]}")
+        if any(_written(source) for source in needed):  # into copies: the tensors are the caller's
+            for source in used:
+                copied[source] = graph.call_function(torch.ops.aten.clone.default, (copied[source],))
         for source in needed:
             if source not in copied:
                 copied[source] = graph.node_copy(source, copied.__getitem__)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from fpcompile.models.attention import NAME as _PACKED
 from fpcompile.models.generic import length_dims, top_level
 from fpcompile.models.generic_decisions import Deciding, Decision, as_eager
 from fpcompile.models.generic_tree import Flat, flatten, unflatten
+from fpcompile.models.kept import assigned, attributes, forget
 from fpcompile.models.lengths import LengthWatch
 from fpcompile.models.opaque import install
 from fpcompile.models.shadow import shadow
@@ -44,6 +45,7 @@ class Trace(LengthWatch):
         self.flat, self.real, self.cloned = flat, real, cloned
         self.result: Flat | None = None
         self.decisions: tuple[Decision, ...] = ()
+        self.kept: frozenset[str] = frozenset()
 
     def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         count = len(self.flat.tensors)
@@ -53,20 +55,25 @@ class Trace(LengthWatch):
         top = top_level(self.flat)
         dims = enumerate(length_dims(self.flat, self.real))
         sizes = [tensors[i].shape[d] for i, where in dims if i in top for d in where]
+        before = attributes(model)
         with self.watching(model, sizes), as_eager(), Deciding(tensors, self.real) as deciding:
             try:
                 out = model(*args, **kwargs)
             finally:
                 self.decisions = tuple(deciding.decisions)
+        self.kept = assigned(before, attributes(model))
         self.result = flatten(out)
         return self.result.tensors
 
 
-def prepare(model: nn.Module, opaque: Sequence[str]) -> nn.Module:
-    """A shadow of ``model`` with its experts and the named submodules as leaves."""
+def prepare(model: nn.Module, opaque: Sequence[str], distrusted: Collection[str] = ()) -> nn.Module:
+    """A shadow of ``model`` with its experts and the named submodules as leaves; without what earlier calls
+    left in the ``distrusted`` attributes.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # copying an exported module's tree specs
         traced = shadow(model)
+    forget(traced, distrusted)
     for path in opaque:  # first: their copies keep the model's own experts
         if not any(path.startswith(f"{other}.") for other in opaque):
             install(traced.get_submodule(path), _kind(path))

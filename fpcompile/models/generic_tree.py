@@ -38,11 +38,19 @@ class Count:
     index: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Plain:
-    """A value that is part of the spec."""
+    """A value that is part of the spec. Equal ones have one type: ``True`` is not ``1``."""
 
     value: Any
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plain) or type(self.value) is not type(other.value):
+            return False
+        return self.value is other.value or bool(self.value == other.value)
+
+    def __hash__(self) -> int:
+        return hash((type(self.value), self.value))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

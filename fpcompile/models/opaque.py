@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-from fpcompile.models.generic_tree import Flat, Spec, flatten, unflatten
+from fpcompile.models.generic_tree import Flat, Node, Plain, Spec, flatten, unflatten
+from fpcompile.models.kept import assigned, attributes
 from fpcompile.models.leaves import Leaf, Recipe, emit
 
 _STEPS = (1, 16, 64)
@@ -49,11 +50,14 @@ class Affine:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
-    """What one probe gave: the tree behind it, and which of its tensors are inputs that did not change."""
+    """What one probe gave: the tree behind it, which of its tensors are inputs that did not change, and the
+    attributes of the submodule that it assigned tensors to.
+    """
 
     flat: Flat
     inputs: dict[int, int]  # index in flat.tensors -> index of the input
     mutated: frozenset[int]
+    kept: frozenset[str]
 
     @property
     def fresh(self) -> list[int]:
@@ -63,7 +67,9 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Signature:
-    """How a leaf is called: the spec of its arguments, and what is known of its results."""
+    """How a leaf is called: the spec of its arguments, and what is known of its results. ``constants`` are
+    the plain values among them, which the graph has from the probe.
+    """
 
     module: nn.Module
     spec: Spec
@@ -73,6 +79,8 @@ class Signature:
     sizes: tuple[tuple[sympy.Expr | int, ...], ...]
     orders: tuple[tuple[int, ...], ...]
     copies: bool
+    kept: frozenset[str] = frozenset()
+    constants: tuple[Any, ...] = ()
 
     def run(self, tensors: Sequence[Tensor], lengths: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Execute on real tensors (counts come as the sizes of empty ones); the fresh tensors."""
@@ -81,6 +89,10 @@ class Signature:
         counts = [int(t.shape[0]) for t in tensors[self.arguments :]]
         outcome = _execute(self.module, self.spec, given, counts, self.mutated, self.copies)
         fresh = [outcome.flat.tensors[i] for i in outcome.fresh]
+        if _constants(outcome.flat) != self.constants:
+            raise RuntimeError(
+                f"an opaque leaf returned {_constants(outcome.flat)}, {self.constants} expected"
+            )
         if len(fresh) != len(self.shapes):
             raise RuntimeError(f"an opaque leaf returned {len(fresh)} tensors, {len(self.shapes)} expected")
         for tensor, shape in zip(fresh, self.shapes, strict=True):
@@ -137,13 +149,15 @@ def _execute(
     arguments = unflatten(spec, tensors, counts)
     known = flatten(arguments).containers
     versions = [t._version for t in tensors]
+    before = attributes(target) if copies else {}
     with torch.no_grad():
         result = target(*arguments[0], **arguments[1])
     changed = frozenset(i for i, t in enumerate(tensors) if t._version != versions[i])
     flat = flatten((arguments, result), known)
     position = {id(t): i for i, t in enumerate(tensors) if i not in changed | mutated}
     inputs = {i: position[id(t)] for i, t in enumerate(flat.tensors) if id(t) in position}
-    return Outcome(flat, inputs, changed | mutated)
+    kept = assigned(before, attributes(target)) if copies else frozenset[str]()
+    return Outcome(flat, inputs, changed | mutated, kept)
 
 
 class _Prober:
@@ -221,6 +235,18 @@ class _Prober:
                 return [c // step for c in changes]
             reason = "its result's size is not linear in the length"
         raise LeafRefusedError(reason)
+
+
+def _constants(flat: Flat) -> tuple[Any, ...]:
+    """The numbers and texts in a result, as far as they are no counters."""
+    assert isinstance(flat.spec, Node)
+    return tuple(_plain(flat.spec.entries[1][1]))
+
+
+def _plain(spec: Spec) -> list[Any]:
+    if isinstance(spec, Node):
+        return [value for _, part in spec.entries for value in _plain(part)]
+    return [spec.value] if isinstance(spec, Plain) and isinstance(spec.value, (bool, int, float, str)) else []
 
 
 def _facts(outcome: Outcome) -> list[int]:
@@ -305,7 +331,9 @@ def _emit(
         shapes,
         (*prober.sizes, *((c, 0) for c in prober.counts)),
         orders=orders,
-        copies=_keeps_state(module),
+        copies=_keeps_state(module) or bool(outcome.kept),
+        kept=outcome.kept,
+        constants=_constants(outcome.flat),
     )
 
     def fake(given: Sequence[Tensor]) -> list[Tensor]:

@@ -8,11 +8,16 @@ class must lie inside one segment.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
+import torch
 from torch import fx
 
 from fpcompile.errors import UnsupportedModelError
 from fpcompile.passes.context import body, source, tensors_of
+
+aten = torch.ops.aten
+_NUMBERS: frozenset[Any] = frozenset({aten.item.default, aten._local_scalar_dense.default})
 
 
 def storage_owners(graph: fx.Graph) -> dict[str, str]:
@@ -41,7 +46,8 @@ def mutated_arguments(node: fx.Node) -> list[fx.Node]:
 
 
 def uncuttable(graph: fx.Graph) -> dict[str, str]:
-    """Nodes behind which no cut may stand -> the node that forbids it (in-place, or picks a result).
+    """Nodes behind which no cut may stand -> the node that forbids it: one that writes in place, that picks a
+    result, or that reads a number off a tensor which is written later (numbers are read again behind a cut).
 
     Raises :class:`UnsupportedModelError` when a node writes into an input or a weight.
     """
@@ -50,6 +56,7 @@ def uncuttable(graph: fx.Graph) -> dict[str, str]:
     inputs = {n.name for n in graph.nodes if n.op == "placeholder"}
     nodes = list(graph.nodes)
     forbidden: dict[str, str] = {}
+    written_at: dict[str, int] = {}
     for node in body(graph):
         if node.target is operator.getitem:
             producer = node.args[0]
@@ -67,4 +74,18 @@ def uncuttable(graph: fx.Graph) -> dict[str, str]:
                 )
             for between in nodes[order[owner] : order[node.name]]:
                 forbidden[between.name] = node.name
+            written_at[owner] = order[node.name]
+    for node in body(graph):
+        if (
+            node.target in _NUMBERS
+            and written_at.get(owners[node.all_input_nodes[0].name], -1) > order[node.name]
+        ):
+            for between in nodes[order[node.name] : _last_use(node, order)]:
+                forbidden[between.name] = node.name
     return forbidden
+
+
+def _last_use(node: fx.Node, order: dict[str, int]) -> int:
+    """Where a number, or one that is computed from it, is used last."""
+    ends = (order[u.name] if tensors_of(u) else max(order[u.name], _last_use(u, order)) for u in node.users)
+    return max(ends, default=order[node.name])

@@ -20,14 +20,29 @@ from fpcompile.errors import UnsupportedModelError
 from fpcompile.models import leaves
 from fpcompile.models.capture import weights_of
 from fpcompile.models.draws import may_draw
-from fpcompile.models.generic import GROWING, GenericCapture, Guards, dynamic_dims, names_of, top_level
+from fpcompile.models.generic import (
+    GROWING,
+    GenericCapture,
+    Guards,
+    dynamic_dims,
+    names_of,
+    refuse_arrays,
+    top_level,
+)
 from fpcompile.models.generic_shapes import Promises
 from fpcompile.models.generic_trace import Trace, Wrapper, export, prepare
 from fpcompile.models.generic_tree import Flat
+from fpcompile.models.kept import StaleReadError, holds_cache
 from fpcompile.models.opaque import LeafRefusedError
 from fpcompile.passes.aliases import mutated_arguments, storage_owners
 from fpcompile.passes.context import source
-from fpcompile.passes.generic_refusals import breaks_promise, broken_promise, draws_random_numbers, given_up
+from fpcompile.passes.generic_refusals import (
+    breaks_promise,
+    broken_promise,
+    draws_random_numbers,
+    given_up,
+    reads_what_was_left,
+)
 
 _ATTEMPTS = 24
 
@@ -49,23 +64,29 @@ def capture_generic(
     tensors: tuple[Tensor, ...],
     promised: Promises = MappingProxyType({}),
     opaque: Sequence[str] = (),
+    kept: frozenset[str] = frozenset(),
 ) -> GenericCapture:
     """A variant for the call ``tensors`` (see :func:`fpcompile.models.generic.pack`); ``promised`` says which
     sizes of some inputs must stay symbolic; ``opaque`` are submodules that an earlier variant made opaque:
-    the trace that fails on them is not tried again. The model is left as found.
+    the trace that fails on them is not tried again. ``kept`` are attributes that earlier variants assigned: a
+    call that passes a cache must not read them. The model is left as found.
 
     Raises :class:`UnsupportedModelError` when neither symbolic nor constant lengths can be traced, with or
-    without opaque leaves.
+    without opaque leaves, and :class:`InvalidInputError` for arrays that are no tensors.
     """
     attempt = _Attempt(list(opaque), {}, set(opaque))
+    refuse_arrays(flat.spec)
+    distrusted = kept if holds_cache(flat.spec) else frozenset[str]()
     for _ in range(_ATTEMPTS):
-        traced = prepare(model, attempt.opaque)
+        traced = prepare(model, attempt.opaque, distrusted)
         wrapper = Wrapper(traced, flat, tensors, attempt.cloned).eval()
         trace = wrapper.trace
         try:
             with leaves.collecting() as collected:
                 dims = dynamic_dims(flat, tensors, promised) if attempt.dynamic else None
                 exported = export(wrapper, tensors, dims)
+        except StaleReadError as error:
+            raise reads_what_was_left(model, str(error)) from error
         except Exception as error:
             if promised and breaks_promise(error):
                 if _worth_a_leaf(model, attempt, trace):
@@ -84,7 +105,7 @@ def capture_generic(
         if written - attempt.cloned:
             attempt.cloned |= written
             continue
-        return _finish(traced, exported, trace, flat, tuple(collected), attempt)
+        return _finish(traced, exported, trace, flat, tuple(collected), attempt, distrusted)
     raise UnsupportedModelError(
         f"{type(model).__name__} cannot be traced",
         reason=f"still failing after {_ATTEMPTS} attempts; opaque: {attempt.opaque[-3:]}",
@@ -184,6 +205,7 @@ def _finish(
     flat: Flat,
     collected: tuple[leaves.Leaf, ...],
     attempt: _Attempt,
+    distrusted: frozenset[str],
 ) -> GenericCapture:
     graph = exported.graph_module.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"][-len(trace.real) :]
@@ -222,7 +244,20 @@ def _finish(
         notes=tuple(notes),
         length=_length(flat, shapes),
         growing=frozenset(i for i, name in names_of(flat.spec).items() if name in GROWING),
+        kept=trace.kept | _kept_in_leaves(traced, collected),
+        distrusted=distrusted,
     )
+
+
+def _kept_in_leaves(traced: nn.Module, collected: Sequence[leaves.Leaf]) -> frozenset[str]:
+    """Attributes that opaque submodules assign, by their paths in the model."""
+    paths = {id(module): path for path, module in traced.named_modules()}
+    found: set[str] = set()
+    for leaf in collected:
+        signature = leaf.recipe.arguments.get("signature") if leaf.recipe is not None else None
+        if signature is not None:
+            found |= {f"{paths[id(leaf.recipe.module)]}.{name}" for name in signature.kept}  # type: ignore[union-attr]
+    return frozenset(found)
 
 
 def _rebuilt(module: fx.GraphModule) -> fx.GraphModule:

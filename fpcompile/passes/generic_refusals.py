@@ -72,6 +72,18 @@ def draws_random_numbers(
     )
 
 
+def reads_what_was_left(model: nn.Module, path: str) -> UnsupportedModelError:
+    """The user's error for a call that goes on from a tensor that an earlier call left in the model."""
+    return UnsupportedModelError(
+        f"{type(model).__name__} keeps a state in its modules: a program cannot go on from it",
+        reason=f"a call with a cache reads {path}, which the call before assigned; runs of a program leave "
+        "nothing in the model",
+        module_path=path,
+        remedy="pass what is computed from it (position_ids, for multimodal positions), call without a "
+        "cache, or generate with the model itself",
+    )
+
+
 def explain(model: nn.Module, error: Exception) -> UnsupportedModelError:
     """The user's error for a failed trace: the model's line, and what was said there."""
     if isinstance(error, UnsupportedModelError):

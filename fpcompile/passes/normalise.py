@@ -34,7 +34,6 @@ _CASTS: frozenset[Any] = frozenset(
         aten.to.dtype_layout,
         aten.to.other,
         aten.type_as.default,
-        aten._to_copy.default,
     }
 )
 
@@ -45,10 +44,17 @@ def _is_no_op(node: fx.Node) -> bool:
         return True
     if node.target is aten.dropout.default:
         return node.args[2] is False
-    if node.target in _CASTS and not node.kwargs.get("copy", False) and True not in node.args[2:]:
+    if node.target in _CASTS and not _copies(node):
         given, result = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
         return bool(given.dtype == result.dtype and given.device == result.device)
     return False
+
+
+def _copies(node: fx.Node) -> bool:
+    """Whether a cast is asked for a copy, or for another layout, also where the type is the same."""
+    given = (*node.args[2:], *node.kwargs.values())
+    formats = [a for a in given if isinstance(a, torch.memory_format)]
+    return any(a is True for a in given) or any(f is not torch.preserve_format for f in formats)
 
 
 def normalise(graph: fx.Graph, ctx: Context) -> fx.Graph:

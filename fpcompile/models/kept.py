@@ -1,0 +1,97 @@
+"""Tensors that a model keeps in its own modules from one call to the next, beside its weights.
+
+A graph computes what one call computes. Where a forward assigns a tensor to a module (the last state of a
+recurrence, the offset of multimodal positions), a later call may begin with it; a program would begin with
+what was there when it was traced, every time. torch.export puts such attributes back and only warns.
+
+Words: an attribute is *kept* when a forward assigned a tensor to it. In traces of later calls that pass a
+cache a :class:`Stale` stands in its place: who assigns it first does not notice, who reads it fails.
+
+Left alone: rotary modules whose frequencies follow the length, which start over with each call
+(:mod:`fpcompile.models.leaves`), and buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Final
+
+from torch import Tensor, nn
+from transformers import Cache
+
+from fpcompile.models.generic_tree import Node, Spec
+from fpcompile.models.leaves import needs_rotary_leaf
+
+__all__ = ["StaleReadError", "assigned", "attributes", "forget", "holds_cache"]
+
+_OWN: Final = frozenset(vars(nn.Module()))
+
+
+class StaleReadError(Exception):
+    """A forward reads what an earlier call left in its modules; carries the attribute's path."""
+
+
+def attributes(model: nn.Module) -> dict[str, Any]:
+    """Path -> value of every tensor among the plain attributes of a model's modules."""
+    found: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        if needs_rotary_leaf(module):
+            continue
+        for name, value in vars(module).items():
+            if name not in _OWN and isinstance(value, (Tensor, Stale)):
+                found[f"{path}.{name}".removeprefix(".")] = value
+    return found
+
+
+def assigned(before: Mapping[str, Any], after: Mapping[str, Any]) -> frozenset[str]:
+    """Paths whose tensor is another one than before."""
+    return frozenset(path for path, value in after.items() if before.get(path) is not value)
+
+
+def forget(model: nn.Module, kept: Collection[str]) -> None:
+    """Put a :class:`Stale` in the place of every kept attribute. ``model`` belongs to a shadow."""
+    for path in kept:
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, Stale(path))
+
+
+def holds_cache(spec: Spec) -> bool:
+    """Whether a call passes a cache: only then may it go on from an earlier one."""
+    if not isinstance(spec, Node):
+        return False
+    cache = isinstance(spec.kind, type) and (
+        issubclass(spec.kind, Cache) or spec.kind.__name__.endswith("Cache")
+    )
+    return cache or any(holds_cache(part) for _, part in spec.entries)
+
+
+def _refuse(self: Stale, *args: object, **kwargs: object) -> Any:
+    raise StaleReadError(self.path)
+
+
+class Stale:
+    """What an earlier call left, which a trace must not see. Comparing it with None is no reading."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise StaleReadError(self.path)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise StaleReadError(_path_in([*args, *(kwargs or {}).values()]))
+
+    __bool__ = __len__ = __iter__ = __getitem__ = __add__ = __radd__ = __sub__ = __rsub__ = _refuse
+    __mul__ = __rmul__ = __truediv__ = __matmul__ = __lt__ = __le__ = __gt__ = __ge__ = __neg__ = _refuse
+
+
+def _path_in(arguments: Any) -> str:
+    for argument in arguments:
+        if isinstance(argument, Stale):
+            return argument.path
+        if isinstance(argument, (list, tuple)) and (path := _path_in(argument)):
+            return path
+    return ""

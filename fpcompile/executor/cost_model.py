@@ -65,10 +65,9 @@ class Curve:
 
     @classmethod
     def through(cls, samples: Sequence[tuple[int, float]], *, pairs: bool) -> Curve:
-        """The curve through medians at rising lengths; one above a later one is noise and is lowered."""
-        lowest = np.minimum.accumulate([seconds for _, seconds in reversed(samples)])[::-1]
-        knots = tuple((n, float(s)) for (n, _), s in zip(samples, lowest, strict=True))
-        return cls(fit(samples, pairs), pairs, knots)
+        """The curve through medians at rising lengths; where one is above a later one, near both."""
+        knots = zip((n for n, _ in samples), rising([seconds for _, seconds in samples]), strict=True)
+        return cls(fit(samples, pairs), pairs, tuple(knots))
 
     def seconds(self, tokens: int, context: float) -> float:
         """Predicted seconds for ``tokens`` tokens (or rows) that end ``context``."""
@@ -214,3 +213,17 @@ def fit(samples: Sequence[tuple[int, float]], pairs: bool) -> Coefficients:
     full = np.zeros(3)
     full[active] = solution
     return Coefficients(*(float(v) for v in full))
+
+
+def rising(seconds: Sequence[float]) -> list[float]:
+    """The rising numbers nearest to ``seconds``, which are positive: least squares of their logarithms, by
+    pooling neighbours. Noise is as often above as below; taking the lower of two would lower every price.
+    """
+    pools: list[tuple[float, int]] = []  # sums of logarithms, and of how many
+    for each in seconds:
+        total, count = math.log(each), 1
+        while pools and pools[-1][0] / pools[-1][1] > total / count:
+            before, more = pools.pop()
+            total, count = total + before, count + more
+        pools.append((total, count))
+    return [math.exp(total / count) for total, count in pools for _ in range(count)]

@@ -9,6 +9,7 @@ the mask of any block is a part of that of a larger one, a *band*, in the form t
 model's own mask would be built, and converted by the kernel, for each block of each layer: about as much work
 as the attention of a block of few heads. Bands of up to :data:`SHARED_BYTES` belong to the program and serve
 all its runs, also after a pause; larger ones, and other masks, are kept with the run until it is suspended.
+There is one for each height, a power of two: far behind, blocks have few rows and many keys.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ from fpcompile.models.attention import AttentionCall, MaskKind
 if TYPE_CHECKING:
     from fpcompile.executor.run import Run
 
-SHARED_BYTES = 32 << 20
-"""Of the largest band that a program keeps; it has one for each kind of mask."""
+SHARED_BYTES = 72 << 20
+"""Of the largest band that a program keeps: 1024 queries of 32k keys in bf16. One for each kind of mask
+and size of blocks.
+"""
 _BAND = "band"
+_HEIGHTS = 8  # of bands, each twice the one before: where one that serves is looked for
 
 
 def keys_of(call: AttentionCall, group: Group, kv: KV, tile: Launch, device: str) -> slice:
@@ -86,24 +90,41 @@ def _band(
     span = call.mask.span
     if not ahead and rows in (1, width) and (not span or width < span):
         return None
-    key: Hashable = (_BAND, call.mask, like.dtype)
-    for kept in (run.masks, run.program.bands):
-        band = kept.get(key)
-        if band is not None and int(band.shape[2]) >= rows and int(band.shape[3]) >= width + KEY_BLOCK:
-            break
-    else:
-        band = _build(run, call, key, rows, max(width, min(1 << (width - 1).bit_length(), longest)), like)
+    kind: tuple[Hashable, ...] = (_BAND, call.mask, like.dtype)
+    least = 1 << (rows - 1).bit_length()
+    for height in (least << i for i in range(_HEIGHTS)):
+        for kept in (run.masks, run.program.bands):
+            band = kept.get((*kind, height))
+            if band is not None and int(band.shape[2]) >= rows and int(band.shape[3]) >= width + KEY_BLOCK:
+                return _part(band, rows, width, ahead)
+    return _part(_build(run, call, (*kind, least), rows, width, longest, like), rows, width, ahead)
+
+
+def _build(
+    run: Run,
+    call: AttentionCall,
+    key: tuple[Hashable, ...],
+    rows: int,
+    width: int,
+    longest: int,
+    like: Tensor,
+) -> Tensor:
+    """A band for as many rows as the next power of two; one that the program would not keep is for ``rows``
+    and for what the one before it served.
+    """
+    least = 1 << (rows - 1).bit_length()
+    length = max(width, least, min(1 << (width - 1).bit_length(), longest))
+    kept = run.program.bands
+    if least * (length + KEY_BLOCK) * like.element_size() > SHARED_BYTES:
+        kept, least = run.masks, rows
+        old = kept.get(key)
+        if old is not None:
+            least, length = max(rows, int(old.shape[2])), max(length, int(old.shape[3]) - KEY_BLOCK)
+    kept[key] = band = call.mask.band(least, length, KEY_BLOCK, like)
+    return band
+
+
+def _part(band: Tensor, rows: int, width: int, ahead: int) -> Tensor:
+    """The mask of fewer rows and positions than a band has."""
     height, length = int(band.shape[2]), int(band.shape[3]) - KEY_BLOCK
     return band[:, :, height - rows :, length - width : length + ahead]
-
-
-def _build(run: Run, call: AttentionCall, key: Hashable, rows: int, width: int, like: Tensor) -> Tensor:
-    """A band for ``rows`` of ``width`` positions, and for what the one before it served."""
-    for kept in (run.program.bands, run.masks):
-        old = kept.get(key)
-        height = rows if old is None else max(rows, int(old.shape[2]))
-        length = width if old is None else max(width, int(old.shape[3]) - KEY_BLOCK)
-        if height * (length + KEY_BLOCK) * like.element_size() <= SHARED_BYTES:
-            break  # else the run keeps it
-    kept[key] = band = call.mask.band(height, length, KEY_BLOCK, like)
-    return band

@@ -183,6 +183,8 @@ class Program(abc.ABC):
     def __call__(self, input_ids: Any = None, **kwargs: Any) -> Any:
         """Run to the end without a pause; arguments and result as the model's own forward."""
         run = self.start(input_ids, **kwargs)
+        if run.schedule is run.program.whole:  # nobody can stop it: one launch
+            run.schedule = (Launch(0, len(run.program.stages)),)
         while not run.done:
             run.step()
         return run.result()

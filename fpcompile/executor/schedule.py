@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, Protocol
 
 from fpcompile.executor.stages import Stage
@@ -84,7 +84,9 @@ class Heads(NamedTuple):
 
 
 class StageCosts(Protocol):
-    """Predicted seconds of a stage for a number of tokens (or rows) that end a context."""
+    """Predicted seconds of a stage for a number of tokens (or rows) that end a context. Stages of the same
+    :attr:`Stage.key` cost the same.
+    """
 
     def stage(self, index: int, *, tokens: int, rows: int, context: float) -> float:
         """Seconds of stage ``index`` executed whole."""
@@ -138,24 +140,40 @@ def by_budget(
             launches.append(Launch(begun, upto))
         begun, spent = upto, 0.0
 
+    known: dict[Hashable, list[Launch]] = {}  # of a stage in the place of the first one: layers are alike
     for i, stage in enumerate(stages):
         cost = _stage_seconds(i, shape, costs)
         if spent + cost > seconds:
             flush(i)
         if cost > seconds and stage.over and begun == i and not stage.bound:
-            if stage.over == "attention":
-                tiles = _attention_tiles(i, shape, costs, seconds, heads[i])
-            elif stage.over == "tokens" and stage.experts:
-                tiles = _expert_tiles(i, stage.experts, shape, costs, seconds)
-            else:
-                tiles = _row_tiles(i, stage.over, shape, costs, seconds)
-            if len(tiles) > 1:
-                launches.extend(tiles)
+            kind = stage.over, stage.key, stage.experts, heads[i]
+            if kind not in known:
+                known[kind] = [
+                    _of_stage(tile, 0) for tile in _tiles(i, stage, shape, costs, seconds, heads[i])
+                ]
+            if len(known[kind]) > 1:
+                launches.extend(_of_stage(tile, i) for tile in known[kind])
                 begun, spent = i + 1, 0.0
                 continue
         spent += cost
     flush(len(stages))
     return tuple(launches)
+
+
+def _tiles(
+    index: int, stage: Stage, shape: Shape, costs: StageCosts, seconds: float, apart: Heads
+) -> list[Launch]:
+    if stage.over == "attention":
+        return _attention_tiles(index, shape, costs, seconds, apart)
+    if stage.over == "tokens" and stage.experts:
+        return _expert_tiles(index, stage.experts, shape, costs, seconds)
+    return _row_tiles(index, stage.over, shape, costs, seconds)
+
+
+def _of_stage(tile: Launch, index: int) -> Launch:
+    """The same tile of another stage."""
+    bounds = tile.start, tile.stop, tile.group, tile.head_start, tile.head_stop
+    return Launch(index, index + 1, *bounds, tile.final)
 
 
 def launch_seconds(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -151,6 +151,34 @@ def test_a_block_may_be_short_enough_where_smaller_ones_are_not() -> None:
     assert (plan[0].start, plan[0].stop) == (0, 256)
 
 
+class Counted(FakeCosts):
+    """Counts the questions about tiles, by stage."""
+
+    asked: ClassVar[list[int]] = []
+
+    def tile(self, index: int, *, tokens: int, context: float) -> float:
+        self.asked.append(index)
+        return self.stage(index, tokens=tokens, rows=tokens, context=context)
+
+
+def test_layers_that_are_alike_are_planned_once() -> None:
+    """A long prompt has hundreds of blocks in each layer, and whoever starts it waits for the plan."""
+    layer, shape = ("tokens", "attention", "tokens"), Shape(4096, 1, ((1, 4096, 4096),))
+    stages, costs = stages_of(layer * 3), Counted(layer * 3)
+    costs.asked.clear()
+    heads = [Heads(4), Heads(4), Heads(4)] * 3
+    plan = by_budget(stages, shape, costs, 500.0, heads)
+    assert set(costs.asked) == {0, 1}
+    by_stage = [[dataclasses.replace(t, first=0, last=1) for t in plan if t.first == i] for i in range(9)]
+    assert all(len(tiles) > 1 and tiles[-1].final for tiles in by_stage)
+    for i in range(9):
+        assert by_stage[i] == by_stage[1 if i % 3 == 1 else 0]
+    apart = by_budget(
+        stages, shape, costs, 500.0, [Heads(4), Heads(4), Heads(4), Heads(4), Heads(4, 2), *heads[5:]]
+    )
+    assert all((t.head_stop - t.head_start) % 2 == 0 for t in apart if t.first == 4), "heads that go together"
+
+
 def test_without_a_budget_one_launch_is_one_segment() -> None:
     program = program_of("qwen3")
     assert program.whole == by_segment(program.stages)
@@ -160,6 +188,24 @@ def test_without_a_budget_one_launch_is_one_segment() -> None:
         assert run.cursor == index
         run.step()
     assert run.done
+
+
+def test_a_call_that_nobody_can_stop_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, ids = program_of("qwen3"), torch.arange(40)[None]
+    expected = finish(program.start(ids))
+    steps: list[tuple[Launch, ...]] = []
+    own = fpcompile.Run.step
+
+    def counted(run: fpcompile.Run) -> None:
+        steps.append(run.schedule)
+        own(run)
+
+    monkeypatch.setattr(fpcompile.Run, "step", counted)
+    assert differences(outcome(program(ids)), expected) == []
+    assert len(steps) == 1
+    steps.clear()
+    program(ids, max_blocking_ms=1e-6)
+    assert len(steps) > len(program.segments) // 2, "a budget is kept"
 
 
 def test_a_program_with_a_budget_of_its_own() -> None:
@@ -356,14 +402,30 @@ def test_a_program_keeps_small_masks_only(monkeypatch: pytest.MonkeyPatch) -> No
     _ = program.costs  # calibration has masks too
     monkeypatch.setattr(program, "bands", {})
     expected = finish(program.start(ids, max_blocking_ms=TINY))
-    (band,) = program.bands.values()
-    assert band is not None
+    least = min(band.nbytes for band in program.bands.values() if band is not None)
     monkeypatch.setattr(program, "bands", {})
-    monkeypatch.setattr(masks, "SHARED_BYTES", band.nbytes - 1)
+    monkeypatch.setattr(masks, "SHARED_BYTES", least - 1)
     run, own = program.start(ids, max_blocking_ms=TINY), 0
     while not run.done:
         run.step()
         own += len(run.masks)
-        assert all(b is None or b.nbytes < band.nbytes for b in program.bands.values())
+        assert all(b is None or b.nbytes < least for b in program.bands.values())
     assert own
     assert differences(outcome(run.result()), expected) == []
+
+
+def test_long_and_narrow_masks_do_not_make_each_other_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first blocks of a long prompt have many queries, the last ones many keys."""
+    program, length = program_of("qwen3"), 64 * MIN_ROWS
+    assert isinstance(program, PackedProgram)
+    bound = 2 * 8 * MIN_ROWS * (8 * MIN_ROWS + KEY_BLOCK) * 4
+    monkeypatch.setattr(program, "bands", {})
+    monkeypatch.setattr(masks, "SHARED_BYTES", bound)
+    like = torch.zeros(1)
+    run = program.start(torch.arange(9)[None])
+    for rows, width in ((8 * MIN_ROWS, 8 * MIN_ROWS + 5), (MIN_ROWS, length), (MIN_ROWS - 3, length - 9)):
+        got = masks._band(run, program.attention[0], rows, width, 7, length, like)
+        assert got is not None
+        assert torch.equal(got, program.attention[0].mask.band(rows, width, 7, like))
+    assert not run.masks, "what is built serves after a pause too"
+    assert len(program.bands) == 2

@@ -46,7 +46,7 @@ class DecisionLog:
     def __init__(self, path: str | Path, core: Scheduler) -> None:
         try:
             self._recorder: Recorder | None = Recorder(path, core)
-        except OSError as error:
+        except (OSError, TypeError) as error:
             raise InvalidInputError(
                 "the log of decisions cannot be written", expected="a file to write", got=str(error)
             ) from error

@@ -47,9 +47,10 @@ from fpcompile.engine.registry import Registry
 from fpcompile.engine.statistics import EngineStatistics
 from fpcompile.engine.terms import Terms
 from fpcompile.engine.thread import let_go, start_device_thread
-from fpcompile.errors import UsageError
+from fpcompile.errors import InvalidInputError, UsageError
 from fpcompile.executor.device import Device, make_device
 from fpcompile.executor.loop import Hook
+from fpcompile.executor.program import check_budget
 from fpcompile.executor.slices import Chunks
 from fpcompile.scheduler.core import Scheduler
 from fpcompile.scheduler.events import Arrival, Cancelled, Request
@@ -109,9 +110,12 @@ class Engine:
         **scheduler_options: Any,
     ) -> None:
         self._home = Home()
+        _check_parts(clock, on_segment, device)
+        asked = check_budget(max_blocking_ms)
+        max_blocking = None if asked is None else asked / 1e3
         self._programs = Programs(programs)
-        batch, budget = 1 if deterministic else max_decode_batch, (max_blocking_ms or 0.0) / 1e3
-        self._decoding = DecodeOptions(tbt_slo, batch, decode_first, budget)
+        batch = 1 if deterministic else max_decode_batch
+        self._decoding = DecodeOptions(tbt_slo, batch, decode_first, max_blocking or 0.0)
         options = MemoryOptions(
             kv_blocks=kv_blocks, kv_memory=kv_memory, block_tokens=block_tokens, prefix_cache=prefix_cache,
             memory_budget=memory_budget, host_memory=host_memory, deterministic=deterministic,
@@ -137,7 +141,7 @@ class Engine:
             decoding=self._decoding,
             memory=self._memory,
             shape=plan.shape,
-            max_blocking=None if max_blocking_ms is None else max_blocking_ms / 1e3,
+            max_blocking=max_blocking,
             recorder=self._recorder,
             on_segment=on_segment,
             record=record,
@@ -302,6 +306,11 @@ class Engine:
         an engine that has a device thread.
         """
         self._home.check()
+        most: Any = max_segments
+        if most is not None and (type(most) is not int or most < 1):
+            raise InvalidInputError(
+                "max_segments is wrong", expected="a whole number >= 1, or None", got=repr(most)
+            )
         if self._thread is not None:
             raise UsageError("this engine has a device thread", remedy="Engine(..., device_thread=False)")
         if not self._turning.acquire(blocking=False):
@@ -325,6 +334,9 @@ class Engine:
         device thread then ends by itself when the segment does.
         """
         self._home.check()
+        given: Any = timeout
+        if given is not None and not (isinstance(given, (int, float)) and given >= 0):
+            raise InvalidInputError("timeout is wrong", expected="seconds >= 0, or None", got=repr(given))
         self._registry.close()
         self._driver.inbox.nudge()
         if not drain:
@@ -349,6 +361,20 @@ class Engine:
             if time.monotonic() >= until:
                 self._driver.cancel_all()
         self._driver.close_log()
+
+
+def _check_parts(clock: Any, on_segment: Any, device: Any) -> None:
+    """What a host brings along: raise :class:`InvalidInputError` now, not when it is first needed."""
+    for name, given in (("clock", clock), ("on_segment", on_segment)):
+        if not callable(given) and not (given is None and name == "on_segment"):
+            raise InvalidInputError(f"{name} is wrong", expected="a callable", got=repr(given))
+    if device is not None and not isinstance(device, Device):
+        raise InvalidInputError(
+            "device is wrong",
+            expected="a Device, such as fpcompile.testing.FakeAsyncDevice(), or None for the programs' own",
+            got=repr(device),
+            remedy="move the model to its device before fpcompile.segment(model)",
+        )
 
 
 class _Plan:

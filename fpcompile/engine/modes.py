@@ -54,12 +54,6 @@ def shape_of(policy: Policy, packs: bool, programs: Programs) -> Shape:
             got="pack > 0",
             remedy="leave out pack=, or use a policy that runs whole prompts",
         )
-    if chunks and policy.grain.size < 1:
-        raise InvalidInputError(
-            f"policy {policy.name!r} has chunks of a wrong size",
-            expected="tokens >= 1",
-            got=f"{policy.grain.size}",
-        )
     for name in programs.names:
         program = programs[name]
         if (steps or chunks) and isinstance(program, PackedProgram) and program.follows_length:

@@ -113,7 +113,7 @@ class Programs:
         """The program of that name; None means the only one. Lists the legal names otherwise."""
         if name is None and len(self._by_name) == 1:
             return next(iter(self._by_name.items()))
-        if name not in self._by_name:
+        if not isinstance(name, str) or name not in self._by_name:
             raise UnknownNameError("program", name, known=self._by_name)
         return name, self._by_name[name]
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from fpcompile.engine.metrics import Ticket
 from fpcompile.errors import EngineClosedError, InvalidInputError, QueueFullError
@@ -30,9 +30,10 @@ class Registry:
     """The live requests of one engine."""
 
     def __init__(self, max_queue: int | None) -> None:
-        if max_queue is not None and (isinstance(max_queue, bool) or max_queue < 1):
+        given: Any = max_queue
+        if given is not None and (type(given) is not int or given < 1):
             raise InvalidInputError(
-                "max_queue is wrong", expected="a number of requests >= 1, or None", got=repr(max_queue)
+                "max_queue is wrong", expected="a whole number of requests >= 1, or None", got=repr(given)
             )
         self.max_queue = max_queue
         self.waiting = 0

@@ -9,7 +9,6 @@ import pytest
 
 from fpcompile.engine.engine import Engine
 from fpcompile.errors import InvalidInputError, QueueFullError, UnknownNameError, UsageError
-from fpcompile.testing import FakeAsyncDevice
 from tests.cpu.test_engine_fakes import Clock, FakeProgram, FakeRun, drive, inline
 
 
@@ -42,6 +41,8 @@ def test_wrong_terms_are_refused_and_leave_nothing_behind(terms: dict[str, Any],
         engine.submit([1], **terms)
     with pytest.raises(InvalidInputError, match="input_ids is empty"):
         engine.submit([])
+    with pytest.raises(UnknownNameError, match="program"):
+        engine.submit([1], program=[])  # type: ignore[arg-type]
     assert engine.statistics().waiting == 0
     assert engine.turn() is False
 
@@ -89,10 +90,15 @@ def test_wrong_engines_are_refused() -> None:
         Engine(program, max_que_s=1.0)
     with pytest.raises(InvalidInputError, match="no program of this engine can have cache blocks"):
         Engine(program, kv_blocks=10)
-    with pytest.raises(InvalidInputError, match="max_queue is wrong"):
-        Engine(program, max_queue=0)
-    with pytest.raises(InvalidInputError, match="max_blocking is wrong"):
-        Engine(program, max_blocking_ms=-1.0, device=FakeAsyncDevice())
+    wrong: list[tuple[str, Any]] = [
+        ("max_queue", 0), ("max_queue", 1.5), ("max_queue", "5"), ("max_blocking_ms", -1.0),
+        ("max_blocking_ms", "2"), ("clock", 3), ("clock", None), ("on_segment", 3), ("device", "cpu"),
+        ("record", ["log"]),
+    ]  # fmt: skip
+    for name, value in wrong:
+        told = "log of decisions" if name == "record" else f"{name} "
+        with pytest.raises(InvalidInputError, match=told):
+            Engine(program, **{"policy": "s-edf", name: value})
     with pytest.raises(InvalidInputError, match="without a program"):
         Engine({})
     with pytest.raises(InvalidInputError, match="a program's name is wrong"):
@@ -101,6 +107,26 @@ def test_wrong_engines_are_refused() -> None:
         Engine({"chat": object()})  # type: ignore[dict-item]
     with pytest.raises(InvalidInputError, match="different devices"):
         Engine({"a": program, "b": FakeProgram(1, device="meta")})
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, "1", True])
+def test_a_turn_makes_a_number_of_launches(wrong: Any) -> None:
+    engine = inline(FakeProgram(1, clock=Clock()))
+    engine.submit([1])
+    with pytest.raises(InvalidInputError, match="max_segments"):
+        engine.turn(wrong)
+    drive(engine)
+    assert engine.statistics().completed == 1
+
+
+@pytest.mark.parametrize("wrong", [-1.0, math.nan, "5"])
+def test_closing_waits_for_seconds(wrong: Any) -> None:
+    engine = inline(FakeProgram(1, clock=Clock()))
+    with pytest.raises(InvalidInputError, match="timeout"):
+        engine.close(timeout=wrong)
+    engine.submit([1])
+    engine.close()
+    assert engine.statistics().completed == 1, "the wrong call has closed nothing"
 
 
 def test_turn_belongs_to_hosts_and_to_one_of_them() -> None:

@@ -47,6 +47,8 @@ class MemoryOptions:
 
     def __post_init__(self) -> None:
         sizes = dict(self.kv_blocks) if isinstance(self.kv_blocks, Mapping) else {"": self.kv_blocks}
+        if not sizes:
+            raise InvalidInputError("kv_blocks names no program", expected="{program: blocks}", got="{}")
         for name, blocks in sizes.items():
             _whole(f"kv_blocks of {name!r}" if name else "kv_blocks", blocks, 1)
         for name, least in (("kv_memory", 1), ("block_tokens", 1), ("memory_budget", 0), ("host_memory", 0)):

@@ -270,7 +270,12 @@ def _value(text: str) -> _Value:
 
 
 def _usage(factory: Callable[..., Policy]) -> str:
-    return str(inspect.signature(factory)).replace(" -> None", "")
+    """``late_share=0.05, balance=12.0``: the arguments with their defaults."""
+    told = []
+    for one in inspect.signature(factory).parameters.values():
+        anything = one.kind is one.VAR_KEYWORD
+        told.append(f"name=number ({one.name})" if anything else f"{one.name}={one.default}")
+    return ", ".join(told) or "no arguments"
 
 
 def _load() -> None:

@@ -90,6 +90,8 @@ def test_wrong_engines_are_refused() -> None:
         Engine(program, max_que_s=1.0)
     with pytest.raises(InvalidInputError, match="no program of this engine can have cache blocks"):
         Engine(program, kv_blocks=10)
+    with pytest.raises(InvalidInputError, match="kv_blocks names no program"):
+        Engine(program, kv_blocks={})
     wrong: list[tuple[str, Any]] = [
         ("max_queue", 0), ("max_queue", 1.5), ("max_queue", "5"), ("max_blocking_ms", -1.0),
         ("max_blocking_ms", "2"), ("clock", 3), ("clock", None), ("on_segment", 3), ("device", "cpu"),

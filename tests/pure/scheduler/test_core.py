@@ -183,8 +183,13 @@ def test_unknown_policy_lists_the_legal_names() -> None:
     assert told.value.known == policy_names()
     assert {"fcfs", "s-edf"} <= set(policy_names())
     assert isinstance(told.value, FpcompileError)
-    with pytest.raises(InvalidInputError, match="does not take"):
-        make_policy("fcfs:3")
+    for spec, takes in (
+        ("fcfs:3", "no arguments"),
+        ("vllm:1,2,3", "tokens=2048, threshold=0"),
+        ("wfq:3", r"name=number \(weights\)"),
+    ):
+        with pytest.raises(InvalidInputError, match=rf"does not take these arguments\n  expected: {takes}\n"):
+            make_policy(spec)
     with pytest.raises(InvalidInputError, match="unknown scheduler option 'trail'"):
         Scheduler("fcfs", trail=1)
     with pytest.raises(InvalidInputError):

@@ -312,7 +312,7 @@ def _repeat(p: Facts, node: fx.Node) -> AxisOrNone:
 @rule(aten.select.int)
 def _select(p: Facts, node: fx.Node) -> AxisOrNone:
     axis = p.axis(node.args[0])
-    at = int(node.args[1]) % len(p.shape(node.args[0]))  # type: ignore[arg-type]
+    (at,) = _dims(node, 1, "dim", len(p.shape(node.args[0])))
     if axis is not None and axis.dim == at:
         raise NotProvenError("one token is selected out of all")
     return axis and Axis(axis.dim - (at < axis.dim), axis.over)

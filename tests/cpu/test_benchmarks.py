@@ -266,6 +266,7 @@ def test_the_compilers_time_is_compared_at_two_depths(
 def test_preemption_writes_the_frontier(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     arguments = ["--model", "tiny:qwen3", "--layers", "1", "--tokens", "300", "--chunks", "100", "4096"]
     more = ["--parts", "3", "--repeats", "3", "--prefills", "1", "--requests", "20", "--bound-tokens", "300"]
+    more += ["--long-tokens", "400", "100000"]
     module = benchmark("preemption", monkeypatch, *arguments, *more, "--output", str(tmp_path))
     module.main()
     content = written(tmp_path / "preemption.json")
@@ -279,6 +280,9 @@ def test_preemption_writes_the_frontier(monkeypatch: pytest.MonkeyPatch, tmp_pat
         assert row["times_floor"] > 0
     assert content["launches"]["launches"] == len(content["launches"]["launch_seconds"])
     assert content["launches"]["longest"] > 0
+    (longer,) = content["longer"]
+    assert longer["tokens"] == 400, "no position for 100,000"
+    assert longer["launches"] == len(longer["launch_seconds"]) > 0
     assert 0 < content["preemptions"]["stops"] <= 100
     rounds = content["preemptions"]["seconds"]
     assert all(own < total for own, total in zip(rounds["own"], rounds["stopped"], strict=True))

@@ -114,6 +114,7 @@ TOKENWISE: dict[str, Body] = {
     "stack": lambda g: torch.stack([g.x, g.x.cos()], dim=-1).flatten(-2),
     "stack in front": lambda g: torch.stack([g.x, g.x.cos()]).sum(0),
     "unbind": lambda g: torch.mul(*g.x.view(1, -1, 2, 4).unbind(2)),
+    "unbind along the first dimension": lambda g: torch.stack((g.x[0], g.x[0] + 1)).unbind()[1][None],
     "top k of features": lambda g: g.x.topk(3, dim=-1).values,
     "gather of features": lambda g: g.x.gather(-1, g.x.topk(3, dim=-1).indices),
     "scatter into features": lambda g: torch.zeros_like(g.x).scatter(-1, g.x.topk(3, -1).indices, 1.0),

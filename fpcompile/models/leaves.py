@@ -118,11 +118,15 @@ def _experts_entry(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k
 ALL_EXPERTS_FUNCTIONS.register("fpcompile", _experts_entry)
 
 
+def rope_kinds(module: nn.Module) -> set[str]:
+    """The kinds of frequencies of a rotary module; none for another module."""
+    kind = getattr(module, "rope_type", None)
+    return {k for k in (kind.values() if isinstance(kind, dict) else [kind]) if isinstance(k, str)}
+
+
 def needs_rotary_leaf(module: nn.Module) -> bool:
     """Whether a rotary module's frequencies depend on the positions of the call (dynamic, longrope)."""
-    kind = getattr(module, "rope_type", None)
-    kinds = kind.values() if isinstance(kind, dict) else [kind]
-    return any(isinstance(k, str) and ("dynamic" in k or k == "longrope") for k in kinds)
+    return any("dynamic" in kind or kind == "longrope" for kind in rope_kinds(module))
 
 
 def install_rotary_leaf(module: nn.Module) -> None:

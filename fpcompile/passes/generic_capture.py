@@ -74,7 +74,7 @@ def capture_generic(
     Raises :class:`UnsupportedModelError` when neither symbolic nor constant lengths can be traced, with or
     without opaque leaves, and :class:`InvalidInputError` for arrays that are no tensors.
     """
-    attempt = _Attempt(list(opaque), {}, set(opaque))
+    attempt = _Attempt(list(dict.fromkeys([*opaque, *_rewritten(model)])), {}, set(opaque))
     refuse_arrays(flat.spec)
     distrusted = kept if holds_cache(flat.spec) else frozenset[str]()
     for _ in range(_ATTEMPTS):
@@ -110,6 +110,11 @@ def capture_generic(
         f"{type(model).__name__} cannot be traced",
         reason=f"still failing after {_ATTEMPTS} attempts; opaque: {attempt.opaque[-3:]}",
     )
+
+
+def _rewritten(model: nn.Module) -> list[str]:
+    """Rotary modules that write their frequencies in place in every call: leaves, which run on copies."""
+    return [path for path, module in model.named_modules() if "longrope" in leaves.rope_kinds(module)]
 
 
 def _try_again(model: nn.Module, attempt: _Attempt, trace: Trace, error: Exception) -> bool:

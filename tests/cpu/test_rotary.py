@@ -161,3 +161,20 @@ def test_a_used_model_compiles_to_the_same_program(rope: str) -> None:
     for length in (SHORT, ROPE_THRESHOLD + 4, LONG, 3 * ROPE_THRESHOLD):
         ids = sample_ids(length, seed=length)
         assert differences(outcome(program(ids)), fresh("llama", rope, ids)) == [], length
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "rope"), [("phi3", "longrope"), ("minicpm3", "longrope"), ("llama", "dynamic")]
+)
+def test_the_generic_route_gives_the_models_bits_too(arch: str, rope: str) -> None:
+    program: Any = fpcompile.segment(tiny_model(arch, rope=rope), route="generic")
+    for length in (SHORT, LONG, SHORT + 1):
+        ids = sample_ids(length, seed=length)
+        assert differences(outcome(program(input_ids=ids)), fresh(arch, rope, ids)) == [], length
+    ids = sample_ids(LONG, seed=1)
+    ours = program(input_ids=ids[:, :SHORT]).past_key_values
+    with torch.no_grad():
+        theirs = tiny_model(arch, rope=rope)(input_ids=ids[:, :SHORT]).past_key_values
+    own = fresh(arch, rope, ids[:, SHORT:], past_key_values=theirs)
+    assert differences(outcome(program(input_ids=ids[:, SHORT:], past_key_values=ours)), own) == []

@@ -112,7 +112,7 @@ def main() -> None:
     made.add_argument(
         "--tbt-slo", type=float, help="that the streams ask for, seconds; else the server's own"
     )
-    made.add_argument("--ttft-slo", type=float, default=60.0, help="that the long prompts ask for, seconds")
+    made.add_argument("--ttft-slo", type=float, default=600.0, help="that the long prompts ask for, seconds")
     made.add_argument("--max-blocking-ms", type=float, default=20.0)
     made.add_argument("--policy", default="fpcompile")
     made.add_argument("--weights", default="packed")

@@ -25,7 +25,7 @@ from fpcompile.scheduler import SLO_TABLE, profile
 from fpcompile.scheduler.events import Request
 from fpcompile.scheduler.goodput import percentile
 from fpcompile.scheduler.simulator import Outcome, SimulationResult
-from fpcompile.scheduler.sweep import Cell, CellKey, SweepSetup, summary
+from fpcompile.scheduler.sweep import CellKey, SweepSetup, summary
 from fpcompile.scheduler.synthetic import synthetic_trace
 from fpcompile.scheduler.traces import read_trace
 from fpcompile.scheduler.workload import TraceRow, requests_at, tile
@@ -143,25 +143,10 @@ def run_bench_serve(
         tuple(rows), profile(), {klass: slo.ttft for klass, slo in slos.items()}, load.num_prompts
     )
     keys = [CellKey(name, rate, seed) for rate in sorted(load.rates) for seed in range(1, load.seeds + 1)]
-    total = len(keys) * load.num_prompts
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, total)
-
-    cells: list[Cell] = []
-    seen: dict[float, list[tuple[list[Sent], float]]] = {}
-    for key in keys:
-        requests = _requests(setup, key, alone)
-        sent, seconds = asyncio.run(
-            run_load(
-                endpoint, requests, seed=key.seed, progress=step, max_concurrency=load.max_concurrency,
-                tbt_slos={klass: slo.tbt for klass, slo in slos.items()},
-            )
-        )  # fmt: skip
+    planned = {key: _requests(setup, key, alone) for key in keys}
+    runs = _run(endpoint, load, planned, slos, progress)
+    cells, seen = [], dict[float, list[_Sendings]]()
+    for key, (sent, seconds) in runs.items():
         outcomes: list[Outcome] = [_outcome(one, slos[one.request.klass]) for one in sent]
         cells.append(summary(key, [SimulationResult(outcomes=outcomes)], setup.table))
         seen.setdefault(key.rate, []).append((sent, seconds))
@@ -185,6 +170,39 @@ def run_bench_serve(
     if json_path is not None:
         Path(json_path).write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+_Sendings = tuple[list[Sent], float]
+"""What became of the requests of one run, and its seconds."""
+
+
+def _run(
+    endpoint: Endpoint,
+    load: Load,
+    planned: Mapping[CellKey, list[Request]],
+    slos: Mapping[str, Slo],
+    progress: Callable[[int, int], None] | None,
+) -> dict[CellKey, _Sendings]:
+    """Send the requests of every cell, one cell after the other."""
+    total = sum(map(len, planned.values()))
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    tbt_slos = {klass: slo.tbt for klass, slo in slos.items()}
+    return {
+        key: asyncio.run(
+            run_load(
+                endpoint, requests, seed=key.seed, progress=step, max_concurrency=load.max_concurrency,
+                tbt_slos=tbt_slos,
+            )
+        )
+        for key, requests in planned.items()
+    }  # fmt: skip
 
 
 async def _alone(endpoint: Endpoint, lengths: Sequence[int]) -> dict[int, float]:
@@ -235,7 +253,7 @@ def _outcome(sent: Sent, slo: Slo) -> _Answered:
     return _Answered(sent.request, ttft, None, 0, sent.error, tbt_met=sent.tbt_met(slo.ttft, slo.tbt))
 
 
-def _figures(runs: Sequence[tuple[list[Sent], float]], slos: Mapping[str, Slo]) -> dict[str, Any]:
+def _figures(runs: Sequence[_Sendings], slos: Mapping[str, Slo]) -> dict[str, Any]:
     """The keys of `vllm bench serve`, of all runs at one rate."""
     sent = [one for run, _ in runs for one in run]
     duration = sum(seconds for _, seconds in runs)

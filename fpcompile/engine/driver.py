@@ -146,15 +146,18 @@ class Driver(Hearing):
         return busy
 
     def _go_on(self, max_segments: int | None) -> bool:
-        flight = self._flight
-        borrows = self.lane and (flight is None or flight.lends or not self.lane.lets(flight.load))
-        if borrows and self.lane.ready():  # may tell the scheduler that memory is short
+        if self.lane and self._borrows() and self.lane.ready():  # may tell the scheduler that memory is short
             self._decode(self._flight, max_segments)
         elif self._flight is not None:
             self._fly(self._flight, max_segments)
         else:
             return self.inbox.flag or self.memory.freed
         return True
+
+    def _borrows(self) -> bool:
+        """Whether a decode step may have the device now."""
+        flight = self._flight
+        return flight is None or flight.lends or not self.lane.lets(flight.load)
 
     def retry_after(self) -> float:
         """Estimated seconds until the next request is launched: what the present run has left."""
@@ -174,7 +177,7 @@ class Driver(Hearing):
             running=states.count("running"),
             waiting=states.count("waiting"),
             paused=states.count("paused"),
-            paused_bytes=sum(ticket.paused_bytes for ticket in live),
+            paused_bytes=self.memory.bytes_of(live),
             decoding=states.count("decoding"),
             decoding_bytes=sum(t.generation.nbytes for t in live if t.generation is not None),
             tokens=self.lane.tokens,
@@ -235,7 +238,9 @@ class Driver(Hearing):
 
     def _fly(self, flight: Flight, max_segments: int | None) -> None:
         load, quota = flight.load, flight.quota
-        limit = min((n for n in (quota, max_segments) if n is not None), default=None)
+        limit = max_segments if quota is None else quota
+        if quota is not None and max_segments is not None:
+            limit = min(quota, max_segments)
         last = quota is not None and limit == quota
         stop = self._stop_behind if self.core.policy.grain.synchronises else self._stop
         flight.begun, flight.made, flight.lends = self.clock(), 0, False
@@ -346,17 +351,16 @@ class Driver(Hearing):
         if not load.served:
             load.release()
             self.memory.release(load.tickets)
-        self._hear(Yielded(now, load.name, left), landed=load.tickets)
+        self._hear(Yielded(now, load.name, left), landed=load.names)
         served = load.served
         if not served or self._has_device(load):
             return
         load.run.suspend()
-        nbytes = self.memory.paused(load)
+        self.memory.paused(load)
         next_one = self._flight.load.name if self._flight is not None else None
         self.counts.preemptions += 1
         for ticket in served:
-            ticket.paused(nbytes, next_one)
-            nbytes = 0  # what they share is counted once
+            ticket.paused(next_one)
             journal.preempted(ticket, next_one)
             if self.recorder is not None:
                 self.recorder.preempted(ticket, now)
@@ -373,7 +377,7 @@ class Driver(Hearing):
         load.release()
         self.memory.release(load.tickets)
         reason = f"{type(error).__name__}: {error}"
-        self._hear(Failed(self._now(), load.name, reason), landed=load.tickets)
+        self._hear(Failed(self._now(), load.name, reason), landed=load.names)
 
     def _last_first(self) -> list[str]:
         """Whose memory is moved first; by latest deadline when the policy fails to say."""
@@ -405,10 +409,10 @@ class Driver(Hearing):
                 self._finish(ticket, "completed", result)
         self.memory.release([ticket for ticket in load.tickets if ticket not in going_on])
         ended = Yielded if going_on else Completed
-        self._hear(ended(self._now(), load.name), landed=load.tickets)
+        self._hear(ended(self._now(), load.name), landed=load.names)
         for ticket in going_on:
             if ticket.ended is None and ticket.state == "running" and not self._serves(ticket):
-                ticket.rested(ticket.run.live_bytes + ticket.run.kv_bytes)
+                ticket.rested()
 
     def _has_device(self, load: Load) -> bool:
         return self._flight is not None and self._flight.load is load
@@ -439,11 +443,11 @@ class Driver(Hearing):
         tickets = [self._known[name] for name in command.requests if name in self._known]
         self._flight = self._boarding.board(command, tickets, self._now())
 
-    def _besides(self) -> list[Event]:
-        return self._reports.besides(self.core, self._now(), self._last)
+    def _besides(self, now: float) -> list[Event]:
+        return self._reports.besides(self.core, now, self._last)
 
-    def _news(self) -> list[Reserved]:
-        return self._reports.reserved(self._now()) if self.memory.freed else []
+    def _news(self, now: float) -> list[Reserved]:
+        return self._reports.reserved(now) if self.memory.freed else []
 
     def _give_way(self) -> None:
         """What decodes needs more blocks than are free."""
@@ -465,8 +469,8 @@ class Driver(Hearing):
             return  # it has landed already
         flight.pause = True
         names = flight.load.names
-        if not any(isinstance(event, Cancelled) and event.request in names for event in events):
-            flight.requested = min(event.time for event in events)
+        if not [e for e in events if isinstance(e, Cancelled) and e.request in names]:
+            flight.requested = events[0].time  # they are in order
 
     # ---- ends
 

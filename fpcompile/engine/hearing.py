@@ -85,11 +85,11 @@ class Hearing(abc.ABC):
         """Raise if nothing can be executed any more."""
 
     @abc.abstractmethod
-    def _besides(self) -> Sequence[Event]:
+    def _besides(self, now: float) -> Sequence[Event]:
         """What the scheduler should know when it decides, and which is no reason to decide."""
 
     @abc.abstractmethod
-    def _news(self) -> Sequence[Event]:
+    def _news(self, now: float) -> Sequence[Event]:
         """What is a reason to decide although nobody has sent it."""
 
     @abc.abstractmethod
@@ -114,24 +114,24 @@ class Hearing(abc.ABC):
         """The clock, never earlier than what the scheduler has been told."""
         return max(self.clock(), self._last)
 
-    def _hear(self, *extra: Event, landed: Sequence[Ticket] = ()) -> None:
+    def _hear(self, *extra: Event, landed: Sequence[str] = ()) -> None:
         """Tell the scheduler what has happened since it was last told, and do what it says.
 
         ``landed``: whom the run served that has just given the device back.
         """
         heard = self.inbox.take() if self.inbox.flag else []
-        events: list[Event] = [*extra, *self._news()]
-        now = self.clock()
+        now = self._now()
+        events: list[Event] = [*extra, *self._news(now)]
         if now >= self._timer:
             self._timer = inf
-            events.append(Timer(self._now()))
+            events.append(Timer(now))
         if now >= self._timeouts.next:
             heard += self._timed_out(now)
         if heard:
             events += self._without_withdrawn(heard)
         if not events:
             return
-        events += self._besides()
+        events += self._besides(now)
         if len(events) > 1:
             events.sort(key=lambda event: event_order(event, 0))  # the sort is stable: then as they came
         try:
@@ -139,8 +139,7 @@ class Hearing(abc.ABC):
             commands = self.core.handle_all(told)
             if self.log is not None:
                 self.log.record(told, commands)
-            names = [event.request for event in events if isinstance(event, Cancelled)]
-            for name in (*names, *(ticket.id for ticket in landed)):
+            for name in (*[e.request for e in heard if isinstance(e, Cancelled)], *landed):
                 if name in self._known and self.core.state(name) is State.CANCELLED:
                     self._cancelled(self._known[name])  # what it held is free for what is launched now
             for command in commands:
@@ -155,7 +154,7 @@ class Hearing(abc.ABC):
         overdue = [t for t in tickets if t is not None and t.request.arrival + t.timeout <= now]  # ids return
         for ticket in overdue:
             ticket.timed_out = True
-        return [Cancelled(self._now(), ticket.id) for ticket in overdue]
+        return [Cancelled(now, ticket.id) for ticket in overdue]
 
     def _without_withdrawn(self, events: Sequence[Arrival | Cancelled]) -> list[Arrival | Cancelled]:
         """Note who arrives; leave out what is void: cancelled before arriving, or after the end."""

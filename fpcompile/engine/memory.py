@@ -76,8 +76,8 @@ class Memory:
         """What decodes in the pool; None without one."""
         self.budgeted = self._budgeted(options)
         """What decodes elsewhere, where that is bounded."""
-        self.paused_bytes = 0
-        """Bytes on the device that paused runs hold, besides blocks."""
+        self._bounded = options.memory_budget is not None
+        self._paused_bytes = 0
         self.host_bytes = 0
         """Bytes of host memory that copies take."""
 
@@ -215,7 +215,8 @@ class Memory:
 
         Whether it begins again, so that its launches may be others.
         """
-        settle(self.flying)
+        if self.flying:
+            settle(self.flying)
         held = self._of(load)
         if held is None:
             self._hold(load)
@@ -241,18 +242,42 @@ class Memory:
     # ---- pauses
 
     @property
+    def paused_bytes(self) -> int:
+        """Bytes on the device that paused runs hold, besides blocks; from any thread.
+
+        Where they have a budget they are counted at each pause, else when somebody asks.
+        """
+        if self._bounded:
+            return self._paused_bytes
+        return sum(held.own for held in list(self._held.values()) if held.paused)
+
+    @property
     def over(self) -> bool:
         """Whether paused runs hold more than the budget."""
-        return self.paused_bytes > self.options.budget
+        return self._bounded and self._paused_bytes > self.options.budget
 
-    def paused(self, load: Load) -> int:
-        """A run has given the device back at a cut; returns the bytes that it holds there."""
+    def paused(self, load: Load) -> None:
+        """A run has given the device back at a cut."""
         held = self._of(load)
-        if held is None:
-            return int(load.run.live_bytes + load.run.kv_bytes)
-        held.paused = True
-        self._note(held)
-        return held.device + held.in_blocks
+        if held is not None:
+            held.paused = True
+            self._note(held)
+
+    def bytes_of(self, tickets: Iterable[Ticket]) -> int:
+        """Bytes on the device that these requests hold while they are paused, blocks included; from any
+        thread.
+        """
+        found: dict[int, int] = {}  # what several share is counted once
+        for ticket in tickets:
+            seat, run = self._seats.get(ticket.id), ticket.run
+            if ticket.state != "paused" or not ticket.seated or run is None or isinstance(run, Generation):
+                continue
+            held = None if seat is None else seat.held
+            if held is None:
+                found[id(run)] = run.live_bytes + run.kv_bytes
+            else:
+                found[id(held)] = held.own + held.in_blocks
+        return sum(found.values())
 
     def evict(self, name: str) -> None:
         """The scheduler takes the blocks of this paused run."""
@@ -287,7 +312,7 @@ class Memory:
                 break
             if held is None or not held.paused or held.parked or held.dropped:
                 continue
-            gain = held.device - sum(held.inputs.values())
+            gain = held.own - sum(held.inputs.values())
             if gain > 0:
                 chosen.append((held, gain))
                 over -= gain
@@ -315,20 +340,18 @@ class Memory:
         self._moved(held)
 
     def _note(self, held: Held) -> None:
-        """Keep the sum of what is on the device as ``held`` is now."""
-        device = held.own if held.paused else 0
-        self.paused_bytes += device - held.device
-        held.device = device
+        """Keep the sum of what is on the device as ``held`` is now, where there is a budget for it."""
+        if self._bounded:
+            device = held.own if held.paused else 0
+            self._paused_bytes += device - held.device
+            held.device = device
 
     def _moved(self, held: Held) -> None:
-        """The same, the sum of the copies on the host, and the first member's metrics."""
+        """The same, and the sum of the copies on the host."""
         self._note(held)
         host = held.parking.host_bytes(held.rooms)
         self.host_bytes += host - held.host
         held.host = host
-        served = held.load.served
-        if held.paused and served and served[0].state == "paused":
-            served[0].paused_bytes = held.device + held.in_blocks
 
     # ---- the host
 
@@ -385,7 +408,7 @@ class Memory:
             held = seat.held
             if held is not None and not any(s.ticket.id in self._seats for s in held.seats):
                 held.parking.forget(held.rooms)
-                self.paused_bytes -= held.device
+                self._paused_bytes -= held.device
                 self.host_bytes -= held.host
                 del self._held[held.load.name]
 
@@ -414,7 +437,8 @@ class Memory:
 
     def validate(self, free: float) -> None:
         """Check the invariants; ``free``: blocks that the scheduler believes free, without what decodes."""
-        sums = (sum(h.device for h in self._held.values()), sum(h.host for h in self._held.values()))
+        runs = list(self._held.values())
+        sums = sum(held.own for held in runs if held.paused), sum(held.host for held in runs)
         on_host = self.host_bytes + self._decoding_on_host
         if sums != (self.paused_bytes, self.host_bytes) or on_host > self.options.host_limit:
             raise InternalError(

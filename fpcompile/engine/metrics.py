@@ -91,7 +91,7 @@ class Ticket:
 
     __slots__ = (
         "_launched", "_stopped", "budget", "ended", "executed", "generation", "handle", "load",
-        "offloads", "packed_with", "paused_bytes", "predicted", "preempted_by", "preemptions", "program",
+        "offloads", "packed_with", "predicted", "preempted_by", "preemptions", "program",
         "prompt", "ready", "recomputations", "request", "reused_tokens", "run", "seated", "shared", "started",
         "state", "suspended", "timed_out", "timeout",
     )  # fmt: skip
@@ -139,7 +139,6 @@ class Ticket:
         self.preempted_by: list[str] = []
         self.packed_with: dict[str, None] = {}
         """Names of those with whom it shared a launch, in order."""
-        self.paused_bytes = 0
         self.prompt = prompt
         """What it asks of the pool of cache blocks."""
         self.reused_tokens = self.offloads = self.recomputations = 0
@@ -161,7 +160,7 @@ class Ticket:
             self.started = now
         else:
             self.suspended += now - self._stopped
-        self.state, self._launched, self.paused_bytes = "running", now, 0
+        self.state, self._launched = "running", now
 
     def stopped(self, now: float) -> None:
         """The device is free of it again."""
@@ -191,17 +190,16 @@ class Ticket:
         self.ready, self.seated, self.shared = None, False, True
         self.reused_tokens = 0  # of the other prompt
 
-    def paused(self, nbytes: int, by: str | None) -> None:
-        """It gave way to ``by``, and keeps ``nbytes`` meanwhile."""
+    def paused(self, by: str | None) -> None:
+        """It gave way to ``by``."""
         self.state = "paused"
         self.preemptions += 1
-        self.paused_bytes = nbytes
         if by is not None:
             self.preempted_by.append(by)
 
-    def rested(self, nbytes: int) -> None:
-        """It keeps ``nbytes`` until its next slice; nobody preempted it."""
-        self.state, self.paused_bytes = "paused", nbytes
+    def rested(self) -> None:
+        """It waits for its next slice; nobody preempted it."""
+        self.state = "paused"
 
     @property
     def paused_since(self) -> float | None:
@@ -212,7 +210,7 @@ class Ticket:
         """It has ended; its tensors are the caller's to drop."""
         if self.state == "paused":
             self.suspended += now - self._stopped
-        self.state, self.ended, self.paused_bytes = outcome, now, 0
+        self.state, self.ended = outcome, now
         self.run = self.load = None
         if self.generation is not None:
             self.generation.release()

@@ -96,7 +96,7 @@ def kv_storages(groups: Iterable[Mapping[int, KV]]) -> dict[int, int]:
     """Address and bytes of each storage that these caches own."""
     found: dict[int, int] = {}
     for group in groups:
-        for kv in group.values():
+        for kv in list(group.values()):  # statistics are read by any thread
             found.update(kv.storages)
     return found
 

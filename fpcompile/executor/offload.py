@@ -74,7 +74,7 @@ def own_bytes(run: Any, more: Mapping[int, int]) -> int:
     """Bytes on the device that a run holds besides blocks of a pool, with ``more`` storages; each once."""
     found = {**more, **kv_storages(caches_of(run))}
     for shelf in _shelves(run):
-        found.update(storages_of(shelf.values()))
+        found.update(storages_of(list(shelf.values())))
     return sum(found.values())
 
 

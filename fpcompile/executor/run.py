@@ -84,7 +84,10 @@ class Run:
     @property
     def cursor(self) -> int:
         """Index of the segment that the next launch belongs to; the number of segments at the end."""
-        return len(self.program.segments) if self.done else self.program.stages[self.next_stage].segment
+        program, schedule, at = self.program, self.schedule, self.at
+        if at == len(schedule):
+            return len(program.segments)
+        return program.stages[schedule[at].first].segment
 
     @property
     def next_segment(self) -> Segment:

@@ -114,11 +114,11 @@ def test_beside_a_budget_nobody_is_looked_at_again_before_something_is_freed() -
             budgeted.back(away(), [])
         return len(asked) - before
 
-    memory.paused_bytes = 10
+    memory._paused_bytes = 10
     assert looks() == 1
-    memory.paused_bytes = 20
+    memory._paused_bytes = 20
     assert looks() == 0, "there is less room than before"
-    memory.paused_bytes = 9
+    memory._paused_bytes = 9
     assert looks() == 1, "a paused run went on"
     budgeted.reserve([], [])
     assert looks() == 1, "a step follows"
@@ -126,7 +126,7 @@ def test_beside_a_budget_nobody_is_looked_at_again_before_something_is_freed() -
     (ticket,) = engine._registry.live()
     budgeted.ended(ticket)
     assert looks() == 1, "somebody has ended"
-    memory.paused_bytes = 0
+    memory._paused_bytes = 0
     drain(engine)
     empty(engine)
 

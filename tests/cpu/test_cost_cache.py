@@ -30,7 +30,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many measurements were made; each takes no time and gives other figures."""
     made: list[int] = []
 
-    def measure(program: fpcompile.Program) -> Samples:
+    def measure(program: fpcompile.Program, *, lengths: tuple[int, ...], seconds: float) -> Samples:
         made.append(len(made) + 1)
         return {s.key: ((16, 1e-3 * made[-1]), (64, 2e-3 * made[-1])) for s in program.stages}
 

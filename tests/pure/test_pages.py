@@ -26,7 +26,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in GENERATED),
 ]
-BASES = (ROOT, ROOT / "fpcompile", ROOT / "benchmarks", ROOT / "examples")
+BASES = (ROOT, ROOT / "fpcompile", ROOT / "benchmarks", ROOT / "examples", ROOT / "tests" / "cpu")
 FENCE = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
 

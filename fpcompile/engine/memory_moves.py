@@ -60,6 +60,7 @@ class Moves:
         """Drop all that a run holds: it begins again when it has the device."""
         if not held.droppable:
             raise InternalError("a run that cannot be computed again is dropped", got=held.load.name)
+        held.dropped = True  # first: who reads statistics meanwhile does not join it without its blocks
         held.parking.forget(held.rooms)
         for seat in held.seats:
             if seat.origin is not None:
@@ -71,7 +72,6 @@ class Moves:
                 held.evicted = True
         if isinstance(held.load.run, Together):
             held.load.run.again()
-        held.dropped = True
         self.recomputations += 1
         load = held.load
         self._dropped.append((load, load.seconds if load.shared else seconds_left(load.program, load.run)))

@@ -118,7 +118,7 @@ class GenericDecoder(Decoder):
         ids = torch.cat([sequence.ids, sequence.ids.new_tensor([[token]])], dim=1)
         given = self._inputs(ids, sequence.kwargs, first=False)
         budget = min((one for one in budgets if one is not None), default=None)
-        run = self.program.start(**given, max_blocking_ms=budget)
+        run = self.program.start_next(given, budget)
         seconds = self.seconds(sequences)
 
         def logits() -> Tensor:

@@ -364,6 +364,12 @@ class GenericProgram(Program):
         variant, tensors, values = self._variant((args, kwargs))
         return variant.begin(tensors, values, max_blocking_ms, strict_budget)
 
+    def start_next(self, kwargs: dict[str, Any], max_blocking_ms: float | None) -> Run:
+        """A run for the next token of a sequence whose first run checked the model: parameters only."""
+        self.watch.check_parameters()
+        variant, tensors, values = self._variant(((), kwargs))
+        return variant.begin(tensors, values, max_blocking_ms, None)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run to the end without a pause; arguments and result as the model's own forward."""
         run = self.start(*args, **kwargs)

@@ -73,6 +73,13 @@ class WeightWatch:
 
     def check(self) -> None:
         """Raise :class:`UsageError` when something was replaced or changed that a run would not see."""
+        self.check_parameters()
+        self._check_buffers()
+        self._check_modules()
+        self._check_settings()
+
+    def check_parameters(self) -> None:
+        """As :meth:`check`, for the parameters only: before each token of a sequence that began checked."""
         for table, name, parameter, address in self._held:
             if table.get(name) is not parameter or _address(parameter) != address:
                 raise _changed(
@@ -80,9 +87,6 @@ class WeightWatch:
                     expected="weights that are changed in place, or not at all",
                     got=f"another tensor for {name!r}",
                 )
-        self._check_buffers()
-        self._check_modules()
-        self._check_settings()
 
     def _check_buffers(self) -> None:
         for table, name, buffer, version in self._buffers:

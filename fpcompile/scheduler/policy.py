@@ -274,7 +274,8 @@ def _usage(factory: Callable[..., Policy]) -> str:
     told = []
     for one in inspect.signature(factory).parameters.values():
         anything = one.kind is one.VAR_KEYWORD
-        told.append(f"name=number ({one.name})" if anything else f"{one.name}={one.default}")
+        default = "=..." if one.default is one.empty else f"={one.default}"
+        told.append(f"name=number ({one.name})" if anything else f"{one.name}{default}")
     return ", ".join(told) or "no arguments"
 
 

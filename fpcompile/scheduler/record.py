@@ -359,8 +359,9 @@ def outcomes_of(log: Log) -> list[Outcome]:
             reasons.setdefault(event.request, "cancelled")
         for command in commands:
             if isinstance(command, Launch):
-                if unknown := sorted(set(command.requests) - set(requests)):
-                    raise _torn_apart(f"Launch of {unknown[0]!r}", "an Arrival of that request before")
+                unknown = next((name for name in command.requests if name not in requests), None)
+                if unknown is not None:
+                    raise _torn_apart(f"Launch of {unknown!r}", "an Arrival of that request before")
                 launched[command.run] = command
                 asked = ""
                 for name in command.requests:

@@ -12,7 +12,8 @@ When a step begins
       token of every member is predicted to take, which is its time between tokens on a device without
       prefills, and ``b`` a launch. The prefill gets about as long as the step that follows, however fast the
       device is. That is as long as it costs nobody a first token in time that was promised (``affords``);
-      else it waits as one that asked for :data:`DEFAULT_TBT_SLO`, and is ahead.
+      else it waits as one that asked for :data:`DEFAULT_TBT_SLO`, and is ahead: also for members who were
+      promised a time and share no step with it.
     * Behind each step the prefill makes at least one launch, so that late streams do not starve it.
     * A step for which there was no memory is made once more, when what is paused has made room.
     * Who has no memory for its next token is left out, see :mod:`fpcompile.engine.decode_memory`.
@@ -119,7 +120,7 @@ class Lane:
         self._prices = Prices(programs)
         self._members: dict[str, Ticket] = {}
         self._step: TokenStep | None = None
-        self._next: tuple[list[Ticket], float, float] | None = None
+        self._plans: dict[bool, tuple[list[Ticket], float, float]] = {}
         self._share: float | None = None
         self._rounds: dict[str, float] = {}
         self._owes = False
@@ -220,14 +221,16 @@ class Lane:
 
     def _changed(self) -> None:
         """There are other members, or steps have another price."""
-        self._next = self._share = None
+        self._share = None
+        self._plans.clear()
         self._rounds.clear()
 
     def clear(self) -> None:
         """Everybody has ended."""
         self._members.clear()
         self._away.clear()
-        self._step = self._next = None
+        self._plans.clear()
+        self._step = None
 
     def validate(self) -> None:
         """Check that members are generating and live, and that a step serves somebody."""
@@ -252,35 +255,51 @@ class Lane:
             if launch is not None:
                 self._owes = False
             return True
-        tickets, due, seconds = self._plan()
         now = self._clock()
-        ahead = now + seconds + (0.0 if launch is None else launch())
-        if ahead < due:
+        then = now + (0.0 if launch is None else launch())
+        _, due, seconds = self._plan(spared=True)
+        if then + seconds < due:
             return True
-        if ahead < min(_generation(ticket).due for ticket in tickets) and not self._spared():
-            return True
+        if not self._spared():
+            _, due, seconds = self._plan(spared=False)
+            if then + seconds < due:
+                return True
         return not self.options.first and _made_late(load, now, seconds)
 
     def _spared(self) -> bool:
-        """Whether promises to prompts leave their turns to streams that ask for nothing."""
+        """Whether promises to prompts leave their turns to streams that ask for nothing, if there are any."""
+        if all(_generation(ticket).tbt_slo is not None for ticket in self._members.values()):
+            return True
         gap = self._gap
         turn = (gap + self.options.budget) / 2  # of a prompt, between two steps
         return not turn or self._affords(gap / turn)
 
-    def _plan(self) -> tuple[list[Ticket], float, float]:
-        """(members, when the first of them is due, predicted seconds) of the step under way, or the next."""
-        if self._step is not None:
-            return list(self._step.tickets), self._step.due, self._step.left
-        if self._next is None:
-            gap = self._gap
-            tickets = sorted(self._members.values(), key=lambda ticket: _due(ticket, gap))
-            first, due = tickets[0], _due(tickets[0], gap)
-            decoder = _generation(first).decoder
-            size = self.options.max_batch if decoder.together else 1
-            tickets = [ticket for ticket in tickets if ticket.program == first.program][:size]
-            predicted = decoder.seconds([_generation(t).sequence for t in tickets], _budgets(tickets))
-            self._next = tickets, due, self._prices.corrected(first.program, len(tickets), predicted)
-        return self._next
+    def _plan(self, *, spared: bool) -> tuple[list[Ticket], float, float]:
+        """(members, when the first of all is due, predicted seconds) of the step under way, or the next.
+
+        ``spared``: see :meth:`_spared`. A step is due as well in time for the one that has to follow it.
+        """
+        if spared not in self._plans:
+            self._plans[spared] = self._next(spared=spared)
+        tickets, due, seconds = self._plans[spared]
+        step = self._step
+        if step is None:
+            return tickets, due, seconds
+        if tickets[0] not in step.tickets:
+            due -= seconds
+        return list(step.tickets), min(due, step.due) if spared else due, step.left
+
+    def _next(self, *, spared: bool) -> tuple[list[Ticket], float, float]:
+        """The same for a step that begins now: of those that are due first, of one program."""
+        gap = self._gap
+        dues = {ticket.id: _due(ticket, gap, spared=spared) for ticket in self._members.values()}
+        tickets = sorted(self._members.values(), key=lambda ticket: dues[ticket.id])
+        first = tickets[0]
+        decoder = _generation(first).decoder
+        size = self.options.max_batch if decoder.together else 1
+        tickets = [ticket for ticket in tickets if ticket.program == first.program][:size]
+        predicted = decoder.seconds([_generation(t).sequence for t in tickets], _budgets(tickets))
+        return tickets, dues[first.id], self._prices.corrected(first.program, len(tickets), predicted)
 
     # ---- the step
 
@@ -378,7 +397,8 @@ class Lane:
             self._recorder.decoded(live, begun, now)
         if self._step is not step or landing.ending in (Ending.UNDERWAY, Ending.STOPPED):
             return
-        self._step, self._next, self._owes = None, None, True
+        self._step, self._owes = None, True
+        self._plans.clear()
         if landing.error is not None:
             if not self._retries(landing.error, step):
                 self._fail(live, landing.error)
@@ -395,7 +415,7 @@ class Lane:
                 self._took(ticket, token)
 
     def _begin(self) -> TokenStep | None:
-        tickets, due, seconds = self._plan()
+        tickets, due, seconds = self._plan(spared=self._spared())
         tickets = self._with_rooms(tickets)
         if not tickets:
             return None
@@ -420,7 +440,7 @@ class Lane:
         except Exception as error:
             self._pilot.check(error)
             if not self._retries(error):
-                self._next = None
+                self._plans.clear()
                 self._fail(tickets, error)
                 return None
         return self._made(tickets)
@@ -475,9 +495,12 @@ def _generation(ticket: Ticket) -> Generation:
     return ticket.generation
 
 
-def _due(ticket: Ticket, gap: float) -> float:
+def _due(ticket: Ticket, gap: float, *, spared: bool) -> float:
+    """When the next token is due; ``gap``: of who asked for no time, the longest one that is ``spared``."""
     generation = _generation(ticket)
-    return generation.last + gap if generation.tbt_slo is None else generation.due
+    if generation.tbt_slo is not None:
+        return generation.due
+    return generation.last + gap if spared else max(generation.last + gap, generation.due)
 
 
 def _budgets(tickets: Iterable[Ticket]) -> set[float | None]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fpcompile.engine.engine import Engine
+from fpcompile.engine.generation import Generation
 from fpcompile.engine.handle import Handle
 from fpcompile.engine.promises import affordable
 from fpcompile.errors import (
@@ -265,6 +266,71 @@ def test_promised_first_tokens_go_before_streams_that_ask_for_nothing(
     assert longest is not None
     assert (longest <= 0.05 + 1e-9) is turns, "two steps and a launch, or all of the prompt"
     assert longest < 0.6, "as one that asked for 0.2 s, at most"
+
+
+def generation(engine: Engine, handle: Handle) -> Generation:
+    """What a request that decodes has made so far."""
+    ticket = engine._driver.lane.get(handle.request_id)
+    assert ticket is not None
+    assert ticket.generation is not None
+    return ticket.generation
+
+
+def beside_each_other(programs: int, prompt: int) -> tuple[Engine, Handle, Handle, list[str]]:
+    """A stream that asks for nothing and one that asks for 0.1 s; no step serves both. Names of programs."""
+    clock = Clock()
+    models = {name: Generating(prompt, seconds=0.01, clock=clock) for name in "ab"[:programs]}
+    for program in models.values():
+        program.decodes.seconds_each = 0.01
+    batch = {"max_decode_batch": 1} if programs == 1 else {}
+    names = list(models)
+    engine = inline(dict(models), clock, policy="fcfs", max_blocking_ms=10.0, **batch)
+    plain = decoding(engine, [5], 1000, program=names[0])
+    asked = decoding(engine, [300], 500, program=names[-1], tbt_slo=0.1)
+    return engine, plain, asked, names
+
+
+@pytest.mark.parametrize("programs", [1, 2])
+def test_streams_that_ask_for_nothing_keep_no_promised_token_waiting(programs: int) -> None:
+    """The prompt takes 1 s, and 1.25 beside the stream that asks: in turn with both it would be late."""
+    engine, plain, asked, names = beside_each_other(programs, 100)
+    promised = generation(engine, asked)
+    late: list[float] = []
+    prompt = engine.submit([900], program=names[0], ttft_slo=1.4)
+    before = len(made(plain))
+    while not prompt.done():
+        due, count = promised.due, len(promised.tokens)
+        engine.turn(max_segments=1)
+        if len(promised.tokens) > count:
+            late.append(promised.last - due)
+    steps = len(made(plain)) - before
+    assert prompt.metrics.slo_met
+    assert steps >= 1, "every 0.6 s or so"
+    assert len(late) > 10
+    assert sum(lateness > 1e-9 for lateness in late) <= 2 * steps, "in time, but for those beside the other's"
+    assert max(late) <= 0.02 + 0.01 + 1e-9, "never later than a step and a launch"
+    drive(engine)
+    assert plain.metrics.tbt_max is not None
+    assert plain.metrics.tbt_max < 0.65
+
+
+def test_a_step_of_who_asks_for_nothing_leaves_time_for_one_that_was_promised() -> None:
+    """It gives way to a prompt, but not for so long that the step behind it comes late."""
+    engine, plain, asked, names = beside_each_other(1, 100)
+    promised, driver = generation(engine, asked), engine._driver
+    for _ in range(10):
+        engine.turn(max_segments=1)
+        step = driver.lane._step
+        if step is not None and step.tickets[0].id == plain.request_id:
+            break
+    else:
+        raise AssertionError("the other one has no steps")
+    prompt = engine.submit([900], program=names[0], ttft_slo=1.4)
+    due, count = promised.due, len(promised.tokens)
+    until(engine, lambda: len(promised.tokens) > count)
+    assert promised.last <= due + 0.01 + 1e-9, "a launch, which the prompt makes behind each step"
+    until(engine, prompt.done)
+    assert prompt.metrics.slo_met
 
 
 def test_promises_to_prompts_that_wait_count_as_well() -> None:

@@ -187,8 +187,8 @@ class Lane:
         """The share of device time that the streams ask for beside prompts; 0 where prompts go first.
 
         That is what the steps of each program take, once in the shortest of its times between tokens: what a
-        stream is ahead of its deadlines is not counted on. Who asks for none counts with the default one:
-        what it gets beyond that no promise to a prompt pays for.
+        stream is ahead of its deadlines is not counted on. Who asks for none counts with the default one, or
+        with the longer one that it gets: what it has beyond that no promise to a prompt pays for.
         """
         if not self._members or not self.options.first:
             return 0.0
@@ -200,7 +200,8 @@ class Lane:
 
     def _asked(self, program: str) -> float:
         members = [ticket for ticket in self._members.values() if ticket.program == program]
-        return self._round(program) / min(_generation(t).tbt_slo or DEFAULT_TBT_SLO for t in members)
+        nothing = max(DEFAULT_TBT_SLO, self._gap)
+        return self._round(program) / min(_generation(t).tbt_slo or nothing for t in members)
 
     def _round(self, program: str) -> float:
         """Predicted seconds in which each member of ``program`` gets a token."""

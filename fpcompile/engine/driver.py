@@ -58,6 +58,7 @@ from fpcompile.scheduler.events import (
     Cancelled,
     Command,
     Completed,
+    Decoding,
     Event,
     Evict,
     Failed,
@@ -77,6 +78,7 @@ __all__ = ["Driver"]
 logger = logging.getLogger(__name__)
 
 _SHORTEST = 1e-3  # seconds; nobody is told to come back sooner
+_REFUSED = 0.01  # seconds for which nothing is to spare for streams, unless something happens
 
 
 @final
@@ -121,6 +123,7 @@ class Driver(Hearing):
         self.abandoned = False
         """Whether the engine is closed without waiting for its requests."""
         self._flight: Flight | None = None
+        self._refused = -inf
         self._boarding = Boarding(self.pilot, memory, programs, registry, recorder)
         self._reports = Reports(memory, self.lane, prices)
 
@@ -312,16 +315,24 @@ class Driver(Hearing):
                 ticket.lent(start, now)
 
     def _affords(self, stretch: float) -> bool:
-        """Whether promises to prompts are kept if what is left of each takes ``stretch`` times as long."""
+        """Whether promises to prompts are kept if what is left of each takes ``stretch`` times as long.
+
+        Asked at every cut while streams wait: a no holds for 10 ms, or until something happens.
+        """
         flight, now = self._flight, self._now()
+        if now < self._refused:
+            return False
+        alone = 1 - self._reports.share  # of what the scheduler predicts
 
         def left(job: Job) -> float:
             if flight is None or flight.load.shared or flight.load.name != job.id:
-                return job.remaining(now)
+                return job.remaining(now) * alone
             load = flight.load
             return self.prices.corrected(load.owner, load.tokens, load.left())
 
-        return affordable(self.core.jobs.values(), now, stretch, left)
+        affords = affordable(self.core.jobs.values(), now, stretch, left)
+        self._refused = -inf if affords else now + _REFUSED
+        return affords
 
     def _launching(self, behind: int) -> Launching | None:
         """For the watchdog: what is under way, or (``behind`` 1) what was before the last cut."""
@@ -444,6 +455,7 @@ class Driver(Hearing):
         self._flight = self._boarding.board(command, tickets, self._now())
 
     def _besides(self, now: float) -> list[Event]:
+        self._refused = -inf
         return self._reports.besides(self.core, now, self._last)
 
     def _news(self, now: float) -> list[Reserved]:
@@ -470,7 +482,7 @@ class Driver(Hearing):
         flight.pause = True
         names = flight.load.names
         if not [e for e in events if isinstance(e, Cancelled) and e.request in names]:
-            flight.requested = events[0].time  # they are in order
+            flight.requested = next(event.time for event in events if not isinstance(event, Decoding))
 
     # ---- ends
 

@@ -115,7 +115,8 @@ class Engine:
         max_blocking = None if asked is None else asked / 1e3
         self._programs = Programs(programs)
         batch = 1 if deterministic else max_decode_batch
-        self._decoding = DecodeOptions(tbt_slo, batch, decode_first, max_blocking or 0.0)
+        launch = max_blocking if max_blocking is not None and math.isfinite(max_blocking) else 0.0
+        self._decoding = DecodeOptions(tbt_slo, batch, decode_first, launch)
         options = MemoryOptions(
             kv_blocks=kv_blocks, kv_memory=kv_memory, block_tokens=block_tokens, prefix_cache=prefix_cache,
             memory_budget=memory_budget, host_memory=host_memory, deterministic=deterministic,

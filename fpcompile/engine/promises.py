@@ -11,22 +11,24 @@ from fpcompile.scheduler.job import Job
 __all__ = ["affordable"]
 
 _MOST: Final = 64
-"""Promises that are looked at, one by one and at each cut; where more are open, nothing is to spare."""
+"""Promises that are looked at one by one; where more are open, nothing is to spare."""
 
 
 def affordable(jobs: Iterable[Job], now: float, stretch: float, left: Callable[[Job], float]) -> bool:
     """Whether each of ``jobs`` that can have its first token in time has it, though all take longer.
 
-    One after the other, those that are due first before others, each ``stretch`` times its ``left`` seconds.
-    Who will be late even if it has the device at once is not counted, nor who was promised nothing.
+    One after the other, those that are due first before others, each ``stretch`` times its ``left`` seconds,
+    which are those of a device without decode steps. Who will be late even if it has the device at once is
+    not counted, nor who was promised nothing.
     """
-    promised = sorted(
-        (job for job in jobs if job.deadline < inf and job.host is None), key=lambda job: job.deadline
-    )
-    if len(promised) > _MOST:
-        return False
+    promised: list[Job] = []
+    for job in jobs:
+        if job.deadline < inf and job.host is None:
+            promised.append(job)
+            if len(promised) > _MOST:
+                return False
     end = now
-    for job in promised:
+    for job in sorted(promised, key=lambda job: job.deadline):
         seconds = left(job)
         if now + seconds > job.deadline:
             continue

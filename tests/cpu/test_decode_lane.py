@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fpcompile.engine import driver
 from fpcompile.engine.engine import Engine
 from fpcompile.engine.generation import Generation
 from fpcompile.engine.handle import Handle
@@ -317,10 +318,10 @@ def test_streams_that_ask_for_nothing_keep_no_promised_token_waiting(programs: i
 def test_a_step_of_who_asks_for_nothing_leaves_time_for_one_that_was_promised() -> None:
     """It gives way to a prompt, but not for so long that the step behind it comes late."""
     engine, plain, asked, names = beside_each_other(1, 100)
-    promised, driver = generation(engine, asked), engine._driver
+    promised, lane = generation(engine, asked), engine._driver.lane
     for _ in range(10):
         engine.turn(max_segments=1)
-        step = driver.lane._step
+        step = lane._step
         if step is not None and step.tickets[0].id == plain.request_id:
             break
     else:
@@ -355,11 +356,69 @@ def test_promises_to_prompts_that_wait_count_as_well() -> None:
     ],
 )
 def test_what_can_be_spared(left: list[float], deadlines: list[float], stretch: float, kept: bool) -> None:
-    jobs = [
+    jobs = promising(left, deadlines)
+    assert affordable(jobs, 0.0, stretch, lambda job: left[job.sequence]) is kept
+
+
+def promising(left: list[float], deadlines: list[float]) -> list[Job]:
+    return [
         Job(Request(str(number), 0.0, deadline, 1, seconds, slo=deadline), number)
         for number, (seconds, deadline) in enumerate(zip(left, deadlines, strict=True))
     ]
-    assert affordable(jobs, 0.0, stretch, lambda job: left[job.sequence]) is kept
+
+
+def test_no_more_promises_are_looked_at_than_can_be_kept() -> None:
+    jobs = iter(promising([1.0] * 1000, [9.0] * 1000))
+    assert not affordable(jobs, 0.0, 1.0, lambda job: 0.0)
+    assert len(list(jobs)) == 1000 - 65
+
+
+def test_what_is_not_to_spare_is_not_asked_again_at_every_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches of 1 ms: one asks in ten, and one behind an event."""
+    engine, program = quick(200)
+    program.seconds = program.decodes.seconds_each = 0.001
+    decoding(engine, [5], 500)
+    asked: list[float] = []
+
+    def counted(jobs: Iterable[Job], now: float, *rest: Any) -> bool:
+        asked.append(now)
+        return False
+
+    monkeypatch.setattr(driver, "affordable", counted)
+    arrives = engine.now() + 0.1
+    prompt = engine.submit([900], at={100: lambda run: engine.submit([800])})
+    until(engine, prompt.done)
+    gaps = [after - before for before, after in itertools.pairwise(asked)]
+    assert len(gaps) > 15
+    soon = [before for before, gap in zip(asked, gaps, strict=False) if gap < 0.01 - 1e-9]
+    assert len(soon) <= 1
+    assert any(arrives <= time <= arrives + 0.003 for time in asked), "what was promised is another thing now"
+
+
+def test_streams_do_not_starve_where_launches_have_no_bound() -> None:
+    """A launch of any length is none that a stream waits for: twice its step of 20 ms is left."""
+    engine, program, _ = engine_of(100, tbt_slo=None, max_blocking_ms=math.inf)
+    program.seconds = program.decodes.seconds_each = 0.01
+    stream = decoding(engine, [5], 500)
+    prompt = engine.submit([900])
+    until(engine, prompt.done)
+    assert stream.metrics.tbt_max is not None
+    assert stream.metrics.tbt_max <= 0.04 + 1e-9
+    assert prompt.metrics.executed == pytest.approx(1.0)
+
+
+def test_blocking_is_not_counted_from_before_the_preemption_was_asked_for() -> None:
+    """The scheduler hears of what streams take as of the time of the last event, long ago."""
+    engine, _, _ = engine_of(100, policy="s-edf", tbt_slo=10.0)
+    stream = decoding(engine, [5], 4)
+    urgent: list[Handle] = []
+    long = engine.submit(
+        [900], ttft_slo=1000, at={50: lambda run: urgent.append(engine.submit([800], ttft_slo=110))}
+    )
+    until(engine, lambda: bool(urgent) and urgent[0].done())
+    assert stream.done(), "its share is free, and nobody was told before"
+    assert long.metrics.preemptions == 1
+    assert engine.statistics().blocking == (0.0,)
 
 
 def test_late_streams_leave_the_prefill_a_launch_behind_each_step() -> None:

@@ -63,6 +63,35 @@ def test_streams_that_ask_for_nothing_count_with_the_default() -> None:
     assert predicted(engine, engine.submit([100])) == pytest.approx(0.2 / (1 - 0.02 / 0.2))
 
 
+def test_streams_that_ask_for_nothing_count_with_what_they_get_if_that_is_less() -> None:
+    """A step of 2 s in every 4."""
+    engine, _, _ = engine_of(tbt_slo=None)
+    decoding(engine, [5])
+    assert predicted(engine, engine.submit([100])) == pytest.approx(4.0 / 0.5)
+    decoding(engine, [105], tbt_slo=20.0)
+    assert predicted(engine, engine.submit([200])) == pytest.approx(4.0 / 0.5), "the shortest of a program"
+
+
+@pytest.mark.parametrize(
+    ("ttft_slo", "stretch", "kept"),
+    [
+        (150.0, 1.4, True),  # predicted to take 125 s beside the stream, which the stretch counts already
+        (110.0, 1.0, True),
+        (110.0, 1.2, False),  # can be in time, if it has the device at once
+    ],
+)
+def test_what_streams_take_is_not_counted_twice(ttft_slo: float, stretch: float, kept: bool) -> None:
+    """A prompt of 100 s that waits behind one that was promised nothing."""
+    engine, _, _ = engine_of(100, tbt_slo=10.0)
+    decoding(engine, [5])
+    engine.submit([100])
+    engine.turn(max_segments=1)
+    prompt = engine.submit([200], ttft_slo=ttft_slo)
+    engine._driver._hear()
+    assert engine._driver.core.jobs[prompt.request_id].cost == pytest.approx(125.0)
+    assert engine._driver._affords(stretch) is kept
+
+
 def test_programs_take_their_shares_each() -> None:
     clock = Clock()
     programs: dict[str, Any] = {name: Generating(clock=clock) for name in ("a", "b")}

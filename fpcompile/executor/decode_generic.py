@@ -146,7 +146,27 @@ class GenericDecoder(Decoder):
         """Positions of a prompt, those of images in it too. Steps count on from them; what a multimodal model
         notes in itself for that, one note for all sequences, stays in a copy.
         """
-        counted: Tensor = self._notes._prepare_position_ids_for_generation(ids, {"input_ids": ids, **inputs})
+        try:
+            counted: Tensor = self._notes._prepare_position_ids_for_generation(
+                ids, {"input_ids": ids, **inputs}
+            )
+        except (
+            StopIteration,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+        ) as error:
+            if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+                raise
+            raise InvalidInputError(
+                "the positions of this prompt cannot be counted",
+                expected=f"inputs that fit input_ids: {', '.join(inputs) or 'none are needed'}",
+                got=f"{type(error).__name__}: {error}".removesuffix(": "),
+                remedy="pass what the model's processor makes of one prompt: as many spans of image tokens "
+                "as images, each of the size that its grid says",
+            ) from error
         return counted
 
     def _inputs(self, ids: Tensor, kwargs: dict[str, Any], *, first: bool) -> dict[str, Any]:

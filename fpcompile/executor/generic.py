@@ -34,7 +34,7 @@ from fpcompile.models.ambient import tracing
 from fpcompile.models.generic import GenericBindings, GenericCapture, pack
 from fpcompile.models.generic_shapes import promises
 from fpcompile.models.generic_tree import Flat, unflatten
-from fpcompile.models.kept import holds_cache
+from fpcompile.models.kept import assigned, attributes, holds_cache, left
 from fpcompile.passes.design import Design
 from fpcompile.passes.generic_capture import capture_generic
 from fpcompile.passes.generic_partition import Compiled, compile_generic
@@ -211,6 +211,8 @@ class GenericProgram(Program):
         self.design = design
         self.backend = backend
         self.watch = WeightWatch(model)
+        self._found = attributes(model)
+        self._left = left(model)
         self.dynamic_shapes = dynamic_shapes or {}
         self.granularity = granularity
         self.notes = notes
@@ -283,12 +285,16 @@ class GenericProgram(Program):
         return self._decoder
 
     def _variant(
-        self, tree: tuple[tuple[Any, ...], dict[str, Any]]
+        self, tree: tuple[tuple[Any, ...], dict[str, Any]], *, goes_on: bool = False
     ) -> tuple[Variant, tuple[Tensor, ...], dict[sympy.Symbol, int]]:
-        """The variant that serves a call, compiled if there is none, with its inputs and symbols."""
+        """The variant that serves a call, compiled if there is none, with its inputs and symbols.
+        ``goes_on``: the cache is of a run of this program, and the model need not be looked at again.
+        """
         flat, tensors = pack((tree[0], self._plain(tree[1])), self.device)
         if not flat.tensors:
             raise InvalidInputError("the call has no tensor", expected="the model's inputs", got="none")
+        if not goes_on and holds_cache(flat.spec):
+            self._look()
         seen = tuple(self.variants)
         for variant in seen:  # without the lock: nobody waits for what others compile
             values = self._bound(variant, flat, tensors)
@@ -302,6 +308,8 @@ class GenericProgram(Program):
             if self.variants:
                 promised = {i: p.softened(tensors[i]) for i, p in promised.items()}
             known = self.variants[0].captured.opaque if self.variants else ()
+            if goes_on:
+                self._look()
             with tracing(self.device.type):
                 captured = capture_generic(self.model, flat, tensors, promised, known, self.kept)
                 values = captured.guards.bind(flat, tensors)
@@ -318,8 +326,16 @@ class GenericProgram(Program):
 
     @property
     def kept(self) -> frozenset[str]:
-        """Attributes of the model that calls assign tensors to, as far as is known."""
-        return frozenset[str]().union(*(variant.captured.kept for variant in self.variants))
+        """Attributes of the model that calls assign tensors to, as far as is known: in traces, and in the
+        model's own calls.
+        """
+        captured = [variant.captured for variant in self.variants]
+        own = self._left.difference(*(c.memoised for c in captured))
+        return own.union(*(c.kept for c in captured))
+
+    def _look(self) -> None:
+        """Find what the model's own calls have left in it."""
+        self._left |= assigned(self._found, attributes(self.model))
 
     def _bound(
         self, variant: Variant, flat: Flat, tensors: Sequence[Tensor]
@@ -367,7 +383,7 @@ class GenericProgram(Program):
     def start_next(self, kwargs: dict[str, Any], max_blocking_ms: float | None) -> Run:
         """A run for the next token of a sequence whose first run checked the model: parameters only."""
         self.watch.check_parameters()
-        variant, tensors, values = self._variant(((), kwargs))
+        variant, tensors, values = self._variant(((), kwargs), goes_on=True)
         return variant.begin(tensors, values, max_blocking_ms, None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

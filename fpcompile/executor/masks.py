@@ -9,7 +9,9 @@ the mask of any block is a part of that of a larger one, a *band*, in the form t
 model's own mask would be built, and converted by the kernel, for each block of each layer: about as much work
 as the attention of a block of few heads. Bands of up to :data:`SHARED_BYTES` belong to the program and serve
 all its runs, also after a pause; larger ones, and other masks, are kept with the run until it is suspended.
-There is one for each height, a power of two: far behind, blocks have few rows and many keys.
+There is one for each height, a power of two: far behind, blocks have few rows and many keys. One that a
+higher band serves as well is dropped. What a program keeps (up to 130 MB after prompts of 32k keys) is no
+part of an engine's memory budget.
 """
 
 from __future__ import annotations
@@ -52,9 +54,11 @@ def keys_of(call: AttentionCall, group: Group, kv: KV, tile: Launch, device: str
 
 
 def banded(call: AttentionCall, device: str) -> bool:
-    """Whether attention adds a band: torch's own on a CPU, under a mask that follows distances."""
+    """Whether attention adds a band: torch's own on a CPU, under a mask that follows distances. A function
+    that is registered in its place is given the model's own mask.
+    """
     kinds = (MaskKind.CAUSAL, MaskKind.SLIDING)
-    return device == "cpu" and call.implementation == "sdpa" and call.mask.kind in kinds
+    return device == "cpu" and call.torch_kernel and call.mask.kind in kinds
 
 
 def block_mask(
@@ -112,7 +116,7 @@ def _build(
     """A band for as many rows as the next power of two; one that the program would not keep is for ``rows``
     and for what the one before it served.
     """
-    least = 1 << (rows - 1).bit_length()
+    height = least = 1 << (rows - 1).bit_length()
     length = max(width, least, min(1 << (width - 1).bit_length(), longest))
     kept = run.program.bands
     if least * (length + KEY_BLOCK) * like.element_size() > SHARED_BYTES:
@@ -121,6 +125,10 @@ def _build(
         if old is not None:
             least, length = max(rows, int(old.shape[2])), max(length, int(old.shape[3]) - KEY_BLOCK)
     kept[key] = band = call.mask.band(least, length, KEY_BLOCK, like)
+    for lower in ((*key[:-1], height >> i) for i in range(1, _HEIGHTS)):
+        other = kept.get(lower)
+        if other is not None and int(other.shape[3]) <= int(band.shape[3]):
+            kept.pop(lower, None)  # what it served is a part of this one
     return band
 
 

@@ -172,6 +172,7 @@ def _write_variant(variant: Variant, prefix: str, constants: dict[str, Tensor]) 
         "length": None if captured.length is None else write_expr(captured.length),
         "growing": sorted(captured.growing),
         "kept": sorted(captured.kept),
+        "memoised": sorted(captured.memoised),
         "distrusted": sorted(captured.distrusted),
         "leaves": [_write_leaf(leaf, paths, plain) for leaf in captured.leaves],
     }
@@ -224,6 +225,7 @@ def _read_variant(
         length=None if row["length"] is None else expr(row["length"]),
         growing=frozenset(row["growing"]),
         kept=frozenset(row["kept"]),
+        memoised=frozenset(row.get("memoised", ())),
         distrusted=frozenset(row["distrusted"]),
     )
     compiled = Compiled(

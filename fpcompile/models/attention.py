@@ -190,7 +190,7 @@ class AttentionCall:
         The CPU kernel takes grouped heads together with a mask, so that keys and values are not repeated
         for each block as the model's own function would.
         """
-        if not self._torch_kernel or q.device.type != "cpu":
+        if not self.torch_kernel or q.device.type != "cpu":
             return self.attend(q, k, v, mask)
         causal = mask is None and self.mask.kind is not MaskKind.BIDIRECTIONAL and q.shape[2] > 1
         out = torch.nn.functional.scaled_dot_product_attention(
@@ -199,7 +199,7 @@ class AttentionCall:
         return out.transpose(1, 2)
 
     @property
-    def _torch_kernel(self) -> bool:
+    def torch_kernel(self) -> bool:
         """Whether ``function`` is transformers' own around torch's kernel, not one in its place."""
         return self.implementation == "sdpa" and self.function is sdpa_attention_forward
 
@@ -213,7 +213,7 @@ class AttentionCall:
         if hasattr(self.module, "sinks"):
             return 0
         weight = next(self.module.parameters(), None)
-        alone = self._torch_kernel and weight is not None and weight.device.type == "cpu"
+        alone = self.torch_kernel and weight is not None and weight.device.type == "cpu"
         return 1 if alone else self.heads // self.kv_heads
 
 

@@ -74,8 +74,8 @@ class GenericBindings:
     ``inputs`` are the placeholders' names in the order of the flat inputs; ``outputs`` what the flat outputs
     are: names of nodes. ``counts`` are expressions in the symbols. ``growing`` are the inputs that every
     model replaces and none writes into: the keys and values of a cache.
-    ``kept`` are the attributes that the trace assigned tensors to, ``distrusted`` those that it was not
-    allowed to read (:mod:`fpcompile.models.kept`).
+    ``kept`` are the attributes that the trace assigned tensors to, ``memoised`` those that it computed from
+    weights alone, ``distrusted`` those that it was not allowed to read (:mod:`fpcompile.models.kept`).
     """
 
     weights: dict[str, tuple[str, Tensor]]
@@ -90,6 +90,7 @@ class GenericBindings:
     length: sympy.Symbol | None
     growing: frozenset[int]
     kept: frozenset[str]
+    memoised: frozenset[str]
     distrusted: frozenset[str]
 
 

@@ -121,6 +121,26 @@ class Deciding(TorchFunctionMode):
         slot = get_proxy_slot(tensor, self.tracer, None)
         return None if slot is None else slot.proxy.node
 
+    def of_weights(self, tensor: Tensor) -> bool:
+        """Whether a tensor of the trace is computed from weights alone: nothing that the caller passes, no
+        other tensor of the model's, nothing that a call writes into.
+        """
+        node, found = self._node(tensor), dict[fx.Node, None]()
+        written = {} if node is None else _writers(node.graph)
+        todo = [] if node is None else [node]
+        while todo:
+            current = todo.pop()
+            if current in found:
+                continue
+            if current in self.inputs or current.op == "get_attr" or may_draw(current):
+                return False
+            writers = written.get(_storage(current), ())
+            if current.op == "placeholder" and writers:
+                return False
+            found[current] = None
+            todo.extend((*current.all_input_nodes, *writers))
+        return any(current.op == "placeholder" for current in found)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READS and isinstance(args[0], FakeTensor):
             node = self._node(args[0])

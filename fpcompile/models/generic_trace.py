@@ -46,6 +46,7 @@ class Trace(LengthWatch):
         self.result: Flat | None = None
         self.decisions: tuple[Decision, ...] = ()
         self.kept: frozenset[str] = frozenset()
+        self.memoised: frozenset[str] = frozenset()
 
     def run(self, model: nn.Module, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         count = len(self.flat.tensors)
@@ -61,7 +62,12 @@ class Trace(LengthWatch):
                 out = model(*args, **kwargs)
             finally:
                 self.decisions = tuple(deciding.decisions)
-        self.kept = assigned(before, attributes(model))
+            after = attributes(model)
+            changed = assigned(before, after)
+            self.memoised = frozenset(
+                p for p in changed if isinstance(after[p], Tensor) and deciding.of_weights(after[p])
+            )
+            self.kept = changed - self.memoised
         self.result = flatten(out)
         return self.result.tensors
 

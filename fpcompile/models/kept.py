@@ -4,8 +4,10 @@ A graph computes what one call computes. Where a forward assigns a tensor to a m
 recurrence, the offset of multimodal positions), a later call may begin with it; a program would begin with
 what was there when it was traced, every time. torch.export puts such attributes back and only warns.
 
-Words: an attribute is *kept* when a forward assigned a tensor to it. In traces of later calls that pass a
-cache a :class:`Stale` stands in its place: who assigns it first does not notice, who reads it fails.
+Words: an attribute is *kept* when a forward assigned a tensor to it: in a trace, in a call of the model
+itself since it was compiled, or before, as far as its code tells (:func:`left`). In traces of calls that
+pass a cache a :class:`Stale` stands in its place: who assigns it first does not notice, who reads it fails.
+An attribute is *memoised*, and not kept, when a trace computed it from weights alone.
 
 Left alone: rotary modules whose frequencies follow the length, which start over with each call
 (:mod:`fpcompile.models.leaves`), and buffers.
@@ -13,7 +15,10 @@ Left alone: rotary modules whose frequencies follow the length, which start over
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import dis
+import inspect
+from collections.abc import Collection, Iterator, Mapping
+from types import CodeType
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -22,7 +27,7 @@ from transformers import Cache
 from fpcompile.models.generic_tree import Node, Spec
 from fpcompile.models.leaves import needs_rotary_leaf
 
-__all__ = ["StaleReadError", "assigned", "attributes", "forget", "holds_cache"]
+__all__ = ["StaleReadError", "assigned", "attributes", "forget", "holds_cache", "left"]
 
 _OWN: Final = frozenset(vars(nn.Module()))
 
@@ -46,6 +51,28 @@ def attributes(model: nn.Module) -> dict[str, Any]:
 def assigned(before: Mapping[str, Any], after: Mapping[str, Any]) -> frozenset[str]:
     """Paths whose tensor is another one than before."""
     return frozenset(path for path, value in after.items() if before.get(path) is not value)
+
+
+def left(model: nn.Module) -> frozenset[str]:
+    """Paths of tensors that an earlier call may have left: those to whose names the code of some module
+    assigns elsewhere than in ``__init__``. What it memoised is among them: nothing tells the two apart.
+    """
+    found = attributes(model)
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__} if found else set()
+    names = {name for kind in kinds if kind.__module__.split(".")[0] != "torch" for name in _stores(kind)}
+    return frozenset(path for path in found if path.rpartition(".")[2] in names)
+
+
+def _stores(kind: type) -> Iterator[str]:
+    """Names of attributes that the methods and properties of a class assign, those of ``__init__`` aside."""
+    for name, member in vars(kind).items():
+        parts = [member.fget] if isinstance(member, property) else [getattr(member, "__func__", member)]
+        codes = [getattr(inspect.unwrap(p), "__code__", None) for p in parts if callable(p)]
+        todo = [code for code in codes if code is not None and name != "__init__"]
+        while todo:
+            code = todo.pop()
+            todo += [c for c in code.co_consts if isinstance(c, CodeType)]
+            yield from (i.argval for i in dis.get_instructions(code) if i.opname == "STORE_ATTR")
 
 
 def forget(model: nn.Module, kept: Collection[str]) -> None:

@@ -249,6 +249,7 @@ def _finish(
         notes=tuple(notes),
         length=_length(flat, shapes),
         growing=frozenset(i for i, name in names_of(flat.spec).items() if name in GROWING),
+        memoised=trace.memoised,
         kept=trace.kept | _kept_in_leaves(traced, collected),
         distrusted=distrusted,
     )

@@ -146,6 +146,86 @@ def test_what_was_compiled_before_a_state_was_known_is_not_trusted() -> None:
         program(hidden(1), ours)
 
 
+class Noted(nn.Module):
+    """Prompts with an image leave an offset, as in multimodal models; its text does not tell of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(WIDTH, WIDTH)
+        self.offset: Tensor | None = None
+        self.scale = torch.full((WIDTH,), 0.5)  # a constant
+
+    def forward(
+        self, x: Tensor, past_key_values: DynamicCache | None = None, image: Tensor | None = None
+    ) -> tuple[Tensor, DynamicCache]:
+        cache = DynamicCache() if past_key_values is None else past_key_values
+        begins = cache.get_seq_length() == 0
+        if image is not None:
+            self.offset = image.sum()
+        keys = self.mix(x)[:, None]
+        keys, _ = cache.update(keys, keys, 0)
+        summed: Tensor = x * self.scale + keys.sum(dim=(1, 2))
+        if not begins and self.offset is not None:
+            summed = summed + self.offset
+        return summed, cache
+
+
+@pytest.mark.parametrize("when", ["before", "after", "after a step"])
+def test_nor_does_it_go_on_from_what_the_model_itself_was_called_with(when: str) -> None:
+    """The program's own traces see no image: only the model's calls assign the offset."""
+    model = Noted().eval()
+    with torch.no_grad():
+        if when == "before":
+            model(hidden(4), image=torch.ones(3))
+        program: Any = fpcompile.segment(model, example_inputs=(hidden(5),), verify=False)
+        _, ours = program(hidden(6))
+        if when == "after a step":
+            assert torch.equal(program(hidden(1), ours)[0], model(hidden(1), copy.deepcopy(ours))[0])
+        if when != "before":
+            model(hidden(4), image=torch.ones(3))
+        with pytest.raises(UnsupportedModelError, match="keeps a state"):
+            program(hidden(1), ours)
+
+
+class Memo(nn.Module):
+    """Computes a table from its weights when it is first called."""
+
+    def __init__(self, *, follows: bool) -> None:
+        super().__init__()
+        self.mix, self.follows = nn.Linear(WIDTH, WIDTH), follows
+        self.table: Tensor | None = None
+
+    def forward(self, x: Tensor, past_key_values: DynamicCache | None = None) -> tuple[Tensor, DynamicCache]:
+        cache = DynamicCache() if past_key_values is None else past_key_values
+        if self.table is None:
+            self.table = self.mix.weight.sum(0) / 2 + (x.mean() if self.follows else 0.0)
+        keys, _ = cache.update(self.mix(x)[:, None], self.mix(x)[:, None], 0)
+        summed: Tensor = x * self.table + keys.sum(dim=(1, 2))
+        return summed, cache
+
+
+def test_what_is_computed_from_weights_alone_is_no_state(tmp_path: Any) -> None:
+    model = Memo(follows=False).eval()
+    made: Any = fpcompile.segment(model, example_inputs=(hidden(5),))
+    made.save(tmp_path / "program")
+    loaded: Any = fpcompile.load(tmp_path / "program", model)
+    with torch.no_grad():
+        for program in (made, loaded):
+            assert program.kept == frozenset()
+            _, ours = program(hidden(6))
+            model(hidden(6))
+            assert model.table is not None
+            got = program(hidden(1), ours)[0]
+            assert torch.equal(got, model(hidden(1), copy.deepcopy(ours))[0])
+
+
+def test_but_a_table_that_follows_the_first_call_is() -> None:
+    program: Any = fpcompile.segment(Memo(follows=True).eval(), example_inputs=(hidden(5),), verify=False)
+    _, ours = program(hidden(6))
+    with pytest.raises(UnsupportedModelError, match="keeps a state"):
+        program(hidden(1), ours)
+
+
 def test_an_opaque_leaf_keeps_nothing_between_runs() -> None:
     class Noting(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -281,6 +361,20 @@ def test_images_have_their_positions_in_a_generation() -> None:
         handles = [engine.submit(call.pop("input_ids"), max_new_tokens=3, **call) for call in calls]
         for handle, expected, call in zip(handles, own, (case.small, case.large), strict=True):
             assert list(handle.tokens(60)) == expected[0, call["input_ids"].shape[1] :].tolist()
+
+
+def test_images_that_do_not_fit_their_prompt_are_an_input_error() -> None:
+    case = tiny_any("Qwen2_5_VLForConditionalGeneration")
+    program: Any = fpcompile.segment(case.model, example_inputs=dict(case.small), verify=False)
+    decoder: Any = program.decoder()
+    decoder._validated = True  # the prompts are not run
+    call: dict[str, Any] = dict(case.small)
+    ids, grid = call.pop("input_ids"), call["image_grid_thw"]
+    for wrong in (grid[:0], grid * 2, grid.tolist()):
+        with pytest.raises(InvalidInputError, match="positions of this prompt") as refused:
+            decoder.begin(ids, **{**call, "image_grid_thw": wrong})
+        assert "image_grid_thw" in str(refused.value.expected)
+        assert refused.value.__cause__ is not None
 
 
 def test_a_plain_value_that_a_leaf_returns_is_not_that_of_its_probe() -> None:

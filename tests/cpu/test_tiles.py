@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import fpcompile
 from fpcompile.executor import masks
@@ -412,6 +414,41 @@ def test_a_program_keeps_small_masks_only(monkeypatch: pytest.MonkeyPatch) -> No
         assert all(b is None or b.nbytes < least for b in program.bands.values())
     assert own
     assert differences(outcome(run.result()), expected) == []
+
+
+def test_a_function_registered_as_sdpa_is_given_the_models_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a function may take the complement of a bool mask; a band of zeros would come out inverted."""
+    seen: list[torch.Tensor | None] = []
+
+    def own(module: Any, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
+        seen.append(mask)
+        hidden = None if mask is None else torch.logical_not(mask)
+        return sdpa_attention_forward(module, q, k, v, None if hidden is None else ~hidden, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", own)
+    model = tiny_model("qwen3")
+    program = fpcompile.segment(model, verify=False)
+    ids = torch.arange(200)[None] % 90
+    expected = reference(model, ids)
+    seen.clear()
+    run = program.start(ids, max_blocking_ms=TINY)
+    assert any(t.tiled and program.stages[t.first].over == "attention" for t in run.schedule)
+    got = finish(run)
+    assert any(mask is not None for mask in seen)
+    assert all(mask is None or mask.dtype == torch.bool for mask in seen)
+    assert (got.logits - expected.logits).abs().max() <= 2e-6 * expected.logits.abs().max()
+
+
+def test_a_band_that_serves_for_a_lower_one_is_kept_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = program_of("qwen3")
+    assert isinstance(program, PackedProgram)
+    monkeypatch.setattr(program, "bands", {})
+    run, like, call = program.start(torch.arange(9)[None]), torch.zeros(1), program.attention[0]
+    for rows, width in ((60, 500), (120, 900), (250, 800), (250, 1000)):
+        got = masks._band(run, call, rows, width, 7, 1024, like)
+        assert got is not None
+        assert torch.equal(got, call.mask.band(rows, width, 7, like))
+    assert len(program.bands) == 1
 
 
 def test_long_and_narrow_masks_do_not_make_each_other_large(monkeypatch: pytest.MonkeyPatch) -> None:

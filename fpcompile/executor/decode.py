@@ -46,8 +46,6 @@ from fpcompile.executor.schedule import Launch, Shape, launch_seconds
 __all__ = ["Begun", "Decoder", "Generates", "PackedDecoder", "PackedSequence", "Step", "packed_decoder"]
 
 _PLANS_KEPT: Final = 512
-_ABREAST: Final = ("sdpa", "eager")
-"""Attention that takes a mask for each sequence of a batch; others are called once for each sequence."""
 
 Budgets = Collection[float | None]
 """``max_blocking_ms`` of sequences; None for the program's own."""
@@ -180,7 +178,9 @@ class PackedDecoder(Decoder):
         for call in program.attention:
             spans = (self._spans.get(call.layer, call.mask.span), call.mask.span)
             self._spans[call.layer] = max(spans) if all(spans) else 0
-        abreast = abreast and all(call.implementation in _ABREAST for call in program.attention)
+        abreast = abreast and all(  # others may not take an additive mask for each sequence
+            call.torch_kernel or call.implementation == "eager" for call in program.attention
+        )
         self._racks = Racks(self._spans) if abreast else None
         layout = layout_of(program.attention, program.dtype)
         self._bytes = {layer: layout.layer_bytes(layer) for layer, *_ in layout.entries}

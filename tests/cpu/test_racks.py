@@ -13,14 +13,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import fpcompile
 from fpcompile.executor import racks as module
 from fpcompile.executor.decode import PackedDecoder
 from fpcompile.executor.kv import KV, LayerKV, kv_bytes
 from fpcompile.executor.packed import PackedProgram
 from fpcompile.executor.racks import Abreast, Flight, Place, Racks, room_for
 from fpcompile.models.attention import AttentionCall, MaskKind, MaskSpec
-from fpcompile.models.zoo import sample_ids
+from fpcompile.models.zoo import sample_ids, tiny_model
 from tests.cpu.support import model_of, program_of, relative_error, same_bits
 from tests.cpu.test_decode import next_logits, opened, stepped
 
@@ -368,6 +371,22 @@ def test_attention_without_masks_is_called_for_each(monkeypatch: pytest.MonkeyPa
     assert relative_error(*rows) < 2e-6
     alone = [stepped(decoder, [opened(decoder, prompts[0])[0]], [1]) for decoder in (abreast, apart)]
     assert same_bits(*alone)
+
+
+@torch.no_grad()
+def test_a_function_registered_as_sdpa_is_called_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may take the model's bool masks only; a rack has additive ones."""
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        return sdpa_attention_forward(*args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", own)
+    program = fpcompile.segment(tiny_model("qwen3"), verify=False)
+    assert isinstance(program, PackedProgram)
+    decoder = PackedDecoder(program)
+    sequences = [opened(decoder, sample_ids(n, seed=n))[0] for n in (20, 33)]
+    stepped(decoder, sequences, [1, 2])
+    assert all(sequence.place is None for sequence in sequences)
 
 
 @torch.no_grad()

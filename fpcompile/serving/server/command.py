@@ -39,7 +39,7 @@ def serve(
     max_blocking_ms: Annotated[
         float, typer.Option(min=0, help="Bound of a launch's predicted time; 0: each segment is a launch.")
     ] = 20.0,
-    granularity: Annotated[str, typer.Option(help="operator, layer or model.")] = "operator",
+    granularity: Annotated[str, typer.Option(help="operator, layer, model or auto.")] = "operator",
     backend: Annotated[str, typer.Option(help="eager or inductor.")] = "eager",
     weights: Annotated[str, typer.Option(help="shared or packed.")] = "shared",
     threads: Annotated[int | None, typer.Option(min=1, help="torch threads of the engine.")] = None,

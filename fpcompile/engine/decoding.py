@@ -8,10 +8,12 @@ When a step begins
     * One has: at the latest cut from which the earliest token deadline is still met, that is as soon as
       ``now + step + one launch of the prefill >= due``, all predicted. So prefills run as far as the slack of
       the streams allows, and decode runs when it must.
+    * A token is *wanted* before it is due (:mod:`fpcompile.engine.generation`), and comes then as long as
+      that costs nobody a first token in time that was promised (``affords``).
     * Who asks for no time between tokens is due its next one ``2 q + b`` behind the last: ``q`` is what a
       token of every member is predicted to take, which is its time between tokens on a device without
       prefills, and ``b`` a launch. The prefill gets about as long as the step that follows, however fast the
-      device is. That is as long as it costs nobody a first token in time that was promised (``affords``);
+      device is. That is on the same condition;
       else it waits as one that asked for :data:`DEFAULT_TBT_SLO`, and is ahead: also for members who were
       promised a time and share no step with it.
     * Behind each step the prefill makes at least one launch, so that late streams do not starve it.
@@ -190,12 +192,13 @@ class Lane:
         stream is ahead of its deadlines is not counted on. Who asks for none counts with the default one, or
         with the longer one that it gets: what it has beyond that no promise to a prompt pays for.
         """
-        if not self._members or not self.options.first:
-            return 0.0
+        return self._claimed() if self._members and self.options.first else 0.0
+
+    def _claimed(self) -> float:
+        """The same wherever prompts go."""
         if self._share is None:
             programs = dict.fromkeys(ticket.program for ticket in self._members.values())
-            asked = sum(map(self._asked, programs))
-            self._share = min(asked, _MOST)
+            self._share = min(sum(map(self._asked, programs)), _MOST)
         return self._share
 
     def _asked(self, program: str) -> float:
@@ -268,12 +271,16 @@ class Lane:
         return not self.options.first and _made_late(load, now, seconds)
 
     def _spared(self) -> bool:
-        """Whether promises to prompts leave their turns to streams that ask for nothing, if there are any."""
-        if all(_generation(ticket).tbt_slo is not None for ticket in self._members.values()):
-            return True
-        gap = self._gap
-        turn = (gap + self.options.budget) / 2  # of a prompt, between two steps
-        return not turn or self._affords(gap / turn)
+        """Whether promises to prompts leave streams what they want, and those that ask for nothing a turn."""
+        asks = {_generation(ticket).tbt_slo is not None for ticket in self._members.values()}
+        stretch = 1.0
+        if True in asks:
+            stretch = 1 / (1 - self._claimed())
+        if False in asks:
+            gap = self._gap
+            turn = (gap + self.options.budget) / 2  # of a prompt, between two steps
+            stretch = max(stretch, gap / turn if turn else 1.0)
+        return stretch == 1.0 or self._affords(stretch)
 
     def _plan(self, *, spared: bool) -> tuple[list[Ticket], float, float]:
         """(members, when the first of all is due, predicted seconds) of the step under way, or the next.
@@ -497,10 +504,12 @@ def _generation(ticket: Ticket) -> Generation:
 
 
 def _due(ticket: Ticket, gap: float, *, spared: bool) -> float:
-    """When the next token is due; ``gap``: of who asked for no time, the longest one that is ``spared``."""
+    """When the next token must be there, or should be, where that is ``spared``; ``gap``: of who asked for no
+    time, the longest one that is spared.
+    """
     generation = _generation(ticket)
     if generation.tbt_slo is not None:
-        return generation.due
+        return generation.wanted if spared else generation.due
     return generation.last + gap if spared else max(generation.last + gap, generation.due)
 
 

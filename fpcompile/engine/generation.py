@@ -6,6 +6,8 @@ Deadlines
     ``last`` the time of the token before: a stream that is ahead may wait, but not so long that a reader sees
     it stop. ``base`` is the first token's own time instead if that was later, or nothing was promised: a
     first token that was late must not make all that follow late too.
+    That is the latest. Token j is *wanted* half a ``tbt_slo`` before ``first + j * tbt_slo``, ``first`` being
+    the first token's own time: then the mean time between tokens is kept too, wherever the first one came.
     Without a ``tbt_slo`` nothing is due; how long the lane keeps such a request waiting while a prompt has
     the device is its business (:mod:`fpcompile.engine.decoding`). Where requests are put in an order, for
     memory, it stands as one that asked for :data:`DEFAULT_TBT_SLO` and is ahead.
@@ -34,6 +36,9 @@ DEFAULT_TBT_SLO: Final = 0.2
 
 _LONGEST_GAP: Final = 3
 """Of a stream that is ahead of its deadlines, in ``tbt_slo``."""
+
+_AHEAD: Final = 0.5
+"""How far before its mean time a token is wanted, in ``tbt_slo``: what a late one may take."""
 
 FinishReason = Literal["stop", "length"]
 
@@ -164,6 +169,13 @@ class Generation:
             return self.last + _LONGEST_GAP * DEFAULT_TBT_SLO
         ahead = self._base + len(self.tokens) * self.tbt_slo
         return min(ahead, self.last + _LONGEST_GAP * self.tbt_slo)
+
+    @property
+    def wanted(self) -> float:
+        """When the next token is wanted: not after it is due. For who asked for a time between tokens."""
+        assert self.first is not None
+        assert self.tbt_slo is not None
+        return min(self.first + (len(self.tokens) - _AHEAD) * self.tbt_slo, self.due)
 
     @property
     def tbt_max(self) -> float | None:

@@ -106,6 +106,8 @@ class Simulator:
 
     ``slowdown``: actual = predicted x slowdown(request), to study wrong predictions; None: exact. With
     ``learnt`` the core hears what is really left of a paused run, as from a predictor that was corrected.
+    ``wake_s(request)``: seconds >= 0 by which a run is later that finds the device idle (a sleeping core,
+    cold caches); no decision knows of it; None: none.
     ``decode_s``: seconds between two tokens of a generating request; ``decode_step`` (a, b): a step that
     generates one token of each of B requests takes a + b*B seconds out of every ``decode_s``, which slows the
     prefill on the device down, as the core is told. Steps fit between its stop points; their lateness is not
@@ -124,6 +126,7 @@ class Simulator:
         core: Scheduler | None = None,
         slowdown: Callable[[Request], float] | None = None,
         learnt: bool = False,
+        wake_s: Callable[[Request], float] | None = None,
         evict_s: float = 0.0,
         restore_s: float = 0.0,
         decode_s: float = 0.0,
@@ -146,7 +149,7 @@ class Simulator:
         self.result = SimulationResult()
         self._timelines = Timelines(table, self.core.policy.grain)
         self._steps = isinstance(self.core.policy, StepPolicy)
-        self._learnt = learnt
+        self._learnt, self._wake_s = learnt, wake_s
         self._slowdown, self._decode_s, self._decode_step = slowdown, decode_s, decode_step
         self._decoding = 0
         self._speed = self._told = 1.0  # of a prefill beside decode steps; what the core knows of it
@@ -162,6 +165,7 @@ class Simulator:
         self._running: _Run | None = None
         self._name = ""
         self._began = 0.0
+        self._landed = -inf  # when the device stopped last
         self._since = 0.0  # progress: _base + (now - _since) / _pace, until _stops_at, at the time _end
         self._base = 0.0
         self._pace = 1.0
@@ -254,6 +258,8 @@ class Simulator:
 
     def _launch(self, command: Launch, now: float) -> None:
         begin = max(now, self._busy_until)
+        if self._wake_s is not None and self._landed < now:
+            begin += self._wake_s(self._requests[command.requests[0]])
         self.result.launches += 1
         self._name, self._began, self._since, self._asked = command.run, begin, begin, inf
         self._members, self._slices = command.requests, command.tokens or ()
@@ -315,7 +321,7 @@ class Simulator:
     def _land(self, now: float) -> Event:
         """The device has stopped: what it reports."""
         self.result.busy_s += now - self._began
-        self._end = inf
+        self._end, self._landed = inf, now
         if self._asked < inf:
             self.result.blocking.append(now - self._asked)
         if self._slices:

@@ -7,7 +7,11 @@ mean prompt) x the measured isolated TTFT of the class's mean scaled prompt.
 The simulator gets the same requests at the same times, and for decisions and device the *occupancies* that
 were measured first: how long a prompt keeps a device from the next one when prompts of all lengths come as
 one backlog, first come first served (medians over a grid of lengths, linear between). The engine corrects its
-predictions, so that it soon decides by what runs take. A shared machine does not keep its speed: a short
+predictions, so that it soon decides by what runs take. A prompt that finds the device idle takes longer: the
+generator's message wakes sleeping cores, and caches have gone cold. Prompts that each come a pause after the
+end of the one before are measured through the same generator (the pauses are drawn as those between requests
+at load :data:`_RESTED_LOAD`), and a simulated run that starts on an idle device is later by the median above
+the occupancy. A shared machine does not keep its speed: a short
 backlog before and behind each loaded run says how fast the device is at that time (its *pace*: seconds now
 over seconds at first), and the simulation of that run takes occupancies times the mean of both. Nothing is
 fitted to what the loaded runs show. The report has the measurement, the simulation and their comparison
@@ -29,13 +33,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from fpcompile.errors import InvalidInputError, UsageError
@@ -49,7 +54,7 @@ from fpcompile.scheduler.workload import TraceRow, requests_at, tile
 from fpcompile.serving.bench_compare import Compared, compare
 from fpcompile.serving.bench_device import RealDevice
 from fpcompile.serving.bench_goodput import make_report
-from fpcompile.serving.bench_worker import Plan, plan_of
+from fpcompile.serving.bench_worker import Plan, alone_policy, plan_of
 
 __all__ = ["LOADS", "Measured", "affordable", "paper_slos", "run_bench_real", "scaled"]
 
@@ -59,18 +64,24 @@ LOADS = (0.5, 0.7, 0.9, 1.0, 1.1, 1.2, 1.3)
 _GRID = 14
 _SHARE = 0.9  # of the time that is left, for the requests themselves; the rest is for backlogs to end
 _FEWEST = 20
+_RESTED, _RESTED_LOAD = 9, 0.6  # prompts of each length that find the device idle; as it is at this load
 _AGAIN = 2  # prompts of each length in a backlog before and behind a loaded run
 _UNMEASURED = ("decision_us", "peak_paused_bytes", "peak_waiting", "evictions")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One way to execute prompts: the program's cost table; isolated TTFTs and occupancies by length."""
+    """One way to execute prompts: the program's cost table, and seconds by length.
+
+    ``alone``: isolated TTFT; ``busy``: occupancy in a backlog; ``rested``: TTFT of a prompt from the
+    generator that finds the device idle for a while.
+    """
 
     plan: Plan
     table: CostTable
     alone: Mapping[int, float]
     busy: Mapping[int, float]
+    rested: Mapping[int, float]
 
     def seconds(self, tokens: float) -> float:
         """Isolated TTFT, linear between the measured lengths and beyond; of the shortest below it."""
@@ -79,6 +90,10 @@ class Measured:
     def occupied(self, tokens: float) -> float:
         """How long the prompt keeps the device from the next one; as :meth:`seconds` between lengths."""
         return _between(self.busy, tokens)
+
+    def wake(self, request: Request) -> float:
+        """How much later than in a backlog the request's prompt ends when it finds the device idle."""
+        return max(0.0, _between(self.rested, request.tokens) - self.occupied(request.tokens))
 
     def tabulated(self, tokens: int) -> float:
         """What the table says for such a prompt, in slices if the plan has them."""
@@ -89,8 +104,11 @@ class Measured:
 
     def at_pace(self, pace: float) -> Measured:
         """The same on a device that takes ``pace`` times as long."""
-        busy = {tokens: seconds * pace for tokens, seconds in self.busy.items()}
-        return replace(self, busy=busy, alone={n: seconds * pace for n, seconds in self.alone.items()})
+
+        def paced(measured: Mapping[int, float]) -> dict[int, float]:
+            return {tokens: seconds * pace for tokens, seconds in measured.items()}
+
+        return replace(self, alone=paced(self.alone), busy=paced(self.busy), rested=paced(self.rested))
 
     def slowdown(self, request: Request) -> float:
         """Measured occupancy over tabulated seconds of this request's prompt."""
@@ -241,7 +259,35 @@ def _measure(device: RealDevice, plan: Plan, rows: Sequence[TraceRow]) -> Measur
     table = device.prepare(plan, lengths[-1])
     low, high = max(lengths[0], 4), max(lengths[-1], 8)
     grid = sorted({round(low * (high / low) ** (i / (_GRID - 1))) for i in range(_GRID)})
-    return Measured(plan, table, device.alone(plan, grid), device.busy(plan, grid))
+    alone, busy = device.alone(plan, grid), device.busy(plan, grid)
+    mean = fmean(_between(busy, row.tokens) for row in rows)
+    return Measured(plan, table, alone, busy, _rested(device, plan, alone, mean / _RESTED_LOAD))
+
+
+def _rested(
+    device: RealDevice, plan: Plan, alone: Mapping[int, float], pause: float, repeats: int = _RESTED
+) -> dict[int, float]:
+    """Median TTFT by length of prompts that come through the generator, each when the device is idle.
+
+    From when the one before should have ended (half as long again as alone) the device rests for exponential
+    times with a mean of ``pause`` seconds. In random order; the first prompt warms up.
+    """
+    draw = random.Random(0)
+    order = [tokens for tokens in alone for _ in range(repeats)]
+    draw.shuffle(order)
+    at, requests = 0.0, []
+    for number, tokens in enumerate((order[0], *order)):
+        requests.append(Request(str(number), at, at + 1e6, tokens, alone[tokens]))
+        at += 1.5 * alone[tokens] + draw.expovariate(1 / pause)
+    records, _, _ = device.serve(plan, alone_policy(plan), requests, {})
+    seen = {record.id: record.ttft for record in records}
+    times: dict[int, list[float]] = {tokens: [] for tokens in alone}
+    for request in requests[1:]:
+        ttft = seen[request.id]
+        if ttft is None:
+            raise UsageError("a prompt was not served", got=f"{request.tokens} tokens, alone")
+        times[request.tokens].append(ttft)
+    return {tokens: median(several) for tokens, several in times.items()}
 
 
 def _mean(one: Measured, rows: Sequence[TraceRow]) -> float:
@@ -282,9 +328,11 @@ def _both(device: RealDevice, first: Measured, setup: SweepSetup, key: CellKey) 
     pace = (before + _pace(device, first)) / 2
     one = first.at_pace(pace)
 
-    def simulate(slowdown: Callable[[Request], float]) -> SimulationResult:
+    def simulate(
+        slowdown: Callable[[Request], float], wake: Callable[[Request], float] | None = None
+    ) -> SimulationResult:
         core = Scheduler(key.policy, predictor=one.predictor(), **options)
-        simulator = Simulator(key.policy, one.table, core=core, slowdown=slowdown, learnt=True)
+        simulator = Simulator(key.policy, one.table, core=core, slowdown=slowdown, learnt=True, wake_s=wake)
         result = simulator.run(one.priced(requests))
         result.outcomes = _judged(result.outcomes, one)
         return result
@@ -295,7 +343,7 @@ def _both(device: RealDevice, first: Measured, setup: SweepSetup, key: CellKey) 
         record = served[request.id]
         outcomes.append(Outcome(request, record.ttft, None, record.preemptions, record.error))
     real = _judged(outcomes, one)
-    simulation = simulate(one.slowdown)
+    simulation = simulate(one.slowdown, one.wake)
     executed = {record.id: record.executed for record in records if record.executed}
     repeated = None
     if len(executed) == len(requests):
@@ -325,7 +373,13 @@ def _judged(outcomes: Sequence[Outcome], one: Measured) -> list[Outcome]:
 
 def _isolated(one: Measured) -> list[dict[str, float]]:
     return [
-        {"tokens": n, "measured_s": seconds, "occupied_s": one.busy[n], "tabulated_s": one.tabulated(n)}
+        {
+            "tokens": n,
+            "measured_s": seconds,
+            "occupied_s": one.busy[n],
+            "rested_s": one.rested[n],
+            "tabulated_s": one.tabulated(n),
+        }
         for n, seconds in sorted(one.alone.items())
     ]
 

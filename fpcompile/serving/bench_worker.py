@@ -36,7 +36,7 @@ from fpcompile.scheduler.costs import CostTable
 from fpcompile.scheduler.policies.neighbours import Vllm
 from fpcompile.scheduler.policy import Policy
 
-__all__ = ["Plan", "Record", "build_model", "plan_of", "serve"]
+__all__ = ["Plan", "Record", "alone_policy", "build_model", "plan_of", "serve"]
 
 Plan = tuple[str, float | None, int | None]
 """(granularity, budget in milliseconds or None, tokens of a slice or None for whole prompts)."""
@@ -79,6 +79,11 @@ def plan_of(policy: Policy) -> Plan:
     if grain.unit == "tokens":
         return ("model", None, min(policy.threshold, grain.size) if isinstance(policy, Vllm) else grain.size)
     return (_GRANULARITY[grain.unit], None, None)
+
+
+def alone_policy(plan: Plan) -> str:
+    """First come, first served, in the plan's slices if it has any: what one prompt is measured under."""
+    return "fcfs" if plan[2] is None else f"chunked:{plan[2]}"
 
 
 def build_model(path: str | None) -> Any:
@@ -218,9 +223,8 @@ class _Worker:
 
         In the slices of the plan, if it has any.
         """
-        policy = "fcfs" if plan[2] is None else f"chunked:{plan[2]}"
         times: dict[int, list[float]] = {tokens: [] for tokens in lengths}
-        with Engine(self._programs[plan[:2]], policy=policy, record_timeline=False) as engine:
+        with Engine(self._programs[plan[:2]], policy=alone_policy(plan), record_timeline=False) as engine:
             for number in range(repeats + 1):
                 for tokens in lengths:
                     handle = engine.submit(self._ids[:, :tokens], ttft_slo=1e6, logits_to_keep=1)
@@ -236,13 +240,13 @@ class _Worker:
 
         The backlog is kept :data:`_DEEP` prompts deep, so that a prompt's own submission is in its time.
         """
-        policy = "fcfs" if plan[2] is None else f"chunked:{plan[2]}"
         order = [tokens for tokens in lengths for _ in range(repeats)]
         random.Random(0).shuffle(order)
         times: dict[int, list[float]] = {tokens: [] for tokens in lengths}
         ends: list[float] = []
         places = threading.Semaphore(_DEEP)
-        with Engine(self._programs[plan[:2]], policy=policy, record_timeline=False, max_queue=None) as engine:
+        program = self._programs[plan[:2]]
+        with Engine(program, policy=alone_policy(plan), record_timeline=False, max_queue=None) as engine:
 
             def ended(_: Handle) -> None:
                 ends.append(engine.now())

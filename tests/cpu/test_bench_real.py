@@ -49,14 +49,18 @@ def test_promises_keep_the_papers_multiples_of_the_isolated_ttft() -> None:
 
 def test_isolated_times_are_linear_between_what_was_measured_and_slow_the_table_down() -> None:
     table = CostTable.from_segments([("all", (0.0, 1e-3, 0.0))])
-    one = Measured(("model", None, None), table, {10: 0.02, 20: 0.04, 40: 0.05}, {10: 0.03, 20: 0.06})
+    busy, rested = {10: 0.03, 20: 0.06}, {10: 0.04, 20: 0.05}
+    one = Measured(("model", None, None), table, {10: 0.02, 20: 0.04, 40: 0.05}, busy, rested)
     assert one.seconds(15) == pytest.approx(0.03)
     assert one.seconds(30) == pytest.approx(0.045)
     assert one.seconds(60) == pytest.approx(0.06), "and beyond"
     assert one.occupied(15) == pytest.approx(0.045)
     assert one.slowdown(Request("r", 0.0, 1.0, 20, 0.02)) == pytest.approx(3.0)
     assert one.predictor().predict(10) == pytest.approx(0.03, rel=0.1)
+    assert one.wake(Request("r", 0.0, 1.0, 10, 0.01)) == pytest.approx(0.01), "when it finds the device idle"
+    assert one.wake(Request("r", 0.0, 1.0, 20, 0.02)) == 0.0
     slower = one.at_pace(1.5)
+    assert slower.wake(Request("r", 0.0, 1.0, 10, 0.01)) == pytest.approx(0.015)
     assert slower.occupied(15) == pytest.approx(1.5 * one.occupied(15)), "a machine that others use too"
     assert slower.seconds(15) == pytest.approx(1.5 * one.seconds(15))
     request = Request("r", 0.0, 1.0, 20, 0.02)
@@ -65,7 +69,7 @@ def test_isolated_times_are_linear_between_what_was_measured_and_slow_the_table_
 
 def test_a_trace_whose_prompts_all_have_one_length_is_measured_there() -> None:
     table = CostTable.from_segments([("all", (0.0, 1e-3, 0.0))])
-    one = Measured(("model", None, None), table, {20: 0.05}, {20: 0.05})
+    one = Measured(("model", None, None), table, {20: 0.05}, {20: 0.05}, {20: 0.05})
     assert [one.seconds(tokens) for tokens in (1, 20, 40)] == [0.05] * 3
     assert one.slowdown(Request("r", 0.0, 1.0, 20, 0.02)) == pytest.approx(2.5)
     assert one.predictor().predict(20) == pytest.approx(0.05)
@@ -73,7 +77,8 @@ def test_a_trace_whose_prompts_all_have_one_length_is_measured_there() -> None:
 
 def test_a_prompt_in_slices_is_charged_for_each_of_them() -> None:
     table = CostTable.from_segments([("all", (1e-2, 1e-3, 1e-5))])
-    one = Measured(("model", None, 16), table, {20: 0.1, 40: 0.2}, {20: 0.1, 40: 0.2})
+    seconds = {20: 0.1, 40: 0.2}
+    one = Measured(("model", None, 16), table, seconds, seconds, seconds)
     whole = 1e-2 + 40e-3 + 1e-5 * 40**2
     assert one.tabulated(40) == pytest.approx(whole + 2e-2), "three slices: the fixed part twice more"
     assert one.slowdown(Request("r", 0.0, 1.0, 40, 0.02)) == pytest.approx(0.2 / (whole + 2e-2))
@@ -120,7 +125,9 @@ def test_a_measurement_accounts_for_every_request_and_stands_beside_its_simulati
         assert row["mean_ttft"] > 0
         assert set(row["by_class"]) == set(row["by_class_simulated"])
     assert set(report["isolated"]) == {"model", "operator", "model, slices of 16 tokens"}
-    assert all(entry["measured_s"] > 0 for entry in report["isolated"]["operator"])
+    assert all(
+        entry[name] > 0 for entry in report["isolated"]["operator"] for name in ("measured_s", "rested_s")
+    )
     page = (tmp_path / "r.md").read_text()
     assert page.count("| `s-edf` |") == 3
     assert "Within the limits" in page

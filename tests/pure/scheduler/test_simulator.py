@@ -145,6 +145,22 @@ def test_wrong_predictions_change_times_and_lose_nobody() -> None:
     assert len(slow.outcomes) == len(requests)
 
 
+def test_only_a_run_that_finds_the_device_idle_pays_for_its_waking() -> None:
+    requests = [job("a", 1.0, 9.0, 2.0), job("b", 2.0, 9.0, 1.0), job("c", 6.0, 9.0, 1.0)]
+    result = simulate("fcfs", requests, LINEAR, wake_s=lambda request: 0.1 if request.id == "a" else 0.25)
+    assert [outcome.ttft for outcome in result.outcomes] == pytest.approx([2.1, 2.1, 1.25])
+    assert [outcome.started for outcome in result.outcomes] == pytest.approx([1.1, 3.1, 6.25])
+    assert result.busy_s == pytest.approx(4.0), "the device does not work while it wakes"
+
+
+def test_a_run_that_is_paused_while_the_device_wakes_goes_on_to_its_first_stop_point() -> None:
+    requests = [job("long", 0.0, 99.0, 4.0), job("urgent", 0.05, 3.0, 1.0)]
+    result = simulate("chunked:100,edf", requests, LINEAR, wake_s=lambda _: 0.1)
+    assert [outcome.ttft for outcome in result.outcomes] == pytest.approx([5.1, 2.05])
+    assert result.blocking == pytest.approx([1.05])
+    assert result.busy_s == pytest.approx(5.0)
+
+
 def test_eviction_and_restoring_take_their_time() -> None:
     requests = [
         job("long", 0.0, 99.0, 4.0, kv_blocks=8),

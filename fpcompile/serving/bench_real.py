@@ -277,16 +277,16 @@ def _rested(
     draw.shuffle(order)
     at, requests = 0.0, []
     for number, tokens in enumerate((order[0], *order)):
-        requests.append(Request(str(number), at, at + 1e6, tokens, alone[tokens]))
+        requests.append(Request(str(number), at, at + 1e6, tokens, alone[tokens], klass="rested"))
         at += 1.5 * alone[tokens] + draw.expovariate(1 / pause)
     records, _, _ = device.serve(plan, alone_policy(plan), requests, {})
-    seen = {record.id: record.ttft for record in records}
+    seen = {record.id: record for record in records}
     times: dict[int, list[float]] = {tokens: [] for tokens in alone}
     for request in requests[1:]:
-        ttft = seen[request.id]
-        if ttft is None:
-            raise UsageError("a prompt was not served", got=f"{request.tokens} tokens, alone")
-        times[request.tokens].append(ttft)
+        record = seen[request.id]
+        if record.ttft is None:
+            raise UsageError("a prompt was not served", got=f"{request.tokens} tokens, alone: {record.error}")
+        times[request.tokens].append(record.ttft)
     return {tokens: median(several) for tokens, several in times.items()}
 
 

@@ -28,8 +28,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, final
 
 from fpcompile.engine.generation import Generation
+from fpcompile.engine.holdings import Holdings
 from fpcompile.engine.memory_facts import Prompt
 from fpcompile.engine.metrics import Ticket
+from fpcompile.errors import InternalError
 from fpcompile.executor.blocks import prefix_keys
 from fpcompile.executor.faults import out_of_memory, unless_out_of_memory
 from fpcompile.executor.offload import Parking, unstashed
@@ -127,6 +129,7 @@ class DecodeMemory:
         self._spans = spans
         self._lengths = {name: OutputLengths() for name in spans}
         self._members: dict[str, _Member] = {}
+        self._holdings = Holdings(lambda name: self.growing(self._members[name]))
         self._asked = 0
         self._looked = -1
         self._told: tuple[int, tuple[Growing, ...]] = (0, ())
@@ -139,8 +142,7 @@ class DecodeMemory:
     @property
     def blocks(self) -> int:
         """Blocks that members hold, each once."""
-        held = [member.room.blocks for member in list(self._members.values())]
-        return len(set[int]().union(*held)) if self.pool.blocks.shared else sum(map(len, held))
+        return self._holdings.blocks
 
     @property
     def host_bytes(self) -> int:
@@ -188,9 +190,8 @@ class DecodeMemory:
 
     def reserved(self, now: float, *, changed: bool = False) -> Reserved | None:
         """For the scheduler; None if ``changed`` is asked for and nothing has."""
-        members = list(self._members.values())
-        blocks = self.blocks + sum(m.wanted for m in members if m.away) + self._asked
-        told = blocks, tuple(self.growing(member) for member in members)
+        blocks, growing = self._holdings.told()
+        told = blocks + self._asked, growing
         if changed and told == self._told:
             return None
         self._told, self.freed = told, False
@@ -199,6 +200,19 @@ class DecodeMemory:
     def forsaken(self) -> None:
         """A scheduler that has heard nothing is asked from now on."""
         self._told = (0, ())
+
+    def validate(self) -> None:
+        """Check that what is kept up is what a look at every member gives."""
+        members = list(self._members.values())
+        blocks = len({block for member in members for block in member.room.blocks})
+        wanted = sum(member.wanted for member in members if member.away)
+        looked = blocks + wanted, tuple(self.growing(member) for member in members)
+        if (self._holdings.told(), self.blocks) != (looked, blocks):
+            raise InternalError(
+                "what decodes is counted wrongly",
+                expected=f"{blocks} blocks, {looked}",
+                got=f"{self.blocks} blocks, {self._holdings.told()}",
+            )
 
     # ---- joining and leaving
 
@@ -209,11 +223,17 @@ class DecodeMemory:
         if spare and not room.contiguous:
             room.move(len(room.blocks), spare)
         self._members[ticket.id] = _Member(ticket, Tail(room, spare), self._parking())
+        self._holdings.count(ticket.id, room.blocks)
+
+    def took(self, ticket: Ticket) -> None:
+        """A member has another token."""
+        self._holdings.stale([ticket.id])
 
     def ended(self, ticket: Ticket) -> None:
         """A request is over: its blocks are free, and its length is remembered. Again is no mistake."""
         member = self._members.pop(ticket.id, None)
         if member is not None:
+            self._holdings.forget(ticket.id)
             if ticket.state == "cancelled":
                 self.learn(ticket, whole=False)
             member.room.release()
@@ -226,6 +246,9 @@ class DecodeMemory:
             return
         cut = generation.finish_reason == "length"
         self._lengths[ticket.program].ended(len(generation.tokens), cut=cut)
+        if not self.deterministic:  # else nothing is expected of them that was learnt
+            names = [name for name, one in self._members.items() if one.ticket.program == ticket.program]
+            self._holdings.stale(names)
         member = self._members.get(ticket.id)
         if whole and member is not None and not member.away and ticket.prompt.salt is not None:
             self._file(member, ticket.prompt, generation)
@@ -248,6 +271,7 @@ class DecodeMemory:
         for ticket in tickets:
             if (member := self._members.get(ticket.id)) is not None:
                 member.tail.drop_behind()
+                self._holdings.count(ticket.id, member.room.blocks)
                 member.host = member.host if member.room.stash.pieces else 0
         missing = sum(self._missing(ticket) for ticket in tickets)
         asked = missing > self.pool.blocks.available
@@ -269,6 +293,7 @@ class DecodeMemory:
                 pass
             if member.tail.missing <= self.pool.blocks.available:
                 member.tail.make_room()
+                self._holdings.count(ticket.id, member.room.blocks)
                 found.ready.append(ticket)
         if asked and len(found.ready) < len(tickets):
             self.freed = True  # the scheduler still counts what it was asked for as held
@@ -294,10 +319,12 @@ class DecodeMemory:
             if self._fits_on_host(room, lengths) and _put_away(member):
                 member.host = room.stash.nbytes
                 room.free()
+                self._holdings.count(member.ticket.id, room.blocks)
                 member.ticket.offloads += 1
                 found.away.append(member.ticket)
             elif self._renewable(_generation(member.ticket)):
                 del self._members[member.ticket.id]
+                self._holdings.forget(member.ticket.id)
                 room.release()
                 member.ticket.recomputations += 1
                 found.dropped.append(member.ticket)
@@ -337,6 +364,7 @@ class DecodeMemory:
                     raise
                 found.failed = member.ticket, error
                 return found
+            self._holdings.count(member.ticket.id, member.room.blocks)
             found.ready.append(member.ticket)
         self._looked = self.pool.blocks.changes
         return found

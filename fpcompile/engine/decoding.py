@@ -114,6 +114,7 @@ class Lane:
         rooms: Sequence[Rooms] = (),
         renew: Callable[[Ticket], object] = lambda ticket: None,
         affords: Callable[[float], bool] = lambda stretch: True,
+        took: Callable[[Ticket], object] = lambda ticket: None,
     ) -> None:
         self.options = options
         self.tokens = 0
@@ -125,11 +126,12 @@ class Lane:
         self._plans: dict[bool, tuple[list[Ticket], float, float]] = {}
         self._share: float | None = None
         self._rounds: dict[str, float] = {}
+        self._wishes: tuple[frozenset[bool], float] | None = None
         self._owes = False
         self._flies = False
         self._again = False
         self._make_room = make_room
-        self._rooms, self._renew, self._affords = rooms, renew, affords
+        self._rooms, self._renew, self._affords, self._count = rooms, renew, affords, took
         self._away: dict[str, Ticket] = {}
 
     def __len__(self) -> int:
@@ -162,16 +164,18 @@ class Lane:
         self._changed()
         self._took(ticket, token)
 
-    def _first(self, ticket: Ticket, output: Any) -> int | None:
+    def _first(self, ticket: Ticket, output: Any, *, again: bool = False) -> int | None:
         """The first token, None when there was none: then the request has failed."""
         try:
             return _generation(ticket).open(output)
         except Exception as error:
             self._pilot.check(error)
-            if not self._retries(error):
-                self._fail([ticket], error)
+            if again or not out_of_memory(error):
+                self._finish(ticket, "failed", error=error)
                 return None
-        return self._first(ticket, output)
+            forget_frames(error)
+        self._make_room()
+        return self._first(ticket, output, again=True)
 
     def drop(self, ticket: Ticket) -> None:
         """A request has ended."""
@@ -220,12 +224,21 @@ class Lane:
     @property
     def _gap(self) -> float:
         """Seconds between two tokens of a member that asks for no time, at most."""
-        programs = dict.fromkeys(ticket.program for ticket in self._members.values())
-        return 2 * sum(map(self._round, programs)) + self.options.budget
+        return self._wished()[1]
+
+    def _wished(self) -> tuple[frozenset[bool], float]:
+        """Whether members ask for a time between tokens: True, False or both; and :attr:`_gap`."""
+        if self._wishes is None:
+            members = self._members.values()
+            programs = dict.fromkeys(ticket.program for ticket in members)
+            asks = frozenset(_generation(ticket).tbt_slo is not None for ticket in members)
+            self._wishes = asks, 2 * sum(map(self._round, programs)) + self.options.budget
+        return self._wishes
 
     def _changed(self) -> None:
         """There are other members, or steps have another price."""
         self._share = None
+        self._wishes = None
         self._plans.clear()
         self._rounds.clear()
 
@@ -233,7 +246,7 @@ class Lane:
         """Everybody has ended."""
         self._members.clear()
         self._away.clear()
-        self._plans.clear()
+        self._changed()
         self._step = None
 
     def validate(self) -> None:
@@ -272,12 +285,11 @@ class Lane:
 
     def _spared(self) -> bool:
         """Whether promises to prompts leave streams what they want, and those that ask for nothing a turn."""
-        asks = {_generation(ticket).tbt_slo is not None for ticket in self._members.values()}
+        asks, gap = self._wished()
         stretch = 1.0
         if True in asks:
             stretch = 1 / (1 - self._claimed())
         if False in asks:
-            gap = self._gap
             turn = (gap + self.options.budget) / 2  # of a prompt, between two steps
             stretch = max(stretch, gap / turn if turn else 1.0)
         return stretch == 1.0 or self._affords(stretch)
@@ -481,6 +493,7 @@ class Lane:
         generation = _generation(ticket)
         first = generation.first is None
         generation.took(token, self._clock(), ticket.request.deadline)
+        self._count(ticket)
         self.tokens += 1
         if first and self._recorder is not None:
             self._recorder.first_token(ticket, generation.last)

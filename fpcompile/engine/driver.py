@@ -113,7 +113,7 @@ class Driver(Hearing):
         self.lane = Lane(
             self.pilot, decoding, programs.names, clock=clock, finish=self._finish,
             make_room=self._relief.make_room, recorder=recorder, rooms=memory.rooms, renew=self._renew,
-            affords=self._affords,
+            affords=self._affords, took=memory.took,
         )  # fmt: skip
         if memory.decoding is not None:
             memory.decoding.give_way = self._give_way
@@ -240,6 +240,8 @@ class Driver(Hearing):
     # ---- the flight
 
     def _fly(self, flight: Flight, max_segments: int | None) -> None:
+        if flight.error is not None and self._relief.before_launch(flight.load, flight.error):
+            self._boarding.again(flight)
         load, quota = flight.load, flight.quota
         limit = max_segments if quota is None else quota
         if quota is not None and max_segments is not None:
@@ -469,7 +471,9 @@ class Driver(Hearing):
         """Its cache was dropped while it decoded: what it has so far comes again, as a prompt."""
         try:
             now, share = self._now(), self._reports.share
-            request = renew(ticket, self._programs, self._shape, self.memory, self.prices, now, share)
+            request = self._relief.once_more(
+                lambda: renew(ticket, self._programs, self._shape, self.memory, self.prices, now, share)
+            )
             self.inbox.put(Arrival(self._now(), request, again=True))
         except Exception as error:
             self.pilot.check(error)

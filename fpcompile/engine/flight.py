@@ -33,6 +33,7 @@ class Flight:
     """
 
     load: Load
+    command: Launch
     quota: int | None
     begun: float
     pause: bool = False
@@ -40,7 +41,7 @@ class Flight:
     made: int = 0
     lends: bool = False
     error: Exception | None = None
-    """Why it cannot be brought back to the device."""
+    """Why it cannot be brought to the device, for the first time or again."""
 
 
 class Boarding:
@@ -62,19 +63,30 @@ class Boarding:
 
         Raises :class:`DeviceFailedError`; any other error is the flight's own.
         """
-        error: Exception | None = None
         for ticket in tickets:
             if self._recorder is not None:
                 self._recorder.launched(ticket, now)
             if ticket.started is None:
                 self._registry.started()
-            if not ticket.seated:
-                error = self._seat(ticket) or error
-                ticket.seated = True
             ticket.launched(now, tickets)
             journal.launched(ticket)
+        load, error = self._boarded(command, tickets)
+        return Flight(load, command, command.max_segments, now, error=error)
+
+    def again(self, flight: Flight) -> None:
+        """What could not be brought to the device may be now; if not, the flight has the new error."""
+        tickets = flight.load.tickets
+        if not all(ticket.seated for ticket in tickets):  # nobody has a seat in that load
+            for ticket in tickets:
+                ticket.load = None
+        flight.load, flight.error = self._boarded(flight.command, tickets)
+        flight.load.retried = True
+
+    def _boarded(self, command: Launch, tickets: Sequence[Ticket]) -> tuple[Load, Exception | None]:
+        errors = [self._seat(ticket) for ticket in tickets if not ticket.seated]
+        error = next((error for error in errors if error is not None), None)
         load = load_of(command, tickets, self._programs[tickets[0].program], self._pilot.cost)
-        return Flight(load, command.max_segments, now, error=error or self._bring_back(load))
+        return load, error or self._bring_back(load)
 
     def _seat(self, ticket: Ticket) -> Exception | None:
         """A request is launched first: its inputs are the device's, and it has its blocks."""
@@ -85,6 +97,7 @@ class Boarding:
         except Exception as error:
             self._pilot.check(error)
             return error
+        ticket.seated = True
         return None
 
     def _bring_back(self, load: Load) -> Exception | None:

@@ -99,6 +99,8 @@ class Load:
 
     def left(self) -> float:
         """Predicted seconds that are left, without corrections."""
+        if isinstance(self.run, Together) and not self.run.made:
+            return self.seconds  # joining launches work, and may fail: that is the run's own
         if self._context is None:
             self._context = context_of(self.run)
         return seconds_left(self.program, self.run, self._context)

@@ -182,7 +182,21 @@ class Memory:
     # ---- launches
 
     def seat(self, ticket: Ticket) -> None:
-        """Before a request's first launch: blocks for its whole prompt, or for what is not cached of it."""
+        """Before a request's first launch: blocks for its whole prompt, or for what is not cached of it.
+
+        If it raises, the run is as it was and holds no block: it may be seated again.
+        """
+        try:
+            self._seat(ticket)
+        except Exception:
+            seat = self._seats.pop(ticket.id, None)
+            for room in () if seat is None else seat.rooms:
+                room.release()
+            if seat is not None and seat.origin is not None:
+                seat.origin.again()
+            raise
+
+    def _seat(self, ticket: Ticket) -> None:
         run, prompt = ticket.run, ticket.prompt
         core = core_of(run) if isinstance(run, (Run, Chunks, Sliced)) else None
         pool = self._pools.get(ticket.program) if prompt.blocks else None
@@ -245,7 +259,7 @@ class Memory:
     def paused_bytes(self) -> int:
         """Bytes on the device that paused runs hold, besides blocks; from any thread.
 
-        Where they have a budget they are counted at each pause, else when somebody asks.
+        Where they have a budget they are counted at each pause, else when somebody asks first.
         """
         if self._bounded:
             return self._paused_bytes
@@ -274,7 +288,7 @@ class Memory:
                 continue
             held = None if seat is None else seat.held
             if held is None:
-                found[id(run)] = run.live_bytes + run.kv_bytes
+                found[id(run)] = run.live_bytes + run.kv_bytes if seat is None else seat.between(run)
             else:
                 found[id(held)] = held.own + held.in_blocks
         return sum(found.values())
@@ -283,6 +297,9 @@ class Memory:
         """The scheduler takes the blocks of this paused run."""
         held = self._held[name]
         if held.evicted:
+            for room in held.rooms:  # an attempt to bring it back has taken some
+                if not room.parked:
+                    room.free()
             return
         held.load.run.suspend()
         if not held.dropped:
@@ -322,6 +339,11 @@ class Memory:
             else:
                 self._move(held)
 
+    def droppable(self, load: Load) -> bool:
+        """Whether this run has had the device, and can be computed again."""
+        held = self._of(load)
+        return held is not None and held.droppable
+
     def begin_again(self, load: Load) -> bool:
         """A launch of this run failed, and it holds nothing any more; whether it can be computed again."""
         held = self._of(load)
@@ -341,6 +363,7 @@ class Memory:
 
     def _note(self, held: Held) -> None:
         """Keep the sum of what is on the device as ``held`` is now, where there is a budget for it."""
+        held.changes += 1
         if self._bounded:
             device = held.own if held.paused else 0
             self._paused_bytes += device - held.device
@@ -393,6 +416,11 @@ class Memory:
                 seat.rooms = []
                 decoding.keep(ticket, room)
 
+    def took(self, ticket: Ticket) -> None:
+        """A request that decodes has another token."""
+        if self.decoding is not None:
+            self.decoding.took(ticket)
+
     def release(self, tickets: Sequence[Ticket]) -> None:
         """Nobody executes these requests any more: their blocks and copies are free. Again is no mistake."""
         settle(self.flying)
@@ -438,7 +466,7 @@ class Memory:
     def validate(self, free: float) -> None:
         """Check the invariants; ``free``: blocks that the scheduler believes free, without what decodes."""
         runs = list(self._held.values())
-        sums = sum(held.own for held in runs if held.paused), sum(held.host for held in runs)
+        sums = sum(held.measured() for held in runs if held.paused), sum(held.host for held in runs)
         on_host = self.host_bytes + self._decoding_on_host
         if sums != (self.paused_bytes, self.host_bytes) or on_host > self.options.host_limit:
             raise InternalError(
@@ -451,6 +479,7 @@ class Memory:
             return
         pool.blocks.validate()
         assert self.decoding is not None
+        self.decoding.validate()
         every = [room for seat in self._seats.values() for room in seat.rooms]
         rooms = {block for room in (*every, *self.decoding.rooms) for block in room.blocks}
         if len(rooms) != pool.blocks.used:

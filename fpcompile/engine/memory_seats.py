@@ -32,11 +32,19 @@ class Seat:
     origin: Origin | Sliced | None
     rooms: list[Room] = field(default_factory=list)
     held: Held | None = None
+    _known: tuple[int, int] = (-1, 0)
 
     @property
     def run(self) -> Any:
         """The run whose caches lie in the rooms."""
         return self.origin.run if isinstance(self.origin, Origin) else self.origin
+
+    def between(self, run: Any) -> int:
+        """Bytes that ``run``, executed in slices, holds while it waits: the same until the next one."""
+        at = run.at if isinstance(run, Sliced) else -1
+        if at < 0 or self._known[0] != at:
+            self._known = at, run.live_bytes + run.kv_bytes
+        return self._known[1]
 
 
 @dataclass(eq=False)
@@ -44,6 +52,8 @@ class Held:
     """``parked``: its own tensors are on the host. ``evicted``: its blocks are given back.
 
     ``dropped``: it begins again. ``device`` and ``host``: bytes that it holds, besides blocks, while paused.
+    ``changes``: how often it may have come to hold something else; what it holds while it is paused is looked
+    at once for each of them, however often somebody asks.
     """
 
     load: Load
@@ -54,6 +64,8 @@ class Held:
     dropped: bool = False
     device: int = 0
     host: int = 0
+    changes: int = 0
+    _known: tuple[int, int] = (-1, 0)
 
     @property
     def parked(self) -> bool:
@@ -78,7 +90,18 @@ class Held:
 
     @property
     def own(self) -> int:
-        """Bytes on the device besides blocks."""
+        """Bytes on the device besides blocks; from any thread."""
+        changes = self.changes  # before all: whoever goes on meanwhile changes it, and nobody believes this
+        if not self.paused:
+            return self.measured()
+        known, size = self._known
+        if known != changes:
+            size = self.measured()
+            self._known = changes, size
+        return size
+
+    def measured(self) -> int:
+        """The same, looked at anew."""
         return sum(self.inputs.values()) if self.dropped else own_bytes(self.load.run, self.inputs)
 
     @property

@@ -6,7 +6,7 @@ Whoever asks does the work again itself; here memory is freed, and a run is take
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import final
+from typing import TypeVar, final
 
 from fpcompile.engine import journal
 from fpcompile.engine.loads import Load
@@ -16,6 +16,8 @@ from fpcompile.executor.faults import forget_frames, out_of_memory
 from fpcompile.executor.offload import settle
 
 __all__ = ["Relief"]
+
+_T = TypeVar("_T")
 
 
 @final
@@ -36,6 +38,30 @@ class Relief:
             event.wait()
         settle(self._memory.flying)
         self._device.free_cached()
+
+    def before_launch(self, load: Load, error: Exception) -> bool:
+        """Make room, if memory ran out while ``load`` got what it needs on the device, for the first time, or
+        again and there is no other way than to bring it back. Whether it was: then that can be tried again.
+        """
+        whole = all(ticket.ended is None for ticket in load.tickets)
+        if load.retried or not whole or not out_of_memory(error) or self._memory.droppable(load):
+            return False
+        forget_frames(error)
+        self.make_room()
+        for ticket in load.tickets:
+            journal.restarted(ticket, error)
+        return True
+
+    def once_more(self, work: Callable[[], _T]) -> _T:
+        """What ``work()`` returns, at the second attempt if there is no memory at the first."""
+        try:
+            return work()
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            forget_frames(error)
+        self.make_room()
+        return work()
 
     def begin_again(self, load: Load, error: Exception) -> bool:
         """Make room and take a run back before its first launch, if ``error`` says that memory ran out, and

@@ -103,7 +103,7 @@ def kv_storages(groups: Iterable[Mapping[int, KV]]) -> dict[int, int]:
 
 def kv_bytes(groups: Sequence[Mapping[int, KV]]) -> int:
     """Bytes of the memory behind these caches, each storage once."""
-    pooled = sum(kv.pooled_bytes for group in groups for kv in group.values())
+    pooled = sum(kv.pooled_bytes for group in groups for kv in list(group.values()))
     return sum(kv_storages(groups).values()) + pooled
 
 

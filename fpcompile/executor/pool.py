@@ -35,6 +35,7 @@ from torch import Tensor
 
 from fpcompile.errors import InternalError, InvalidInputError
 from fpcompile.executor.blocks import BlockPool, extents
+from fpcompile.executor.faults import unless_out_of_memory
 from fpcompile.executor.kv import NO_STORAGES, LayerKV
 from fpcompile.models.attention import AttentionCall
 
@@ -286,20 +287,34 @@ class Room:
         self._place([*self.blocks, *more])
 
     def move(self, count: int, spare: int = 0) -> bool:
-        """To one extent of ``count`` blocks, if there is one. Blocks that others hold as well stay theirs."""
-        size, old = self.pool.block_tokens, self.blocks
-        new = self.pool.blocks.take_extent(count, spare)
+        """To one extent of ``count`` blocks, if there is one, and memory for what copying takes. Blocks that
+        others hold as well stay theirs.
+        """
+        old, new = self.blocks, self.pool.blocks.take_extent(count, spare)
         if new is None:
             return False
-        for store in (store for pair in self.pool.stores.values() for store in pair):
-            at = new[0] * size
-            for first, blocks in extents(old):
-                store[:, at : at + blocks * size] = store[:, first * size : (first + blocks) * size]
-                at += blocks * size
+        copied = None
+        try:
+            copied = unless_out_of_memory(lambda: self._copy(old, new[0]))
+        finally:
+            if copied is None:
+                self.pool.blocks.give(new)
+        if copied is None:
+            return False
         self.per = count
         self.forget()
         self._place(new)
         self.pool.blocks.give(old)
+        return True
+
+    def _copy(self, blocks: Sequence[int], to: int) -> bool:
+        """The contents of ``blocks`` to an extent that begins with block ``to``."""
+        size = self.pool.block_tokens
+        for store in (store for pair in self.pool.stores.values() for store in pair):
+            at = to * size
+            for first, count in extents(blocks):
+                store[:, at : at + count * size] = store[:, first * size : (first + count) * size]
+                at += count * size
         return True
 
     def drop(self, tokens: int) -> None:

@@ -258,13 +258,19 @@ class Racks:
             return
 
     def _slide(self, place: Place, span: int, held: int) -> None:
-        """Keep of ``held`` tokens what the next one sees, at the beginning of the slot."""
-        kept = span - 1
+        """Keep of ``held`` tokens what the next one sees, at the beginning of the slot.
+
+        Piece by piece, from the first one on, so that none is read and written at once: nothing is allocated,
+        so memory cannot run out with some layers moved and others not.
+        """
+        kept, by = span - 1, held - span + 1
         for layer, pair in place.rack.tensors.items():
             if self._spans[layer] == span:
-                for t in pair:
-                    t[place.slot, :, :kept] = t[place.slot, :, held - kept : held].clone()
-        place.origins[span] += held - kept
+                for t in (t[place.slot] for t in pair):
+                    for low in range(0, kept, by):
+                        high = min(low + by, kept)
+                        t[:, low:high] = t[:, low + by : high + by]
+        place.origins[span] += by
 
 
 @final

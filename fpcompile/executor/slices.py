@@ -96,7 +96,7 @@ class Sliced:
     @property
     def live_bytes(self) -> int:
         """Bytes of the logits so far."""
-        return sum(piece.nbytes for piece in self.pieces.values())
+        return sum(piece.nbytes for piece in list(self.pieces.values()))  # asked by any thread
 
     @property
     def kv_bytes(self) -> int:

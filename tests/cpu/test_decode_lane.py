@@ -202,7 +202,8 @@ def test_under_a_prefill_a_step_begins_at_the_latest_cut(promised: float | None,
         assert begin + 2 <= end <= begin + 2 + 1, "kept, and no sooner than it had to be"
     assert stream.metrics.tbt_max is not None
     assert stream.metrics.tbt_max <= 3 * 10
-    assert long.metrics.slo_met is {None: None, 130: True, 110: False}[promised]
+    in_time: dict[float | None, bool | None] = {None: None, 130: True, 110: False}
+    assert long.metrics.slo_met is in_time[promised]
     assert long.metrics.executed == 100, "the prefill waited, and was not charged"
     drive(engine)
     assert list(stream.tokens()) == counting(5, 50)
@@ -417,6 +418,33 @@ def test_what_is_not_to_spare_is_not_asked_again_at_every_cut(monkeypatch: pytes
     soon = [before for before, gap in zip(asked, gaps, strict=False) if gap < 0.01 - 1e-9]
     assert len(soon) <= 1
     assert any(arrives <= time <= arrives + 0.003 for time in asked), "what was promised is another thing now"
+
+
+def test_members_are_not_looked_at_again_at_every_cut() -> None:
+    """Some ask for a time between tokens, some for none; nothing changes but the time."""
+    engine, program = quick(200)
+    program.seconds = program.decodes.seconds_each = 0.001
+    for number in range(4):
+        decoding(engine, [100 * number], 500, tbt_slo=0.5 if number % 2 else None)
+    prompt = engine.submit([900], ttft_slo=1000.0)
+    until(engine, lambda: prompt.metrics.state == "running")
+    lane, flight = engine._driver.lane, engine._driver._flight
+    assert flight is not None
+    looked: list[int] = []
+
+    class Looked(dict[str, Any]):
+        def values(self) -> Any:
+            looked.append(len(self))
+            return super().values()
+
+    lane._members = Looked(lane._members)
+    lane._changed()
+    clock: Any = engine._clock
+    for _ in range(50):
+        lane.lets(flight.load, flight.load.next_launch)
+        clock.advance(0.05)
+    assert 0 < len(looked) < 12
+    engine.close(drain=False)
 
 
 def test_streams_do_not_starve_where_launches_have_no_bound() -> None:

@@ -235,7 +235,7 @@ def test_moved_to_the_host_the_bits_are_the_same() -> None:
     """One sequence a step: whoever comes back goes on as if it had never been away."""
     clock = Clock()
     engine = hopeful(inline(program_of("qwen3"), kv_blocks=9, max_decode_batch=1, clock=clock))
-    handles = [engine.submit(ids(30 + n), max_new_tokens=60, tbt_slo=1.0 + n) for n in range(2)]
+    handles = [engine.submit(ids(30 + n), max_new_tokens=60, tbt_slo=1.0 + n / 10) for n in range(2)]
     while turn(engine):
         clock.advance(0.1)
     assert engine.statistics().memory.decode_evictions > 0
@@ -331,7 +331,7 @@ def test_draws_go_on_where_they_were() -> None:
     found = []
     for one in (plain, engine):
         handles = [
-            one.submit(ids(30 + n), max_new_tokens=60, tbt_slo=1.0 + n, generation_config=config, seed=n)
+            one.submit(ids(30 + n), max_new_tokens=60, tbt_slo=1.0 + n / 10, generation_config=config, seed=n)
             for n in range(2)
         ]
         while turn(one):

@@ -135,7 +135,7 @@ def test_the_hosts_bound_counts_a_copy_that_was_dropped_for_it() -> None:
     """Who has been away once has a copy there; a full host drops it, and then all has to be copied."""
     clock = Clock()
     engine = hopeful(inline(program_of("qwen3"), kv_blocks=9, max_decode_batch=1, clock=clock))
-    handles = [engine.submit(ids(30 + n), max_new_tokens=60, tbt_slo=1.0 + n) for n in range(2)]
+    handles = [engine.submit(ids(30 + n), max_new_tokens=60, tbt_slo=1.0 + n / 10) for n in range(2)]
     decoding = decoding_of(engine)
 
     def came_back() -> bool:

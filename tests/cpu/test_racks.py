@@ -203,6 +203,39 @@ def test_where_memory_ends_a_rack_stays_as_it_was(monkeypatch: pytest.MonkeyPatc
     advance(racks, [first, second], [2.0, 3.0])
 
 
+def test_a_window_slides_in_its_slot_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is longer than what it slides by; were a layer moved and the next one not, the second attempt
+    would move the first one again.
+    """
+    racks, sequence = Racks({0: 384, 1: 384}), Sequence_(range(1, 401))
+    keys = torch.tensor(sequence.written).view(1, 1, -1, 1)
+    racks.put(sequence, {layer: LayerKV(keys, -keys) for layer in (0, 1)})
+    place, clone, calls = module.place_of(sequence), Tensor.clone, itertools.count(1)
+
+    def short(tensor: Tensor, **options: Any) -> Tensor:
+        if next(calls) == 3:
+            raise MemoryError("injected")
+        return clone(tensor, **options)
+
+    def groups() -> Any:
+        return racks.groups([sequence], Flight(), ragged=False)
+
+    monkeypatch.setattr(Tensor, "clone", short)
+    while sequence.past < 600:
+        try:
+            ((_, caches),) = groups()
+        except MemoryError:
+            ((_, caches),) = groups()
+        sequence.past += 1
+        new = torch.full((1, 1, 1, 1), float(sequence.past))
+        for kv in caches.values():
+            kv.append(new, -new)
+            assert kv.keys.flatten().tolist() == list(range(sequence.past - 383, sequence.past + 1))
+            assert torch.equal(kv.values, -kv.keys)
+    assert module.place_of(sequence) is place, "it was not put elsewhere"
+    assert place.origins == {384: 146}
+
+
 def test_rooms_are_few_and_not_much_larger() -> None:
     rooms = [room_for(n) for n in range(1, 20_000)]
     assert all(n + 64 <= room <= 2 * (n + max(64, n // 4)) for n, room in enumerate(rooms, 1))

@@ -154,6 +154,12 @@ class CostModel:
         curve = self.tiles[index].collected if self.tiles else None
         return 0.0 if curve is None else curve.whole(tokens)
 
+    def columns(self, index: int, *, rows: int, units: int, of: int) -> float:
+        """Predicted seconds of ``units`` of ``of`` units of columns, for ``rows`` rows."""
+        found = self.tiles[index].range_of_columns(rows, units) if self.tiles else None
+        whole = self.stage(index, tokens=rows, rows=rows, context=rows)
+        return units / of * whole if found is None else found
+
     def segment(self, index: int, *, tokens: int, rows: int, context: float) -> float:
         """Predicted seconds of segment ``index``."""
         stages = range(bisect.bisect_left(self.segments, index), bisect.bisect_right(self.segments, index))

@@ -11,6 +11,7 @@ Layers that are alike are left out, as in :mod:`fpcompile.executor.calibrate`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from fpcompile.executor.cost_model import CostModel, Key, Samples
 from fpcompile.executor.experts import named
 from fpcompile.executor.schedule import MIN_ROWS, Launch, keys_given
 from fpcompile.executor.stages import Stage
-from fpcompile.executor.tile_costs import BLOCK, COLLECTED, PART, RANGE, ROWS, WRITTEN, part_of
+from fpcompile.executor.tile_costs import BLOCK, COLLECTED, COLUMNS, PART, RANGE, ROWS, WRITTEN, part_of
 from fpcompile.ir import Segment
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 SIZES = (64, 128, 256, 512, 1024)
 """Rows, and queries, of the tiles that are compared with the whole."""
 _TIMED = (64, 256, 1024)  # queries of the blocks whose times are kept: the kernel walks them otherwise
+FEW_ROWS = (1, 16, 64)
+"""Rows of the ranges of columns: what a kernel does differs most between one row and several."""
 _LENGTHS = (4096, 2048, 1024, 512, 256, 128)
 _WORK = 6.0  # times the stages themselves: what their tiles take
 _PLACES = (0.3, 0.6, 0.9)  # of a value: where tiles are taken
@@ -145,6 +148,8 @@ class _Probe:
             self._rows(index, stage)
             if stage.experts:
                 self._experts(index, stage)
+            if stage.columns:
+                self._columns(index, stage)
         self.run.partial.clear()
 
     def compare(self) -> None:
@@ -218,6 +223,30 @@ class _Probe:
                 some = "one head" if heads.unit == 1 else f"{heads.unit} heads"
                 self._keep(stage, f"{size} queries of {some}", total - size, total, slice(0, heads.unit))
         run.kv = before
+
+    def _columns(self, index: int, stage: Stage) -> None:
+        """Ranges of columns for few rows, compared with all columns of as many."""
+        units = stage.columns
+        ((name, axis),) = stage.outputs
+
+        def some(rows: int, first: int, last: int) -> Launch:
+            return Launch(index, index + 1, 0, rows, 0, first, last, final=False)
+
+        for rows in (n for n in FEW_ROWS if n <= self.run.rows):
+            for count in sorted({1, max(1, units // 4)}):
+                for place in _PLACES:
+                    self.run.partial.clear()
+                    first = int(place * (units - count))
+                    spent = self._execute(some(rows, first, first + count))
+                    self.seconds[(*stage.key, COLUMNS, str(rows))][count].append(spent)
+            self.run.partial.clear()
+            self._execute(some(rows, 0, units))
+            whole = self.run.partial[name].narrow(axis, 0, rows).clone()
+            self.run.partial.clear()
+            bounds = sorted({0, 1, units // 2, units})
+            self._execute(*(some(rows, a, b) for a, b in itertools.pairwise(bounds)))
+            same = _same_bits(whole, self.run.partial[name].narrow(axis, 0, rows))
+            self.bits[stage.key][f"ranges of columns of {rows} row{'s' * (rows > 1)}"] = same
 
     def _experts(self, index: int, stage: Stage) -> None:
         total, experts = self.run.tokens, stage.experts

@@ -16,6 +16,7 @@ from fpcompile.errors import InvalidInputError, UsageError
 from fpcompile.executor import inputs as checks
 from fpcompile.executor.attend import attend, attend_tile, write
 from fpcompile.executor.call import Call
+from fpcompile.executor.columns import Columns, columns_of
 from fpcompile.executor.cudagraphs import Graphs
 from fpcompile.executor.experts import Divisions
 from fpcompile.executor.inputs import Group, Layout
@@ -140,10 +141,13 @@ class PackedProgram(Program):
         strict_budget: bool = False,
     ) -> None:
         weights = dict(captured.weights.values())
-        for path in {p for s in partitioned.plan.segments for part in s.parts for p in part.params}:
+        parts = [part for s in partitioned.plan.segments for part in s.parts]
+        columns = columns_of(parts, partitioned.functions, weights)
+        for path in {p for part in parts if part.outputs not in columns for p in part.params}:
             if path.endswith(PACKED):
                 weights[path] = pack(weights[path.removesuffix(PACKED)])
-        self._packed_at = WeightWatch(model).version if any(p.endswith(PACKED) for p in weights) else None
+        packed = any(path.endswith(PACKED) for part in parts for path in part.params)
+        self._packed_at = WeightWatch(model).version if packed else None
         self.functions, self.bindings = partitioned.functions, captured
         self.output_type = captured.output_type
         self.attention = captured.attention
@@ -157,8 +161,9 @@ class PackedProgram(Program):
         divisions = Divisions(captured)
         stages = build_stages(
             partitioned.plan,
-            functools.partial(_bind, partitioned, captured, weights, graphs),
+            functools.partial(_bind, partitioned, captured, weights, graphs, columns),
             divisions.of,
+            lambda part: columns.get(part.outputs),
         )
         notes = (*partitioned.plan.notes, *graphs.notes, *divisions.notes)
         super().__init__(
@@ -325,11 +330,18 @@ def position_limit(config: Any) -> int | None:
 
 
 def _bind(
-    partitioned: Partitioned, captured: Bindings, weights: dict[str, Tensor], graphs: Graphs, part: Part
+    partitioned: Partitioned,
+    captured: Bindings,
+    weights: dict[str, Tensor],
+    graphs: Graphs,
+    columns: Mapping[tuple[str, ...], Columns],
+    part: Part,
 ) -> tuple[Executable, tuple[str, ...]]:
     """What executes a part, and the local names of its nodes."""
     if part.kind is PartKind.GRAPH:
         function = partitioned.functions[part.function]
+        if part.outputs in columns and columns[part.outputs].packed:
+            return _units_step(columns[part.outputs]), function.names
         step = graph_step(part, function, weights)
         if function.buckets:
             step = graphs.step(part, function, [weights[p] for p in part.params], step)
@@ -349,6 +361,19 @@ def graph_step(part: Part, function: Function, weights: dict[str, Tensor]) -> Ex
         for name in names:
             arguments.append(lengths[name])
         return call(arguments)
+
+    return execute
+
+
+def _units_step(columns: Columns) -> Executable:
+    """All columns of a head whose weight is packed unit by unit."""
+
+    def execute(run: Run, arguments: list[Tensor], lengths: Mapping[str, int]) -> Sequence[Tensor]:
+        (x,) = arguments
+        arguments.clear()
+        out = columns.room(x)
+        columns.write(out, x, 0, columns.units)
+        return (out,)
 
     return execute
 

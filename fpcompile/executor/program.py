@@ -215,6 +215,7 @@ class Program(abc.ABC):
         """Digest of the segments, their stages and the model's configuration: equal where the same code is
         executed in the same order. Some numbers (a rotary factor, an expert's activation) are in the
         configuration only; whether experts are a stage of their own depends on the machine's kernels.
+        Tiles of columns are counted in units, so how many there are is a part of it.
         """
         digest = hashlib.sha256(settings(self.config).encode())
         for segment in self.segments:
@@ -223,7 +224,8 @@ class Program(abc.ABC):
                     repr((segment.index, p.function, p.inputs, p.params, p.lengths, p.outputs)).encode()
                 )
         for stage in self.stages:
-            digest.update(repr((stage.segment, stage.over, len(stage.steps), stage.experts)).encode())
+            counts = len(stage.steps), stage.experts, stage.columns
+            digest.update(repr((stage.segment, stage.over, *counts)).encode())
         return digest.hexdigest()
 
     @property

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fpcompile.errors import InternalError, UsageError
+from fpcompile.executor.columns import Columns
 from fpcompile.executor.experts import with_range
 from fpcompile.executor.faults import segment_error
 from fpcompile.executor.kv import KV, kv_bytes, storages_of
@@ -164,6 +165,8 @@ class Run:
             bound = dataclasses.replace(step, function=attend)
             arguments = [self.values[n] for n in step.part.inputs]
             self.partial[name] = self._call(stage, bound, arguments, self.call.lengths)[0]
+        elif (columns := stage.steps[0].columns) is not None:
+            self._columns(stage, launch, columns)
         else:
             self._rows(stage, launch)
         if launch.final:
@@ -192,6 +195,23 @@ class Run:
                 whole = room(local[name], axis, self.call.lengths[stage.over])
                 self.partial[name] = whole
             whole.narrow(axis, launch.start, size).copy_(local[name])
+
+    def _columns(self, stage: Stage, launch: Launch, columns: Columns) -> None:
+        """A range of a head's columns, or all of them, for a range of its rows, written to its place."""
+        step, size = stage.steps[0], launch.stop - launch.start
+        ((given, axis),) = stage.inputs
+        (name,) = step.part.outputs
+        if name not in self.partial:
+            self.partial[name] = columns.room(self.values[given])
+        out = self.partial[name].narrow(axis, launch.start, size)
+        first, last = launch.head_start, launch.head_stop or columns.units
+
+        def write(_: Run, arguments: Sequence[Tensor], __: Mapping[str, int]) -> Sequence[Tensor]:
+            columns.write(out, arguments[0], first, last)
+            return ()
+
+        rows = self.values[given].narrow(axis, launch.start, size)
+        self._call(stage, dataclasses.replace(step, function=write), [rows], self.call.lengths)
 
     def suspend(self) -> None:
         """Drop what can be computed again (masks): a paused run holds its live set and cache only."""

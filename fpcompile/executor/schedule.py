@@ -15,12 +15,16 @@ product other bits. Which rows an expert is given is not known before; a plan al
 Behind the last range the results are collected, by ranges of tokens. Where one expert is too much, it is
 ranges of tokens, or of tokens and of experts, whichever is predicted to cost less: every range of tokens
 reads the weights of all experts that it chooses, a range of experts its own only.
+
+A head reads all of its weight for a single row. Where ranges of rows do not keep the budget it is tiled over
+ranges of columns (:mod:`fpcompile.passes.columns`), each over all rows, or over as many as one unit allows.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, Protocol
@@ -40,8 +44,8 @@ class Launch:
     """Whole stages ``first`` to ``last`` (exclusive), or one tile of stage ``first``.
 
     A tile covers ``start`` to ``stop`` (tokens, rows, or positions within sequence group ``group``) and the
-    query heads (or experts) ``head_start`` to ``head_stop``; ``final`` marks the last tile of its stage. An
-    empty range of experts behind the last one collects the results of its tokens.
+    query heads (experts, units of columns) ``head_start`` to ``head_stop``; ``final`` marks the last tile of
+    its stage. An empty range of experts behind the last one collects the results of its tokens.
     """
 
     first: int
@@ -105,6 +109,9 @@ class StageCosts(Protocol):
     def collected(self, index: int, *, tokens: int) -> float:
         """Seconds of collecting the results of ``tokens`` tokens behind the last range of experts."""
 
+    def columns(self, index: int, *, rows: int, units: int, of: int) -> float:
+        """Seconds of ``units`` of ``of`` units of columns, for ``rows`` rows."""
+
 
 def keys_given(context: int) -> int:
     """How many keys a block of queries is given that ends ``context``, where there are as many."""
@@ -146,7 +153,7 @@ def by_budget(
         if spent + cost > seconds:
             flush(i)
         if cost > seconds and stage.over and begun == i and not stage.bound:
-            kind = stage.over, stage.key, stage.experts, heads[i]
+            kind = stage.over, stage.key, stage.experts, stage.columns, heads[i]
             if kind not in known:
                 known[kind] = [
                     _of_stage(tile, 0) for tile in _tiles(i, stage, shape, costs, seconds, heads[i])
@@ -167,6 +174,8 @@ def _tiles(
         return _attention_tiles(index, shape, costs, seconds, apart)
     if stage.over == "tokens" and stage.experts:
         return _expert_tiles(index, stage.experts, shape, costs, seconds)
+    if stage.columns:
+        return _column_tiles(index, stage, shape, costs, seconds)
     return _row_tiles(index, stage.over, shape, costs, seconds)
 
 
@@ -194,6 +203,8 @@ def launch_seconds(
         return seconds + (costs.written(index, tokens=shape.tokens) if first else 0.0)
     if not launch.head_stop:
         return costs.tile(index, tokens=size, context=size)
+    if stages[index].columns:
+        return costs.columns(index, rows=size, units=count, of=stages[index].columns)
     if not count:
         return costs.collected(index, tokens=size)
     return costs.experts(index, tokens=size, share=_skewed(count, stages[index].experts))
@@ -266,6 +277,31 @@ def _ranges_of_experts(
         tiles += [
             Launch(index, index + 1, start + a, start + b, 0, experts, experts, final=False)
             for a, b in _row_ranges(size, lambda n: costs.collected(index, tokens=n), seconds)
+        ]
+    return _final(tiles)
+
+
+def _column_tiles(index: int, stage: Stage, shape: Shape, costs: StageCosts, seconds: float) -> list[Launch]:
+    """Ranges of rows, if they keep the budget; else of columns, over as many rows as one unit allows."""
+    by_rows = _row_tiles(index, stage.over, shape, costs, seconds)
+    longest = max(t.stop - t.start for t in by_rows)
+    if len(by_rows) > 1 and costs.tile(index, tokens=longest, context=longest) <= seconds:
+        return by_rows
+    units, tiles = stage.columns, list[Launch]()
+    ranges = _row_ranges(shape.rows, lambda n: costs.columns(index, rows=n, units=1, of=units), seconds)
+    for start, stop in ranges:
+
+        def some(count: int, rows: int = stop - start) -> float:
+            return costs.columns(index, rows=rows, units=count, of=units)
+
+        most = max(1, _largest(some, seconds, units))
+        if most == units and len(ranges) == 1:  # as ranges they would keep the budget, and as a whole not
+            most = math.ceil(units / 2)
+        count = math.ceil(units / most)
+        bounds = [units * i // count for i in range(count + 1)]
+        tiles += [
+            Launch(index, index + 1, start, stop, 0, first, last, final=False)
+            for first, last in itertools.pairwise(bounds)
         ]
     return _final(tiles)
 

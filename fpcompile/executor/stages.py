@@ -3,7 +3,7 @@
 A *stage* is a run of consecutive parts of one segment that are executed on the same ranges of tokens (or of
 kept rows), or a single part that is executed whole, or an attention call. A launch executes whole stages,
 or one tile of one stage (:mod:`fpcompile.executor.schedule`). Experts that can be executed in ranges are a
-stage of their own.
+stage of their own, and so is a head whose columns can be.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fpcompile.executor.columns import Columns
 from fpcompile.ir import Part, PartKind, Plan, Segment
 from fpcompile.models.division import Division
 
@@ -29,7 +30,8 @@ class Step:
 
     ``function`` takes the run, the part's input values (a list that it may empty, to give memory back
     early) and the lengths to execute it at, and returns the values of its outputs; ``names`` are the local
-    names of its nodes, which locate an error. ``division`` says how experts are executed in ranges.
+    names of its nodes, which locate an error. ``division`` says how experts are executed in ranges,
+    ``columns`` how a head is.
     """
 
     part: Part
@@ -37,6 +39,7 @@ class Step:
     names: tuple[str, ...]
     frees: tuple[str, ...]
     division: Division | None = None
+    columns: Columns | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +66,12 @@ class Stage:
         return 0 if division is None else division.experts
 
     @property
+    def columns(self) -> int:
+        """How many units of columns can be executed in ranges; 0 for none."""
+        columns = self.steps[0].columns if self.steps else None
+        return 0 if columns is None else columns.units
+
+    @property
     def key(self) -> tuple[str, ...]:
         """What decides the stage's time at given lengths: its callables."""
         return tuple(s.part.function for s in self.steps)
@@ -72,14 +81,15 @@ def build_stages(
     plan: Plan,
     bind: Callable[[Part], tuple[Executable, tuple[str, ...]]],
     division: Callable[[Part], Division | None] = lambda part: None,
+    columns: Callable[[Part], Columns | None] = lambda part: None,
 ) -> tuple[Stage, ...]:
     """All stages of a plan, in order; ``bind`` gives a part's executable and local names, ``division`` how
-    its experts are executed in ranges, if it has any.
+    its experts are executed in ranges, if it has any, ``columns`` how its columns are.
     """
     stages: list[Stage] = []
     for segment in plan.segments:
         frees = zip(segment.parts, _frees(segment), strict=True)
-        steps = [Step(p, *bind(p), free, division(p)) for p, free in frees]
+        steps = [Step(p, *bind(p), free, division(p), columns(p)) for p, free in frees]
         while steps:
             over = _over(steps[0].part)
             count = 1
@@ -103,7 +113,8 @@ def live_before(plan: Plan, stages: Sequence[Stage]) -> tuple[tuple[str, ...], .
 
 def _joins(step: Step, later: Step) -> bool:
     """Whether two steps are executed on the same ranges."""
-    return _over(step.part) == _over(later.part) and step.division is None is later.division
+    alone = (step.division, step.columns, later.division, later.columns)
+    return _over(step.part) == _over(later.part) and all(own is None for own in alone)
 
 
 def _over(part: Part) -> str:

@@ -12,6 +12,7 @@ one more name:
     RANGE     (tokens, seconds) of a range of all experts
     PART      the same of a range of an eighth of them
     COLLECTED (tokens, seconds) of collecting results
+    COLUMNS   with the number of rows: (units, seconds) of a range of columns
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ from collections.abc import Sequence
 from fpcompile.executor.cost_model import Coefficients, Curve, Key, Samples, fit
 from fpcompile.executor.schedule import keys_given
 
-ROWS, BLOCK, WRITTEN, RANGE, PART, COLLECTED = (
+ROWS, BLOCK, WRITTEN, RANGE, PART, COLLECTED, COLUMNS = (
     " tile",
     " block",
     " written",
     " range",
     " part of it",
     " collected",
+    " columns",
 )
-_NAMES = frozenset({ROWS, BLOCK, WRITTEN, RANGE, PART, COLLECTED})
+_NAMES = frozenset({ROWS, BLOCK, WRITTEN, RANGE, PART, COLLECTED, COLUMNS})
 _LEAST = 0.25  # of the time of all experts: what their rows are taken to cost at least
 
 
@@ -50,7 +52,8 @@ class TileCosts:
     """Curves of one stage's tiles; None, or empty, for what was not measured.
 
     ``blocks`` are lines over keys for rising numbers of queries, ``written`` is for one token.
-    A range of experts takes ``fixed`` and its share of ``shared``.
+    A range of experts takes ``fixed`` and its share of ``shared``. ``columns`` are lines over units for
+    rising numbers of rows.
     """
 
     rows: Curve | None = None
@@ -59,6 +62,7 @@ class TileCosts:
     fixed: Curve | None = None
     shared: Curve | None = None
     collected: Curve | None = None
+    columns: tuple[tuple[int, Coefficients], ...] = ()
 
     def seconds(self, tokens: int, context: float) -> float | None:
         """A range of ``tokens`` rows, or a block of as many queries that end ``context``."""
@@ -76,6 +80,13 @@ class TileCosts:
             return None
         return self.fixed.whole(tokens) + share * self.shared.whole(tokens)
 
+    def range_of_columns(self, rows: int, units: int) -> float | None:
+        """A range of ``units`` units: priced for the next number of rows that was measured."""
+        if not self.columns:
+            return None
+        known, line = next((c for c in self.columns if c[0] >= rows), self.columns[-1])
+        return line.seconds(units, units) * max(1.0, rows / known)
+
 
 def tile_costs(key: Key, samples: Samples, experts: int) -> TileCosts:
     """What ``samples`` say of the tiles of the stages of one key, which have ``experts`` experts."""
@@ -88,18 +99,19 @@ def tile_costs(key: Key, samples: Samples, experts: int) -> TileCosts:
     fixed, shared = _experts(samples.get((*key, RANGE), ()), samples.get((*key, PART), ()), experts)
     return TileCosts(
         rows=curve(ROWS),
-        blocks=_blocks(key, samples),
+        blocks=_lines(key, samples, BLOCK),
         written=seconds / tokens if tokens else None,
         fixed=fixed,
         shared=shared,
         collected=curve(COLLECTED),
+        columns=_lines(key, samples, COLUMNS),
     )
 
 
-def _blocks(key: Key, samples: Samples) -> tuple[tuple[int, Coefficients], ...]:
-    prefix = (*key, BLOCK)
+def _lines(key: Key, samples: Samples, name: str) -> tuple[tuple[int, Coefficients], ...]:
+    prefix = (*key, name)
     found = {int(k[-1]): p for k, p in samples.items() if k[:-1] == prefix}
-    return tuple((queries, _line(points)) for queries, points in sorted(found.items()))
+    return tuple((size, _line(points)) for size, points in sorted(found.items()))
 
 
 def _line(points: Sequence[tuple[int, float]]) -> Coefficients:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import sympy
 from torch import Tensor, fx
@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from fpcompile.ir import Cost, CutReason, Granularity, LiveSet, Part, PartKind, Plan, Route, Segment, Value
 from fpcompile.passes.aliases import storage_owners, uncuttable
 from fpcompile.passes.codegen import Function, Functions
+from fpcompile.passes.columns import is_head
 from fpcompile.passes.context import (
     ATTENTION,
     LEAF,
@@ -49,6 +50,7 @@ class Partitioner:
         live = live_after(graph, run_inputs(graph))
         self.live = dict(zip((n.name for n in body(graph)), live, strict=True))
         self.bound = uncuttable(graph)
+        self.heads = frozenset(n.name for n in body(graph) if self._stands_alone(n))
         self.functions = Functions(lambda node: _spec(node, self.names))
 
     def segments(self) -> tuple[Segment, ...]:
@@ -63,7 +65,7 @@ class Partitioner:
         return tuple(found)
 
     def _segment(self, index: int, nodes: list[fx.Node], reason: CutReason) -> Segment:
-        parts = tuple(self._part(group) for group in _split_at_calls(nodes))
+        parts = tuple(self._part(group) for group in _split_at_calls(nodes, self.heads))
         live = LiveSet(tuple(self._value(n) for n in self.live[nodes[-1].name]))
         refused = tuple((n.name, self.ctx.refusals[n.name]) for n in nodes[:-1])
         main = max(parts, key=lambda p: weight(p.cost.flops))
@@ -115,6 +117,10 @@ class Partitioner:
             axes=axes,
             bound=nodes[-1].name in self.bound,
         )
+
+    def _stands_alone(self, node: fx.Node) -> bool:
+        """Whether a node is a head that may be launched by itself: nothing there is written later."""
+        return is_head(node, self.ctx) and not {node.name, node.prev.name} & self.bound.keys()
 
     def _path(self, weight: fx.Node) -> str:
         """A weight's path in the model; packed copies are marked."""
@@ -169,14 +175,16 @@ def _is_value(node: fx.Node) -> bool:
     return not isinstance(node.meta["val"], (tuple, list))
 
 
-def _split_at_calls(nodes: list[fx.Node]) -> list[list[fx.Node]]:
-    """Groups of nodes; attention calls, leaves and the selection of rows stand alone."""
+def _split_at_calls(nodes: list[fx.Node], heads: Collection[str]) -> list[list[fx.Node]]:
+    """Groups of nodes; attention calls, leaves, the selection of rows and ``heads`` stand alone."""
     groups: list[list[fx.Node]] = []
     call: fx.Node | None = None
     for node in nodes:
-        if any(
-            a.op == "placeholder" and a.name == "logits_to_keep" for a in node.all_input_nodes
-        ) or node.target in (ATTENTION, LEAF):
+        if (
+            any(a.op == "placeholder" and a.name == "logits_to_keep" for a in node.all_input_nodes)
+            or node.target in (ATTENTION, LEAF)
+            or node.name in heads
+        ):
             call = node
             groups.append([node])
         elif (

@@ -113,6 +113,9 @@ class Costs:
     def collected(self, index: int, *, tokens: int) -> float:
         return self.sums * tokens
 
+    def columns(self, index: int, *, rows: int, units: int, of: int) -> float:
+        raise AssertionError("there are none")
+
 
 def stage_of(experts: int) -> Stage:
     part = Part("experts", PartKind.LEAF, "f", (), (), (), ("y",), 0, Cost(), (), "tokens")

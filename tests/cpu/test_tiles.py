@@ -59,6 +59,9 @@ class FakeCosts:
     def collected(self, index: int, *, tokens: int) -> float:
         raise AssertionError("there are none")
 
+    def columns(self, index: int, *, rows: int, units: int, of: int) -> float:
+        raise AssertionError("there are none")
+
 
 def stages_of(overs: tuple[str, ...]) -> tuple[Stage, ...]:
     return tuple(Stage(i, (), over, (), (), ()) for i, over in enumerate(overs))

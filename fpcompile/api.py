@@ -104,7 +104,8 @@ def segment(
         bits, faster, above all for short prompts and tiles. It has no effect elsewhere.
     ``verify``
         run a self-check on the model's own weights: two short sequences, alone and packed, against the
-        unmodified model.
+        unmodified model. On the generic route the example, and for each later kind of call that is compiled
+        the call itself: three forward passes each.
 
     Raises :class:`InvalidInputError` for something that is no evaluating model and for options that do not go
     together, :class:`UnknownNameError` for an unknown granularity, route, rates, weights or backend,
@@ -169,7 +170,8 @@ def load(
     """
     _check_model(model)
     with tracing(_device_type(model)):
-        program, generated = load_program(path, _without_adapters(model), trust_code=trust_code)
+        inner = _without_adapters(model)
+        program, generated = load_program(path, inner, trust_code=trust_code, verify=verify)
         if verify and isinstance(generated, GenericProgram):
             check_known(generated, model)
         elif verify:

@@ -4,13 +4,18 @@
 its own whose graph holds under recorded conditions; when none fits, one is compiled from the call. Every
 state (cache, recurrent state) goes in and comes out as tensors of the graph, and the result is the model's
 own output class with the model's own cache class. Nothing that the caller passes is changed.
+
+Invariant: with ``verify`` no call is served by a variant whose numbers were not compared with the model's
+(:mod:`fpcompile.executor.generic_check`); kinds of calls for which they differ are refused from then on.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
+import math
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +25,11 @@ import sympy
 import torch
 from torch import Tensor, nn
 
-from fpcompile.errors import CheckpointError, InvalidInputError, UsageError
+from fpcompile.errors import CheckpointError, InvalidInputError, UnsupportedModelError, UsageError
 from fpcompile.executor.call import Call
 from fpcompile.executor.checkpoint import check_type
+from fpcompile.executor.generic_check import Example, compare
+from fpcompile.executor.inputs import check_range
 from fpcompile.executor.packed import graph_step
 from fpcompile.executor.program import Program
 from fpcompile.executor.run import Run
@@ -30,8 +37,8 @@ from fpcompile.executor.schedule import Heads, Launch, Shape
 from fpcompile.executor.stages import Executable, build_stages
 from fpcompile.executor.weights import WeightWatch
 from fpcompile.ir import Granularity, Part, PartKind
-from fpcompile.models.ambient import tracing
-from fpcompile.models.generic import GenericBindings, GenericCapture, pack
+from fpcompile.models.ambient import plain, same_draws, tracing
+from fpcompile.models.generic import GenericBindings, GenericCapture, Guards, pack
 from fpcompile.models.generic_shapes import promises
 from fpcompile.models.generic_tree import Flat, unflatten
 from fpcompile.models.kept import assigned, attributes, holds_cache, left
@@ -151,7 +158,8 @@ class Variant(Program):
     ) -> Run:
         """A run over flat inputs for which the variant holds."""
         kept = self.captured.growing
-        owned = [t if i in kept else t.clone() for i, t in enumerate(tensors)]  # the caller may change them
+        with plain(self.device_type):  # a clone made in inference mode would have no version to read
+            owned = [t if i in kept else t.clone() for i, t in enumerate(tensors)]  # callers may change them
         given = dict(zip(self.captured.inputs, owned, strict=True))
         symbols = {name: values[s] for name, s in self.length_names.items()}
         symbols |= {f"count_{s}": int(v) for s, v in values.items()}
@@ -169,6 +177,14 @@ class Variant(Program):
                 strict=self.strict_budget if strict_budget is None else strict_budget,
             ),
         )
+
+    def check_ids(self, tensors: Sequence[Tensor]) -> None:
+        """Raise :class:`InvalidInputError` for ids among a call's tensors, as the caller passed them, that a
+        table of the model has no row for. It waits for those that are on a device: there such an id would end
+        every run of the process.
+        """
+        for index, name, rows in self.captured.tables:
+            check_range(name, tensors[index], rows)
 
     def output(self, run: Run, call: GenericCall) -> Any:
         """The model's output object, out of the values of a finished run."""
@@ -191,12 +207,13 @@ class GenericProgram(Program):
     itself shows is that of its first variant.
     ``dynamic_shapes`` by argument name are promises for that one; calls beyond them are variants too.
     ``saved`` makes variants that were compiled before, in place of one for ``example``.
+    ``verify`` compares each later variant with the model; the first one is for who makes the program.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        example: tuple[tuple[Any, ...], dict[str, Any]] | None,
+        example: Example | None,
         *,
         granularity: Granularity = Granularity.OPERATOR,
         max_blocking_ms: float | None = None,
@@ -206,6 +223,7 @@ class GenericProgram(Program):
         strict_budget: bool = False,
         design: Design | None = None,
         saved: Callable[[GenericProgram], list[Variant]] | None = None,
+        verify: bool = True,
     ) -> None:
         self.model = model
         self.design = design
@@ -217,6 +235,8 @@ class GenericProgram(Program):
         self.granularity = granularity
         self.notes = notes
         self.variants: list[Variant] = []
+        self.verify = verify
+        self._refused: list[tuple[Guards, UnsupportedModelError]] = []
         self._lock = threading.Lock()
         self._decoder: Decoder | None = None
         self.config = getattr(model, "config", None)
@@ -285,10 +305,11 @@ class GenericProgram(Program):
         return self._decoder
 
     def _variant(
-        self, tree: tuple[tuple[Any, ...], dict[str, Any]], *, goes_on: bool = False
+        self, tree: Example, *, goes_on: bool = False
     ) -> tuple[Variant, tuple[Tensor, ...], dict[sympy.Symbol, int]]:
         """The variant that serves a call, compiled if there is none, with its inputs and symbols.
-        ``goes_on``: the cache is of a run of this program, and the model need not be looked at again.
+        ``goes_on``: the cache is of a run of this program and the ids are its choice, so that neither these
+        nor the model need be looked at again.
         """
         flat, tensors = pack((tree[0], self._plain(tree[1])), self.device)
         if not flat.tensors:
@@ -299,25 +320,58 @@ class GenericProgram(Program):
         for variant in seen:  # without the lock: nobody waits for what others compile
             values = self._bound(variant, flat, tensors)
             if values is not None:
+                if not goes_on:
+                    variant.check_ids(flat.tensors)
                 return variant, tensors, values
         with self._lock:
             for variant in self.variants:
                 if variant not in seen and (values := self._bound(variant, flat, tensors)) is not None:
+                    variant.check_ids(flat.tensors)
                     return variant, tensors, values
+            for guards, refusal in self._refused:
+                if guards.bind(flat, tensors) is not None:
+                    raise copy.copy(refusal)
             promised = promises(self.model, flat, self.dynamic_shapes)
             if self.variants:
                 promised = {i: p.softened(tensors[i]) for i, p in promised.items()}
             known = self.variants[0].captured.opaque if self.variants else ()
             if goes_on:
                 self._look()
-            with tracing(self.device.type):
+            with tracing(self.device.type), same_draws(self.device):
                 captured = capture_generic(self.model, flat, tensors, promised, known, self.kept)
                 values = captured.guards.bind(flat, tensors)
                 if values is None:
                     raise UsageError("a variant does not hold for the call that it was compiled from")
-                variant = Variant(self, captured.bindings, self._compile(captured))
+                generated, lowered = self._compile(captured)
+                variant = Variant(self, captured.bindings, lowered)
+            variant.check_ids(flat.tensors)
+            if self.verify and self.variants:
+                checked = variant if self.backend == "eager" else Variant(self, captured.bindings, generated)
+                self._check(checked, tree, tensors, values)
             self.variants.insert(0, variant)
             return variant, tensors, values
+
+    def _check(
+        self, variant: Variant, tree: Example, tensors: Sequence[Tensor], values: Mapping[sympy.Symbol, int]
+    ) -> None:
+        """Raise :class:`UnsupportedModelError` unless a variant gives the model's numbers for the call that
+        it was compiled from, now and for every later call that it would serve.
+
+        It is generated code that is checked: compiled functions were compared with it one by one, and in the
+        middle of serving, rounding that turns a choice of experts shall not look like a wrong program.
+        """
+
+        def result() -> Any:
+            run = variant.begin(tensors, values, math.inf, strict_budget=False)
+            while not run.done:
+                run.step()
+            return run.result()
+
+        try:
+            compare(self.model, self.device, tree, result, which="a variant for calls of this kind")
+        except UnsupportedModelError as error:
+            self._refused.append((variant.captured.guards, copy.copy(error)))
+            raise
 
     def serves(self, *args: Any, **kwargs: Any) -> bool:
         """Whether a variant for such a call is compiled."""
@@ -348,19 +402,21 @@ class GenericProgram(Program):
             return None
         return variant.captured.guards.bind(flat, tensors)
 
-    def _compile(self, captured: GenericCapture) -> Compiled:
-        """A traced variant as segments and their functions, lowered for the backend."""
+    def _compile(self, captured: GenericCapture) -> tuple[Compiled, Compiled]:
+        """A traced variant as segments and their functions: as generated, and lowered for the backend."""
         name = type(self.model).__name__
         compiled = compile_generic(captured, self.granularity, name, self.notes, self.design)
         plan, functions = lower(compiled.plan, compiled.functions, self.backend)
-        return dataclasses.replace(compiled, plan=plan, functions=functions)
+        return compiled, dataclasses.replace(compiled, plan=plan, functions=functions)
 
     def _plain(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments without those that say what leaving them out says."""
         own = inspect.signature(self.model.forward).parameters
         usual = {k: p.default for k, p in own.items() if p.default is not inspect.Parameter.empty}
         kept = {k: v for k, v in kwargs.items() if v is not None or usual.get(k, self) is not None}
-        if kept.get("use_cache") is not None and kept["use_cache"] == getattr(self.config, "use_cache", None):
+        own_default = usual.get("use_cache")
+        default = getattr(self.config, "use_cache", None) if own_default is None else own_default
+        if kept.get("use_cache") is not None and kept["use_cache"] == default:
             del kept["use_cache"]
         return kept
 
@@ -373,8 +429,9 @@ class GenericProgram(Program):
     ) -> Run:
         """A run over the model's own arguments; compiles a variant when none serves them.
 
-        Raises :class:`InvalidInputError`; :class:`UnsupportedModelError` when the model cannot be traced for
-        arguments of this kind.
+        Raises :class:`InvalidInputError`, for ids that a table of the model has no row for too;
+        :class:`UnsupportedModelError` when the model cannot be traced for arguments of this kind, or the
+        variant does not give its numbers (:class:`SegmentError` when it fails where the model does not).
         """
         self.watch.check()
         variant, tensors, values = self._variant((args, kwargs))

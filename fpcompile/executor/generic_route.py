@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fpcompile.errors import InvalidInputError, UnsupportedModelError
+from fpcompile.errors import InvalidInputError
 from fpcompile.executor.generic import GenericProgram
+from fpcompile.executor.generic_check import Example, compare
 from fpcompile.ir import Granularity
 from fpcompile.models.generic_shapes import by_name
-from fpcompile.models.generic_tree import flatten, unflatten
-from fpcompile.models.shadow import shadow
 from fpcompile.passes.design import Design
 
 _LENGTH = 37  # a size that no model dimension is likely to have
-_ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-
-Example = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def compile_generic_program(
@@ -41,6 +37,7 @@ def compile_generic_program(
     ``design`` is what granularity auto places cuts for.
 
     ``dynamic_shapes`` follows torch.export: by argument name, or a tuple in the arguments' order.
+    ``verify`` compares this variant with the model, and every later one before it is used.
 
     Raises :class:`InvalidInputError` when the model needs ``example_inputs``, and
     :class:`UnsupportedModelError` when it cannot be traced or its numbers differ.
@@ -57,6 +54,7 @@ def compile_generic_program(
         dynamic_shapes=None if dynamic_shapes is None else by_name(model, dynamic_shapes),
         backend=backend,
         design=design,
+        verify=verify,
     )
     if verify:
         self_check(program, model, example)
@@ -118,49 +116,10 @@ def default_example(model: nn.Module) -> Example:
 
 
 def self_check(program: GenericProgram, model: nn.Module, example: Example) -> None:
-    """Raise :class:`UnsupportedModelError` when the program's results are not the model's, or when the
-    model's own depend on the calls before: what it keeps, a program does not.
-    """
-    if program.device.type == "meta":
-        return
-    got = flatten(program(*example[0], **example[1], max_blocking_ms=math.inf))
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # copying an exported module's tree specs
-        unmodified = shadow(model)  # a forward may write into buffers and keep tensors
-        own, again = _called(unmodified, example), _called(unmodified, example)
-    if (difference := _difference(own, got.tensors)) is not None:
-        raise _differs(model, difference)
-    if (difference := _difference(own, again)) is not None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not give the same numbers twice",
-            reason=f"its forward keeps something from call to call, or draws random numbers: {difference}",
-            remedy="make what it keeps an argument and a result of its forward",
-        )
-
-
-def _called(model: nn.Module, example: Example) -> list[Tensor]:
-    """The tensors of a result, which the next call cannot change."""
-    args, kwargs = _fresh(example)
-    return [t.clone() for t in flatten(model(*args, **kwargs)).tensors]
-
-
-def _difference(own: Sequence[Tensor], got: Sequence[Tensor]) -> str | None:
-    """What of two results differs by more than rounding, None when nothing does."""
-    if len(own) != len(got):
-        return f"{len(got)} result tensors instead of {len(own)}"
-    for i, (expected, other) in enumerate(zip(own, got, strict=True)):
-        if expected.shape != other.shape or expected.dtype != other.dtype:
-            return f"result {i} is {other.dtype}{list(other.shape)}"
-        if not expected.is_floating_point() or expected.numel() == 0:
-            continue
-        finite = torch.isfinite(expected)
-        if not torch.equal(finite, torch.isfinite(other)):
-            return f"result {i} is infinite or not a number in other places"
-        scale = float(expected[finite].float().abs().max()) if bool(finite.any()) else 1.0
-        error = float((expected.float() - other.float())[finite].abs().max()) if bool(finite.any()) else 0.0
-        if not error <= _ROUNDING.get(expected.dtype, 0.1) * max(scale, 1e-6):
-            return f"result {i} differs by {error:.2g}, its largest element is {scale:.2g}"
-    return None
+    """See :func:`compare`."""
+    args, kwargs = example
+    run = functools.partial(program, *args, **kwargs, max_blocking_ms=math.inf)
+    compare(model, program.device, example, run, which="the program")
 
 
 def check_known(program: GenericProgram, model: nn.Module) -> None:
@@ -171,18 +130,3 @@ def check_known(program: GenericProgram, model: nn.Module) -> None:
         return
     if program.serves(*example[0], **example[1]):
         self_check(program, model, example)
-
-
-def _fresh(example: Example) -> Example:
-    """The example out of new containers: a model may write into a cache that it is given."""
-    flat = flatten(example)
-    fresh: Example = unflatten(flat.spec, [t.clone() for t in flat.tensors], flat.counts)
-    return fresh
-
-
-def _differs(model: nn.Module, reason: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"the program of {type(model).__name__} does not give the model's numbers",
-        reason=reason,
-        remedy="please report this model with its configuration",
-    )

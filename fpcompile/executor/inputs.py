@@ -113,16 +113,27 @@ def check_ids(input_ids: Any, vocabulary: int, device: torch.device) -> Tensor:
             expected="[length] or [batch, length]",
             got=f"shape {list(input_ids.shape)}",
         )
-    low, high = (int(x) for x in input_ids.aminmax())
-    if low < 0 or high >= vocabulary:
-        raise InvalidInputError(
-            "input_ids holds an id outside the vocabulary",
-            expected=f"ids from 0 to {vocabulary - 1}",
-            got=f"ids from {low} to {high}",
-            remedy="use the tokenizer that belongs to the model",
-        )
+    check_range("input_ids", input_ids, vocabulary)
     ids: Tensor = input_ids.to(device=device, dtype=torch.int64)
     return ids
+
+
+def check_range(name: str, ids: Tensor, rows: int) -> None:
+    """Raise :class:`InvalidInputError` unless the argument ``name`` holds rows of a table of ``rows``."""
+    if ids.numel() == 0 or ids.is_meta:
+        return
+    low, high = (int(x) for x in ids.aminmax())
+    if low < 0 or high >= rows:
+        raise InvalidInputError(
+            f"{name} holds an id outside the vocabulary"
+            if name.endswith("input_ids")
+            else f"{name} holds a number that the model's table has no row for",
+            expected=f"ids from 0 to {rows - 1}",
+            got=f"ids from {low} to {high}",
+            remedy="use the tokenizer that belongs to the model"
+            if name.endswith("input_ids")
+            else "pass what the model's processor makes",
+        )
 
 
 def check_mask(attention_mask: Any, ids: Tensor, past: int) -> Tensor | None:

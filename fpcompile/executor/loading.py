@@ -20,9 +20,10 @@ _OF_ROUTE = {"packed": (saving.PLAN, saving.CALLS), "generic": (saving_generic.V
 
 
 def load(
-    path: str | os.PathLike[str], model: nn.Module, *, trust_code: bool = False
+    path: str | os.PathLike[str], model: nn.Module, *, trust_code: bool = False, verify: bool = True
 ) -> tuple[Program, Program]:
-    """The program in a folder, for ``model``, and the same with generated code only.
+    """The program in a folder, for ``model``, and the same with generated code only. ``verify``: variants
+    that it compiles itself are checked; checking what is read is for who reads it.
 
     Raises :class:`ProgramFileError` for a damaged folder and another model.
     """
@@ -33,7 +34,7 @@ def load(
         if any(name not in files for name in _OF_ROUTE[manifest["route"]]):
             raise KeyError("a file of the program is missing")
         if manifest["route"] == "generic":
-            return saving_generic.load(where, manifest, files, model, trust_code)
+            return saving_generic.load(where, manifest, files, model, trust_code, verify)
         if not isinstance(model, PreTrainedModel):
             raise ProgramFileError("the program was saved for another model", got=type(model).__name__)
         return saving.load(where, manifest, files, model, trust_code)

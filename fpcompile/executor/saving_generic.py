@@ -97,9 +97,16 @@ def save(program: GenericProgram, path: str | os.PathLike[str]) -> None:
 
 
 def load(
-    path: str, manifest: Mapping[str, Any], files: Mapping[str, bytes], model: nn.Module, trust_code: bool
+    path: str,
+    manifest: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    model: nn.Module,
+    trust_code: bool,
+    verify: bool,
 ) -> tuple[GenericProgram, GenericProgram]:
-    """The program in a folder that was read, for ``model``, and the same with generated code only."""
+    """The program in a folder that was read, for ``model``, and the same with generated code only.
+    ``verify``: variants that it compiles itself are checked.
+    """
     for name, value in identity(model).items():
         compare(name, manifest.get(name), value, path)
     design = manifest["design"]
@@ -119,6 +126,7 @@ def load(
             saved=lambda owner: [
                 _read_variant(owner, row, f"{i}/", constants, table, generated) for i, row in enumerate(rows)
             ],
+            verify=verify,
         )
 
     found = program({**functions, **compiled}, {})
@@ -163,6 +171,7 @@ def _write_variant(variant: Variant, prefix: str, constants: dict[str, Tensor]) 
                 _write_decision(d, f"{prefix}decision {i} ", constants)
                 for i, d in enumerate(guards.decisions)
             ],
+            "default_dtype": str(guards.default_dtype).removeprefix("torch."),
         },
         "inputs": captured.inputs,
         "result": write_spec(captured.result, plain.write),
@@ -171,6 +180,7 @@ def _write_variant(variant: Variant, prefix: str, constants: dict[str, Tensor]) 
         "notes": captured.notes,
         "length": None if captured.length is None else write_expr(captured.length),
         "growing": sorted(captured.growing),
+        "tables": captured.tables,
         "kept": sorted(captured.kept),
         "memoised": sorted(captured.memoised),
         "distrusted": sorted(captured.distrusted),
@@ -216,6 +226,7 @@ def _read_variant(
             tuple(map(expr, guards["conditions"])),
             tuple((expr(s), expr(low), expr(high)) for s, low, high in guards["bounds"]),
             tuple(_read_decision(d, f"decision {i} ", fixed) for i, d in enumerate(guards["decisions"])),
+            read_value({"dtype": guards["default_dtype"]}, {}),
         ),
         inputs=tuple(row["inputs"]),
         result=read_spec(row["result"], plain.read, modules),
@@ -224,6 +235,7 @@ def _read_variant(
         notes=tuple(row["notes"]),
         length=None if row["length"] is None else expr(row["length"]),
         growing=frozenset(row["growing"]),
+        tables=tuple((int(i), str(name), int(rows)) for i, name, rows in row.get("tables", ())),
         kept=frozenset(row["kept"]),
         memoised=frozenset(row.get("memoised", ())),
         distrusted=frozenset(row["distrusted"]),

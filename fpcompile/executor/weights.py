@@ -47,6 +47,9 @@ BigBird), to put embeddings of images in (Gemma 4); ``eos_token_id`` in classifi
 (Qwen4Exp). Whether a model does cannot be told from outside."""
 _ATOMS = frozenset({type(None), bool, int, float, str, torch.dtype})
 _ABSENT = "(no such field)"
+_SWITCHES = ("active_adapter", "_active_adapter", "_disable_adapters")
+"""Attributes by which PEFT's models and wrappers choose, beside its layers: learned prompts, modules that
+were saved whole."""
 _DEPTH = 8
 """Containers and configurations inside one another that are looked into."""
 
@@ -72,6 +75,8 @@ class WeightWatch:
         self._hooked = [(table, _hooks(table)) for table in tables if _hooks(table)]
         self._hookless = [table for table in tables if not _hooks(table)]
         self._attributes = list(map(vars, modules))
+        choosing = (vars(m) for m in modules if not hasattr(m, "merged_adapters"))
+        self._switches = [(own, _switches(own)) for own in choosing if not own.keys().isdisjoint(_SWITCHES)]
         self._forwards = self._own_forwards()
         self._config = getattr(model, "config", None)
         self._settings = _settings(self._config)
@@ -83,6 +88,10 @@ class WeightWatch:
         self._check_modules()
         for layer in self._layers:
             layer.check()
+        for own, kept in self._switches:
+            if (now := _switches(own)) != kept:
+                name = next(n for n in kept if kept[n] != now[n])
+                raise _switched(name, kept[name], now[name])
         self._check_settings()
 
     def check_parameters(self) -> None:
@@ -269,6 +278,11 @@ def _switched(name: str, kept: object, got: object) -> UsageError:
         remedy="switch them back, or call fpcompile.segment(model) again; programs for two settings of the "
         "adapters need two models: copy.deepcopy(model), one for each",
     )
+
+
+def _switches(own: dict[str, Any]) -> dict[str, Any]:
+    found = {name: own.get(name) for name in _SWITCHES}
+    return {name: [value] if isinstance(value, str) else _plain(value) for name, value in found.items()}
 
 
 def _version(buffer: Tensor | None) -> int:

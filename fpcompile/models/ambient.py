@@ -61,6 +61,16 @@ def tracing(device_type: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def same_draws(device: torch.device) -> Iterator[None]:
+    """The random numbers that torch draws behind it, on the CPU and on ``device``, are those that it would
+    have drawn without what is inside: a model may set a seed, or draw. What other threads draw meanwhile
+    from the same generators is drawn once more.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+@contextlib.contextmanager
 def _unseen() -> Iterator[None]:
     """``torch.compiler.is_compiling()`` and its like are answered for this thread and denied in all others.
 

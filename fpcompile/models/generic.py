@@ -32,7 +32,7 @@ class Guards:
     """When a variant's graph holds for a call.
 
     ``shapes`` and ``strides`` are those of the flat inputs as expressions; ``conditions`` must be true;
-    ``bounds`` limits each symbol.
+    ``bounds`` limits each symbol. ``default_dtype`` is torch's at the trace, which has it in its constants.
     """
 
     spec: Spec
@@ -42,10 +42,13 @@ class Guards:
     conditions: tuple[sympy.Basic, ...]
     bounds: tuple[tuple[sympy.Symbol, sympy.Expr, sympy.Expr], ...]
     decisions: tuple[Decision, ...]
+    default_dtype: torch.dtype
 
     def bind(self, flat: Flat, tensors: Sequence[Tensor]) -> dict[sympy.Symbol, int] | None:
         """The symbols' values for a call, or None when the graph does not hold for it."""
         if flat.spec != self.spec or tuple(t.dtype for t in tensors) != self.dtypes:
+            return None
+        if torch.get_default_dtype() is not self.default_dtype:
             return None
         values: dict[sympy.Symbol, int] = {}
         pairs: list[tuple[sympy.Expr, int]] = []
@@ -72,8 +75,9 @@ class GenericBindings:
     """What a variant is bound to: weights, leaves, guards, and how to rebuild the model's own output.
 
     ``inputs`` are the placeholders' names in the order of the flat inputs; ``outputs`` what the flat outputs
-    are: names of nodes. ``counts`` are expressions in the symbols. ``growing`` are the inputs that every
-    model replaces and none writes into: the keys and values of a cache.
+    are: names of nodes. ``counts`` are expressions in the symbols. ``growing`` are the inputs that a model
+    replaces and does not write into: the keys and values of a cache, unless that is a static one.
+    ``tables`` are the inputs that rows of a table are looked up by as they are: index, argument, rows.
     ``kept`` are the attributes that the trace assigned tensors to, ``memoised`` those that it computed from
     weights alone, ``distrusted`` those that it was not allowed to read (:mod:`fpcompile.models.kept`).
     """
@@ -89,6 +93,7 @@ class GenericBindings:
     notes: tuple[str, ...]
     length: sympy.Symbol | None
     growing: frozenset[int]
+    tables: tuple[tuple[int, str, int], ...]
     kept: frozenset[str]
     memoised: frozenset[str]
     distrusted: frozenset[str]

@@ -80,17 +80,36 @@ def by_name(model: nn.Module, dynamic_shapes: Any) -> dict[str, Any]:
 
 def promises(model: nn.Module, flat: Flat, shapes: Mapping[str, Any]) -> dict[int, Promise]:
     """Index of a flat input -> promise, for the arguments of a call that ``shapes`` names."""
+    found: dict[int, Promise] = {}
+    for name, spec in _arguments(model, flat):
+        if name in shapes:
+            _descend(spec, shapes[name], name, flat.tensors, found)
+    return found
+
+
+def argument_names(model: nn.Module, flat: Flat) -> dict[int, str]:
+    """Index of a flat input -> the name of an argument that is this tensor or holds it."""
+    found: dict[int, str] = {}
+    for name, spec in _arguments(model, flat):
+        todo = [spec]
+        while todo:
+            part = todo.pop()
+            if isinstance(part, At):
+                found.setdefault(part.index, name)
+            elif isinstance(part, Node):
+                todo += [inner for _, inner in part.entries]
+    return found
+
+
+def _arguments(model: nn.Module, flat: Flat) -> list[tuple[str, Spec]]:
+    """The arguments of a call with their names."""
     assert isinstance(flat.spec, Node)
     positional, keyword = (part for _, part in flat.spec.entries)
     assert isinstance(positional, Node)
     assert isinstance(keyword, Node)
     names = list(inspect.signature(model.forward).parameters)
     given = [(names[min(i, len(names) - 1)], s) for i, (_, s) in enumerate(positional.entries)]
-    found: dict[int, Promise] = {}
-    for name, spec in [*given, *keyword.entries]:
-        if name in shapes:
-            _descend(spec, shapes[name], str(name), flat.tensors, found)
-    return found
+    return [*given, *((str(name), spec) for name, spec in keyword.entries)]
 
 
 def _descend(spec: Spec, shape: Any, path: str, tensors: Sequence[Tensor], found: dict[int, Promise]) -> None:

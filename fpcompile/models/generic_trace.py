@@ -19,7 +19,7 @@ from fpcompile.models.attention import NAME as _PACKED
 from fpcompile.models.generic import length_dims, top_level
 from fpcompile.models.generic_decisions import Deciding, Decision, as_eager
 from fpcompile.models.generic_tree import Flat, flatten, unflatten
-from fpcompile.models.kept import assigned, attributes, forget
+from fpcompile.models.kept import assigned, attributes, forget, parts
 from fpcompile.models.lengths import LengthWatch
 from fpcompile.models.opaque import install
 from fpcompile.models.shadow import shadow
@@ -64,12 +64,14 @@ class Trace(LengthWatch):
                 self.decisions = tuple(deciding.decisions)
             after = attributes(model)
             changed = assigned(before, after)
-            self.memoised = frozenset(
-                p for p in changed if isinstance(after[p], Tensor) and deciding.of_weights(after[p])
-            )
+            self.memoised = frozenset(p for p in changed if _of_weights(deciding, after[p]))
             self.kept = changed - self.memoised
         self.result = flatten(out)
         return self.result.tensors
+
+
+def _of_weights(deciding: Deciding, held: Any) -> bool:
+    return all(isinstance(part, Tensor) and deciding.of_weights(part) for part in parts(held))
 
 
 def prepare(model: nn.Module, opaque: Sequence[str], distrusted: Collection[str] = ()) -> nn.Module:

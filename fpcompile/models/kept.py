@@ -9,6 +9,8 @@ itself since it was compiled, or before, as far as its code tells (:func:`left`)
 pass a cache a :class:`Stale` stands in its place: who assigns it first does not notice, who reads it fails.
 An attribute is *memoised*, and not kept, when a trace computed it from weights alone.
 
+Tensors in lists, dicts and caches that are attributes count as well, all those of one attribute together.
+
 Left alone: rotary modules whose frequencies follow the length, which start over with each call
 (:mod:`fpcompile.models.leaves`), and buffers.
 """
@@ -18,39 +20,68 @@ from __future__ import annotations
 import dis
 import inspect
 from collections.abc import Collection, Iterator, Mapping
+from operator import is_
 from types import CodeType
 from typing import Any, Final
 
 from torch import Tensor, nn
 from transformers import Cache
 
-from fpcompile.models.generic_tree import Node, Spec
+from fpcompile.models.generic_tree import Node, Spec, flatten
 from fpcompile.models.leaves import needs_rotary_leaf
 
-__all__ = ["StaleReadError", "assigned", "attributes", "forget", "holds_cache", "left"]
+__all__ = ["StaleReadError", "assigned", "attributes", "forget", "holds_cache", "left", "parts"]
 
 _OWN: Final = frozenset(vars(nn.Module()))
+_DEPTH: Final = 3
+"""Containers inside one another that are looked into."""
+
+Held = Any
+"""A tensor, a :class:`Stale`, or a tuple of them: those of a container."""
 
 
 class StaleReadError(Exception):
     """A forward reads what an earlier call left in its modules; carries the attribute's path."""
 
 
-def attributes(model: nn.Module) -> dict[str, Any]:
-    """Path -> value of every tensor among the plain attributes of a model's modules."""
-    found: dict[str, Any] = {}
+def attributes(model: nn.Module) -> dict[str, Held]:
+    """Path -> value of every plain attribute of a model's modules that is a tensor or holds some."""
+    found: dict[str, Held] = {}
     for path, module in model.named_modules():
         if needs_rotary_leaf(module):
             continue
-        for name, value in vars(module).items():
-            if name not in _OWN and isinstance(value, (Tensor, Stale)):
-                found[f"{path}.{name}".removeprefix(".")] = value
+        for name, value in list(vars(module).items()):
+            if name in _OWN or not isinstance(value, _HOLDERS):
+                continue
+            if (held := _held(value)) is not None:
+                found[f"{path}.{name}".removeprefix(".")] = held
     return found
 
 
-def assigned(before: Mapping[str, Any], after: Mapping[str, Any]) -> frozenset[str]:
+def _held(value: Any, depth: int = 0) -> Held | None:
+    if isinstance(value, (Tensor, Stale)):
+        return value
+    if isinstance(value, Cache):
+        return flatten(value).tensors or None
+    if isinstance(value, (list, tuple, dict)) and depth < _DEPTH:
+        found = [_held(v, depth + 1) for v in list(value.values() if isinstance(value, dict) else value)]
+        return tuple(part for held in found for part in parts(held)) or None
+    return None
+
+
+def parts(held: Held | None) -> tuple[Any, ...]:
+    """What is held, one by one."""
+    return held if isinstance(held, tuple) else () if held is None else (held,)
+
+
+def assigned(before: Mapping[str, Held], after: Mapping[str, Held]) -> frozenset[str]:
     """Paths whose tensor is another one than before."""
-    return frozenset(path for path, value in after.items() if before.get(path) is not value)
+    return frozenset(path for path, value in after.items() if not _same(before.get(path), value))
+
+
+def _same(one: Held, other: Held) -> bool:
+    a, b = parts(one), parts(other)
+    return len(a) == len(b) and all(map(is_, a, b))
 
 
 def left(model: nn.Module) -> frozenset[str]:
@@ -113,6 +144,9 @@ class Stale:
 
     __bool__ = __len__ = __iter__ = __getitem__ = __add__ = __radd__ = __sub__ = __rsub__ = _refuse
     __mul__ = __rmul__ = __truediv__ = __matmul__ = __lt__ = __le__ = __gt__ = __ge__ = __neg__ = _refuse
+
+
+_HOLDERS: Final = (Tensor, Stale, Cache, list, tuple, dict)
 
 
 def _path_in(arguments: Any) -> str:

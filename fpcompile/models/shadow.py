@@ -2,6 +2,7 @@
 
 Parameters are shared by identity, buffers are cloned (models write into them while they run, and a trace
 would leave fake tensors behind), everything else is copied by :func:`copy.deepcopy`. No weight is copied.
+A shadow is in evaluation mode, as every program is, whatever mode the model was put into since.
 """
 
 from __future__ import annotations
@@ -38,4 +39,7 @@ def shadow(model: ModuleT) -> ModuleT:
         for value in vars(module).values():
             if isinstance(value, torch.Tensor):
                 memo.setdefault(id(value), value.detach().clone())
-    return copy.deepcopy(model, memo)
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        module.training = False  # not eval(): a module out of torch.export raises
+    return copied

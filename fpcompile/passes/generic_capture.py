@@ -29,7 +29,7 @@ from fpcompile.models.generic import (
     refuse_arrays,
     top_level,
 )
-from fpcompile.models.generic_shapes import Promises
+from fpcompile.models.generic_shapes import Promises, argument_names
 from fpcompile.models.generic_trace import Trace, Wrapper, export, prepare
 from fpcompile.models.generic_tree import Flat
 from fpcompile.models.kept import StaleReadError, holds_cache
@@ -43,6 +43,7 @@ from fpcompile.passes.generic_refusals import (
     given_up,
     reads_what_was_left,
 )
+from fpcompile.passes.tables import looked_up
 
 _ATTEMPTS = 24
 
@@ -223,6 +224,7 @@ def _finish(
         (s, env.var_to_range[s].lower, env.var_to_range[s].upper) for s in symbols if s in env.var_to_range
     )
     assert trace.result is not None
+    rows, names = looked_up(graph), argument_names(traced, flat)
     notes = [f"opaque: {p}" for p in attempt.opaque]
     if not attempt.dynamic:
         notes.append("every length is a constant of this variant")
@@ -241,6 +243,7 @@ def _finish(
             tuple(c for c in conditions if c != sympy.true),
             bounds,
             trace.decisions,
+            torch.get_default_dtype(),
         ),
         inputs=tuple(n.name for n in placeholders),
         result=trace.result.spec,
@@ -248,7 +251,8 @@ def _finish(
         opaque=tuple(attempt.opaque),
         notes=tuple(notes),
         length=_length(flat, shapes),
-        growing=frozenset(i for i, name in names_of(flat.spec).items() if name in GROWING),
+        growing=frozenset(i for i, name in names_of(flat.spec).items() if name in GROWING) - attempt.cloned,
+        tables=tuple((i, names[i], rows[n.name]) for i, n in enumerate(placeholders) if n.name in rows),
         memoised=trace.memoised,
         kept=trace.kept | _kept_in_leaves(traced, collected),
         distrusted=distrusted,

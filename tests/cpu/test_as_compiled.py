@@ -375,3 +375,35 @@ def test_adapters_that_are_switched_off_and_on_again() -> None:
     with torch.no_grad():
         assert torch.equal(program(IDS).logits, expected)
         assert torch.equal(model(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["active_adapter", "_active_adapter", "_disable_adapters"])
+def test_what_else_chooses_an_adapter(name: str) -> None:
+    """Models of learned prompts and wrappers of whole modules are no layers of PEFT's kind."""
+    model: Any = nn.Sequential(nn.Linear(4, 4))
+    setattr(model[0], name, "one")
+    watch = WeightWatch(model)
+    setattr(model[0], name, ["one"])
+    watch.check()
+    setattr(model[0], name, "two")
+    with pytest.raises(UsageError, match="adapters") as caught:
+        watch.check()
+    assert name in str(caught.value.expected)
+
+
+@pytest.mark.slow
+def test_learned_prompts_that_are_switched() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(tiny_model("llama"), config).eval()
+        model.add_adapter("other", config)
+        model.eval()
+        program = fpcompile.segment(model)
+        expected = program(input_ids=IDS).logits
+        model.set_adapter("other")
+        with pytest.raises(UsageError, match="adapters"):
+            program(input_ids=IDS)
+        model.set_adapter("default")
+        assert torch.equal(program(input_ids=IDS).logits, expected)

@@ -134,6 +134,48 @@ def test_a_call_does_not_go_on_from_what_another_call_left() -> None:
         )
 
 
+def _assigned(notes: Any, value: Tensor) -> Any:
+    return [value] if isinstance(notes, list) else {"offset": [value]}
+
+
+def _in_place(notes: Any, value: Tensor) -> Any:
+    if isinstance(notes, list):
+        notes[:] = [value]
+    else:
+        notes["offset"] = [value]
+    return notes
+
+
+class Noting(nn.Module):
+    """As :class:`Offset`, with what it keeps inside a container."""
+
+    def __init__(self, notes: Any, note: Any) -> None:
+        super().__init__()
+        self.mix, self.notes, self.note = nn.Linear(WIDTH, WIDTH), notes, note
+
+    def forward(self, x: Tensor, past_key_values: DynamicCache | None = None) -> tuple[Tensor, DynamicCache]:
+        cache = DynamicCache() if past_key_values is None else past_key_values
+        if cache.get_seq_length() == 0:
+            self.notes = self.note(self.notes, x.amax())
+        elif self.notes:
+            x = x + (self.notes[0] if isinstance(self.notes, list) else self.notes["offset"][0])
+        keys = self.mix(x)[:, None]
+        keys, _ = cache.update(keys, keys, 0)
+        summed: Tensor = x + keys.sum(dim=(1, 2))
+        return summed, cache
+
+
+@pytest.mark.parametrize("note", [_assigned, _in_place])
+@pytest.mark.parametrize("notes", [[], {}], ids=["list", "dict"])
+def test_nor_from_what_another_call_left_in_a_container(notes: Any, note: Any) -> None:
+    program: Any = fpcompile.segment(Noting(notes, note).eval(), example_inputs=(hidden(5),))
+    _, ours = program(hidden(6))
+    assert program.kept == {"notes"}
+    with pytest.raises(UnsupportedModelError, match="keeps a state") as refused:
+        program(hidden(1), ours)
+    assert "notes" in str(refused.value)
+
+
 def test_what_was_compiled_before_a_state_was_known_is_not_trusted() -> None:
     """A step is compiled first, when nothing tells that prompts leave something behind."""
     model = Offset().eval()

@@ -44,9 +44,8 @@ class Inbox:
         """Everything put in so far, oldest first."""
         self.flag = False
         taken, self._first = self._first, []
-        with contextlib.suppress(Empty):
-            while True:
-                taken.append(self._queue.get_nowait())
+        while not self._queue.empty():  # nobody else takes
+            taken.append(self._queue.get_nowait())
         return [entry for entry in taken if entry is not None]
 
     def wait(self, timeout: float | None) -> None:

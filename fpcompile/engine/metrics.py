@@ -90,7 +90,7 @@ class Ticket:
     """The engine's record of one request, from submission to its end."""
 
     __slots__ = (
-        "_launched", "_stopped", "budget", "ended", "executed", "generation", "handle", "load",
+        "_launched", "_stopped", "budget", "ended", "executed", "generation", "handle", "id", "load",
         "offloads", "packed_with", "predicted", "preempted_by", "preemptions", "program",
         "prompt", "ready", "recomputations", "request", "reused_tokens", "run", "seated", "shared", "started",
         "state", "suspended", "timed_out", "timeout",
@@ -110,6 +110,8 @@ class Ticket:
         prompt: Prompt = NOTHING,
     ) -> None:
         self.request = request
+        self.id = request.id
+        """The request id."""
         self.program = program
         self.run = run
         """The run, and behind the prompt of a generation that; dropped (None) when the request ends."""
@@ -146,11 +148,6 @@ class Ticket:
         """Whether its run has what it needs to be launched."""
         self._launched = 0.0
         self._stopped = 0.0
-
-    @property
-    def id(self) -> str:
-        """The request id."""
-        return self.request.id
 
     def launched(self, now: float, together: Sequence[Ticket] = ()) -> None:
         """The device goes on with it, and with whoever else is in ``together``."""

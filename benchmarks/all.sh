@@ -29,6 +29,7 @@ step backends "$python" "$here/backends.py" "${options[@]}"
 step backends-compile-time "$python" "$here/backends.py" "${options[@]}" --compile-time
 step cost-model "$python" "$here/cost_model.py" "${options[@]}"
 step preemption-packed "$python" "$here/preemption.py" "$@" --weights packed --tokens --output "$out/packed"
+step budget-cost "$python" "$here/budget_cost.py" "$@" --weights packed --output "$out/packed"
 step blocking "$python" "$here/blocking.py" "${options[@]}"
 step preemption "$python" "$here/preemption.py" "${options[@]}"
 step many-programs "$python" "$here/many_programs.py" "${options[@]}"

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fpcompile.executor.inputs import Group, Layout
 from fpcompile.executor.kv import KV, LayerKV, owned
-from fpcompile.executor.masks import block_mask, keys_of
+from fpcompile.executor.masks import banded, block_mask, keys_of
 from fpcompile.executor.racks import Abreast
 from fpcompile.executor.run import Run
 from fpcompile.executor.schedule import Launch
-from fpcompile.models.attention import AttentionCall
+from fpcompile.models.attention import AttentionCall, MaskKind
 
 
 def attend(run: Run, layout: Layout, call: AttentionCall, q: Tensor) -> Tensor:
@@ -111,18 +111,33 @@ def attend_tile(run: Run, layout: Layout, call: AttentionCall, q: Tensor, tile: 
         _attend_heads(run, layout, call, q, tile, out, q_heads, heads)
 
 
+def heads_in_front(call: AttentionCall, device: str, threads: int) -> int:
+    """How many query heads a block that begins a sequence is attended with at a time, without a mask; 0 where
+    it has one (:attr:`fpcompile.executor.schedule.Heads.first`).
+
+    Torch's kernel on a CPU gives each of its threads as many blocks of queries, those of one head behind the
+    other's, and without a mask the last ones of a head have most keys. So each thread is given one head,
+    where they can be shared out in such parts and each part is one call; else all heads go together, as they
+    do in the whole.
+    """
+    if call.head_unit != 1 or call.mask.kind is not MaskKind.CAUSAL or not banded(call, device):
+        return 0
+    fold = call.heads // call.kv_heads
+    parts = [_by_group(head, head + threads, fold) for head in range(0, call.heads, threads)]
+    return threads if call.heads % threads == 0 and all(len(part) == 1 for part in parts) else call.heads
+
+
 def _by_group(start: int, stop: int, fold: int) -> list[tuple[slice, slice]]:
-    """Query heads ``start`` to ``stop`` and their key/value heads: at once, or each group that is not whole
-    by itself; all of them where ``stop`` is 0.
+    """Query heads ``start`` to ``stop`` and their key/value heads: at once where each of these has as many of
+    them, else one after the other; all of them where ``stop`` is 0.
     """
     if not stop:
         return [(slice(None), slice(None))]
-    if start % fold == stop % fold == 0:
-        return [(slice(start, stop), slice(start // fold, stop // fold))]
-    return [
-        (slice(max(start, g * fold), min(stop, (g + 1) * fold)), slice(g, g + 1))
-        for g in range(start // fold, math.ceil(stop / fold))
-    ]
+    groups = range(start // fold, math.ceil(stop / fold))
+    parts = [slice(max(start, g * fold), min(stop, (g + 1) * fold)) for g in groups]
+    if len({part.stop - part.start for part in parts}) == 1:
+        return [(slice(start, stop), slice(groups.start, groups.stop))]
+    return [(part, slice(g, g + 1)) for part, g in zip(parts, groups, strict=True)]
 
 
 def _attend_heads(

@@ -200,7 +200,7 @@ def _check_heads(program: Program, checkpoint: Checkpoint) -> None:
     for tile in checkpoint.schedule[checkpoint.at :]:
         if not tile.head_stop or program.stages[tile.first].over != "attention":
             continue
-        total, unit = heads[tile.first]
+        total, unit, _ = heads[tile.first]
         if tile.head_start % unit or tile.head_stop % unit or tile.head_stop > total:
             raise CheckpointError(
                 "the checkpoint's tiles divide heads that are computed together on this device",

@@ -23,7 +23,7 @@ from torch import Tensor
 from fpcompile.executor.calibrate import MOST_ROWS, find_jump, lower_median
 from fpcompile.executor.cost_model import CostModel, Key, Samples
 from fpcompile.executor.experts import named
-from fpcompile.executor.schedule import MIN_ROWS, Launch, keys_given
+from fpcompile.executor.schedule import KEY_BLOCK, MIN_ROWS, Launch, keys_given
 from fpcompile.executor.stages import Stage
 from fpcompile.executor.tile_costs import BLOCK, COLLECTED, COLUMNS, PART, RANGE, ROWS, WRITTEN, part_of
 from fpcompile.ir import Segment
@@ -222,6 +222,10 @@ class _Probe:
                 self._execute(block(total, size, heads.unit))
                 some = "one head" if heads.unit == 1 else f"{heads.unit} heads"
                 self._keep(stage, f"{size} queries of {some}", total - size, total, slice(0, heads.unit))
+        stop = total // 2 // KEY_BLOCK * KEY_BLOCK
+        if heads.first and stop:
+            self._execute(block(stop, stop, heads.first))
+            self._keep(stage, f"{stop} queries in front", 0, stop, slice(0, heads.first))
         run.kv = before
 
     def _columns(self, index: int, stage: Stage) -> None:

@@ -10,11 +10,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
+import torch
 from torch import Tensor, nn
 
 from fpcompile.errors import InvalidInputError, UsageError
 from fpcompile.executor import inputs as checks
-from fpcompile.executor.attend import attend, attend_tile, write
+from fpcompile.executor.attend import attend, attend_tile, heads_in_front, write
 from fpcompile.executor.call import Call
 from fpcompile.executor.columns import Columns, columns_of
 from fpcompile.executor.cudagraphs import Graphs
@@ -295,8 +296,9 @@ class PackedProgram(Program):
 
     def heads(self) -> Sequence[Heads]:
         """See :meth:`Program.heads`."""
+        kind = self.device_type
         return [
-            _heads(self.attention[s.steps[0].part.call]) if s.over == "attention" else Heads()
+            _heads(self.attention[s.steps[0].part.call], kind) if s.over == "attention" else Heads()
             for s in self.stages
         ]
 
@@ -315,8 +317,10 @@ class PackedProgram(Program):
         )
 
 
-def _heads(call: AttentionCall) -> Heads:
-    return Heads(call.heads, call.head_unit) if call.head_unit else Heads()
+def _heads(call: AttentionCall, device: str) -> Heads:
+    if not call.head_unit:
+        return Heads()
+    return Heads(call.heads, call.head_unit, heads_in_front(call, device, torch.get_num_threads()))
 
 
 def position_limit(config: Any) -> int | None:

@@ -7,7 +7,9 @@ rows and heads.
 
 A block of attention is given its keys in whole blocks of 512, and has the bits of the whole then, whatever
 its size (on a CPU, see :mod:`fpcompile.executor.masks`; each machine is asked, see
-:mod:`fpcompile.executor.measure_tiles`).
+:mod:`fpcompile.executor.measure_tiles`). The one that begins a sequence needs no mask where it ends with a
+block of keys: it is a shorter prompt, priced as one, and as long as the budget allows, since the kernel
+computes no pairs in vain there, and many queries faster.
 
 Experts are tiled over ranges of experts and all tokens where one expert fits the budget: such ranges give the
 bits of one call (:mod:`fpcompile.models.division`). Fewer tokens would give an expert fewer rows, and its
@@ -80,11 +82,13 @@ class Shape:
 
 class Heads(NamedTuple):
     """How many query heads a stage has that can be attended apart (0 for none), and how many of them only
-    together: that depends on the device, and what a plan counts does not.
+    together: that depends on the device, and what a plan counts does not. ``first``: how many go together in
+    a block that begins a sequence, where that is attended as a whole sequence is; 0 where it is not.
     """
 
     total: int = 0
     unit: int = 1
+    first: int = 0
 
 
 class StageCosts(Protocol):
@@ -198,7 +202,10 @@ def launch_seconds(
         batch, length, context = shape.groups[launch.group]
         share = count / heads[index].total if heads[index].total else 1.0
         visible = context - length + launch.stop
-        seconds = share * batch * costs.tile(index, tokens=size, context=visible)
+        if visible == size and _as_whole(size, length, count, heads[index]):
+            seconds = share * batch * costs.stage(index, tokens=size, rows=size, context=size)
+        else:
+            seconds = share * batch * costs.tile(index, tokens=size, context=visible)
         first = launch.start == launch.group == launch.head_start == 0
         return seconds + (costs.written(index, tokens=shape.tokens) if first else 0.0)
     if not launch.head_stop:
@@ -321,12 +328,21 @@ def _attention_tiles(
         def pairs(start: int, rows: int, past: int = past) -> int:
             return rows * (2 * (past + start) + rows)
 
-        start = 0
+        start, together = 0, 0
+        if apart.first and not past:
+            limit = seconds if group else max(seconds - written, _INSTANT)
+            start, together = _first_block(index, batch, length, costs, limit, apart)
+            tiles += _over_heads(index, 0, start, group, apart.total, together) if start else ()
         while start < length:
             rest = length - start
             limit = seconds if start or group else max(seconds - written, _INSTANT)
             rows, share = _block(
-                functools.partial(cost, start), functools.partial(pairs, start), limit, rest, heads
+                functools.partial(cost, start),
+                functools.partial(pairs, start),
+                limit,
+                past + start,
+                rest,
+                heads,
             )
             if 0 < rest - rows < MIN_ROWS:  # the remainder joins, unless that makes the block too long
                 needed = math.ceil(cost(start, rest) / limit)
@@ -334,36 +350,65 @@ def _attention_tiles(
                     rows, share = rest, max(1, min(needed, max(heads, 1)))
                 else:
                     rows -= MIN_ROWS
-            step = max(1, heads // share) if heads else 0  # at most 1 / share of the heads in each tile
-            for head in range(0, max(heads, 1), max(step, 1)):
-                tiles.append(
-                    Launch(
-                        index,
-                        index + 1,
-                        start,
-                        start + rows,
-                        group,
-                        head * unit,
-                        min(head + step, heads) * unit,
-                        final=False,
-                    )
-                )
+            step = unit * max(1, heads // share)  # at most 1 / share of the heads in each tile
+            tiles += _over_heads(index, start, start + rows, group, apart.total, step)
             start += rows
     return _final(tiles)
 
 
-def _block(
-    cost: Callable[[int], float], pairs: Callable[[int], int], seconds: float, rest: int, heads: int
+def _over_heads(index: int, start: int, stop: int, group: int, total: int, step: int) -> list[Launch]:
+    """One block of queries in tiles of ``step`` query heads; in one tile where heads cannot be divided."""
+    return [
+        Launch(index, index + 1, start, stop, group, head, min(head + step, total), final=False)
+        for head in range(0, max(total, 1), step)
+    ]
+
+
+def _first_block(
+    index: int, batch: int, length: int, costs: StageCosts, seconds: float, apart: Heads
 ) -> tuple[int, int]:
-    """(rows, head groups) of the next block: of the numbers of rows that heads apart make short enough one
-    that costs the least for a pair of query and key, and of these one with few launches.
+    """(rows, heads in a tile) of the block that begins a sequence, as :attr:`Heads.first` says: as long as
+    the budget allows. None, (0, 0), where too few rows fit.
+    """
+
+    def cost(rows: int) -> float:
+        return batch * costs.stage(index, tokens=rows, rows=rows, context=rows)
+
+    ends = [n for n in range(length // KEY_BLOCK * KEY_BLOCK, 0, -KEY_BLOCK) if length - n >= MIN_ROWS]
+    for rows in (length, *ends):
+        if cost(rows) <= seconds:
+            return rows, apart.total
+        if apart.first / apart.total * cost(rows) <= seconds:
+            return rows, apart.first
+    return 0, 0
+
+
+def _as_whole(rows: int, length: int, count: int, apart: Heads) -> bool:
+    """Whether ``count`` heads of the first ``rows`` of a sequence are attended as a whole sequence is."""
+    return bool(apart.first) and count % apart.first == 0 and (rows == length or rows % KEY_BLOCK == 0)
+
+
+def _block(
+    cost: Callable[[int], float],
+    pairs: Callable[[int], int],
+    seconds: float,
+    before: int,
+    rest: int,
+    heads: int,
+) -> tuple[int, int]:
+    """(rows, head groups) of the next block, behind ``before`` tokens and with ``rest`` left: of the numbers
+    of rows that heads apart make short enough one that costs the least for a pair of query and key, and of
+    these one with few launches.
     """
     most = max(heads, 1)
     limit = seconds * most
     units = _largest(lambda k: cost(MIN_ROWS * k), limit, rest // MIN_ROWS)
     # a kernel may take less time for more rows: beyond units powers of two are tried
     powers = (MIN_ROWS << i for i in range((rest // MIN_ROWS).bit_length()))
-    sizes = [rows for rows in sorted({MIN_ROWS * units, rest, *powers}) if rows and cost(rows) <= limit]
+    # behind a block that ends with one of keys no keys are given in vain
+    ends = (n - (before + n) % KEY_BLOCK for n in (MIN_ROWS * units, KEY_BLOCK))
+    candidates = {MIN_ROWS * units, rest, *powers, *(n for n in ends if 2 * MIN_ROWS <= n <= rest)}
+    sizes = [rows for rows in sorted(candidates) if rows and cost(rows) <= limit]
     if not sizes:
         return min(MIN_ROWS, rest), most
     share = {rows: min(most, max(1, math.ceil(cost(rows) / seconds))) for rows in sizes}

@@ -303,6 +303,46 @@ def test_wrong_bits_fail_the_comparison_of_schemes(
     assert "FAILED: results differ from the unmodified model's: whole, 200 tokens" in capsys.readouterr().out
 
 
+def budget_cost(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Any:
+    arguments = ["--model", "tiny:qwen3", "--layers", "1", "--tokens", "300", "--part", "3", "--repeats", "3"]
+    return benchmark("budget_cost", monkeypatch, *arguments, "--output", str(folder))
+
+
+@pytest.mark.slow
+def test_budget_cost_says_where_it_is_lost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    budget_cost(monkeypatch, tmp_path).main()
+    assert torch.get_num_threads() == threads
+    content = written(tmp_path / "budget_cost.json")
+    attention, others, everything = content["rows"]
+    assert [row["kind"] for row in content["rows"]] == ["attention", "other stages", "all"]
+    for name, seconds in everything["seconds"].items():
+        parts = zip(attention["seconds"][name], others["seconds"][name], strict=True)
+        assert seconds == pytest.approx([a + b for a, b in parts])
+        assert len(seconds) == 3
+    ratios = [a / b for a, b in zip(*(everything["seconds"][n] for n in ("tiles", "whole")), strict=True)]
+    assert content["lost"] == pytest.approx(1 - 1 / sorted(ratios)[1])
+    assert content["launches"] > 1
+    assert content["bits_equal"]["whole"]
+    pairs = {(row["queries"], row["how"]): row["nanoseconds"] for row in content["kernel"]}
+    blocks = {(n, how) for n in (64, 128, 256, 512) for how in ("masked", "unmasked")}
+    assert set(pairs) == blocks | {(512, "causal")}
+    assert min(pairs.values()) > 0
+    assert (tmp_path / "budget_cost.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.slow
+def test_wrong_bits_fail_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = budget_cost(monkeypatch, tmp_path)
+    monkeypatch.setattr(module, "segment", tampered)
+    with pytest.raises(SystemExit) as left:
+        module.main()
+    assert left.value.code == 1
+    assert "FAILED: results differ from the unmodified model's: whole" in capsys.readouterr().out
+
+
 def test_half_layers_end_behind_attention_and_at_cuts() -> None:
     stages = fpcompile.segment(tiny_model("qwen3"), granularity="layer", verify=False).stages
     launches = importlib.import_module("benchmarks.schemes").half_layers(stages)

@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import fpcompile
 from fpcompile.executor import masks
+from fpcompile.executor.attend import heads_in_front
 from fpcompile.executor.packed import PackedProgram
 from fpcompile.executor.schedule import (
     KEY_BLOCK,
@@ -92,13 +93,15 @@ def seconds(launch: Launch, shape: Shape, costs: FakeCosts) -> float:
     rows=st.integers(1, 900),
     budget=st.floats(1.0, 1e6),
     unit=st.sampled_from((1, 2, 4)),
+    first=st.sampled_from((0, 1, 2, 4)),
 )
 def test_a_plan_covers_every_stage_once_within_the_budget(
-    overs: tuple[str, ...], length: int, past: int, rows: int, budget: float, unit: int
+    overs: tuple[str, ...], length: int, past: int, rows: int, budget: float, unit: int, first: int
 ) -> None:
     shape = Shape(length, rows, ((1, length, past + length),))
     costs = FakeCosts(overs)
-    heads = [Heads(4, unit) if o == "attention" else Heads() for o in overs]
+    apart = Heads(4, unit, first and max(first, unit))
+    heads = [apart if o == "attention" else Heads() for o in overs]
     plan = by_budget(stages_of(overs), shape, costs, budget, heads)
 
     done = 0
@@ -154,6 +157,43 @@ def test_a_block_may_be_short_enough_where_smaller_ones_are_not() -> None:
     stages, shape = stages_of(("attention",)), Shape(384, 1, ((1, 384, 384),))
     plan = by_budget(stages, shape, Faster(("attention",)), 600.0, [Heads(1)])
     assert (plan[0].start, plan[0].stop) == (0, 256)
+
+
+class Shorter(FakeCosts):
+    """A pair takes half as long in a whole sequence as in a block of queries."""
+
+    def tile(self, index: int, *, tokens: int, context: float) -> float:
+        return 2 * self.stage(index, tokens=tokens, rows=tokens, context=context)
+
+
+def test_a_block_that_begins_a_sequence_is_a_shorter_one() -> None:
+    """Of 1536 tokens two of four heads take 2304 s; behind cached tokens it is a block like any other."""
+    stages, costs, heads = stages_of(("attention",)), Shorter(("attention",)), [Heads(4, 1, 2)]
+    shape = Shape(4096, 1, ((1, 4096, 4096),))
+    plan = by_budget(stages, shape, costs, 2400.0, heads)
+    begun = [(t.start, t.stop, t.head_start, t.head_stop) for t in plan if not t.start]
+    assert begun == [(0, 1536, 0, 2), (0, 1536, 2, 4)]
+    took = [launch_seconds(t, stages, shape, costs, heads) for t in plan]
+    assert took[:2] == [2304.0, 2304.0]
+    assert max(took) <= 2400.0
+    more = by_budget(stages, shape, costs, 4700.0, heads)
+    assert (more[0].stop, more[0].head_stop) == (2048, 2), "4096 s; all heads of 1536 would take 4608 s"
+    past = Shape(4096, 1, ((1, 4096, 4608),))
+    plan = by_budget(stages, past, costs, 2400.0, heads)
+    assert plan[0].stop < 1536
+    assert max(launch_seconds(t, stages, past, costs, heads) for t in plan) <= 2400.0
+
+
+def test_each_thread_is_given_a_head_in_front() -> None:
+    """Torch's kernel divides blocks of queries evenly, and the last ones of a head have most keys."""
+    program = program_of("qwen3")
+    assert isinstance(program, PackedProgram)
+    call = dataclasses.replace(program.attention[0], heads=6, kv_heads=2)
+    assert [heads_in_front(call, "cpu", n) for n in (1, 2, 3, 4, 16)] == [1, 2, 3, 6, 6]
+    assert heads_in_front(call, "cuda", 2) == 0
+    uneven = dataclasses.replace(call, heads=12, kv_heads=4)
+    assert heads_in_front(uneven, "cpu", 4) == 12, "three heads of one group and one of the next: two calls"
+    assert heads_in_front(dataclasses.replace(call, mask=MaskSpec(MaskKind.SLIDING, 9)), "cpu", 2) == 0
 
 
 class Counted(FakeCosts):
@@ -311,6 +351,27 @@ def test_blocks_of_any_size_and_heads_have_the_bits_of_the_whole(arch: str, dtyp
             for head in range(program.heads()[i].total or 1)
         )
         assert differences(finish(run), want) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_so_have_heads_of_neighbouring_groups(dtype: torch.dtype) -> None:
+    """Of six heads in two groups the middle two share no keys; the first block has no mask."""
+    length = 2 * KEY_BLOCK + 100
+    sizes = {"max_position_embeddings": length, "num_attention_heads": 6, "num_key_value_heads": 2}
+    model = tiny_model("qwen3", dtype=dtype, overrides=sizes)
+    program = fpcompile.segment(model, verify=False)
+    ids = torch.randint(0, program.vocabulary, (1, length), generator=torch.Generator().manual_seed(3))
+    run = program.start(ids)
+    run.schedule = tuple(
+        Launch(i, i + 1, a, b, 0, head, head + 2, final=(b, head) == (length, 4))
+        if stage.over == "attention"
+        else Launch(i, i + 1)
+        for i, stage in enumerate(program.stages)
+        for a, b in ([(0, KEY_BLOCK), (KEY_BLOCK, length)] if stage.over == "attention" else [(0, 0)])
+        for head in (range(0, 6, 2) if stage.over == "attention" else (0,))
+    )
+    assert differences(finish(run), reference(model, ids)) == []
 
 
 def finish_past(program: fpcompile.Program, ids: torch.Tensor) -> Any:

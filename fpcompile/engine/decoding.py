@@ -17,6 +17,8 @@ When a step begins
       else it waits as one that asked for :data:`DEFAULT_TBT_SLO`, and is ahead: also for members who were
       promised a time and share no step with it.
     * Behind each step the prefill makes at least one launch, so that late streams do not starve it.
+    * With a prefill that has not begun and is short enough it *rides* (:mod:`fpcompile.engine.rides`): its
+      tokens join the prompt's, for less than a step of its own takes.
     * A step for which there was no memory is made once more, when what is paused has made room.
     * Who has no memory for its next token is left out, see :mod:`fpcompile.engine.decode_memory`.
     * ``decode_first=False``: a step waits if it would make a prefill late that is not late yet.
@@ -53,6 +55,7 @@ from fpcompile.engine.metrics import Ended, Ticket
 from fpcompile.engine.pilot import Ending, Pilot
 from fpcompile.engine.prices import Prices
 from fpcompile.engine.recorder import Recorder
+from fpcompile.engine.rides import fits
 from fpcompile.engine.steps import TokenStep
 from fpcompile.errors import InternalError, InvalidInputError, RequestRejectedError
 from fpcompile.executor.decode import Step
@@ -70,13 +73,15 @@ class DecodeOptions:
     """``max_batch``: sequences of one step. ``tbt_slo``: seconds, for requests that name none; None: they are
     kept within two steps and ``budget``, seconds of a launch.
 
-    ``first``: decode goes first where TTFT and time between tokens cannot both be kept.
+    ``first``: decode goes first where TTFT and time between tokens cannot both be kept. ``piggyback``: steps
+    may ride with prompts, unless ``max_batch`` is 1.
     """
 
     tbt_slo: float | None = None
     max_batch: int = 256
     first: bool = True
     budget: float = 0.0
+    piggyback: bool = True
 
     def __post_init__(self) -> None:
         if self.tbt_slo is not None:
@@ -84,9 +89,10 @@ class DecodeOptions:
         batch: Any = self.max_batch
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise InvalidInputError("max_decode_batch is wrong", expected="an int >= 1", got=repr(batch))
-        first: Any = self.first
-        if not isinstance(first, bool):
-            raise InvalidInputError("decode_first is wrong", expected="a bool", got=repr(first))
+        for name, value in (("decode_first", self.first), ("piggyback", self.piggyback)):
+            given: Any = value
+            if not isinstance(given, bool):
+                raise InvalidInputError(f"{name} is wrong", expected="a bool", got=repr(given))
 
 
 class Finish(Protocol):
@@ -123,6 +129,8 @@ class Lane:
         self._prices = Prices(programs)
         self._members: dict[str, Ticket] = {}
         self._step: TokenStep | None = None
+        self._rides = False
+        """Whether the step under way is executed with a prompt."""
         self._plans: dict[bool, tuple[list[Ticket], float, float]] = {}
         self._share: float | None = None
         self._rounds: dict[str, float] = {}
@@ -184,7 +192,7 @@ class Lane:
             return
         self._changed()
         step = self._step
-        if step is not None and not any(other.id in self._members for other in step.tickets):
+        if step is not None and not self._rides and not any(t.id in self._members for t in step.tickets):
             self._step = None
             step.release()
 
@@ -247,7 +255,7 @@ class Lane:
         self._members.clear()
         self._away.clear()
         self._changed()
-        self._step = None
+        self._step, self._rides = None, False
 
     def validate(self) -> None:
         """Check that members are generating and live, and that a step serves somebody."""
@@ -257,8 +265,9 @@ class Lane:
         for ticket in self._away.values():
             if ticket.ended is not None or ticket.state != "paused" or ticket.id in self._members:
                 raise InternalError("somebody is away who is not", got=f"{ticket.id}: {ticket.state}")
-        if self._step is not None and not any(t.id in self._members for t in self._step.tickets):
-            raise InternalError("a step without members", got=str([t.id for t in self._step.tickets]))
+        step = self._step
+        if step is not None and not self._rides and not any(t.id in self._members for t in step.tickets):
+            raise InternalError("a step without members", got=str([t.id for t in step.tickets]))
 
     # ---- when
 
@@ -266,7 +275,7 @@ class Lane:
         """Whether the prefill ``load`` may make another launch, predicted by ``launch()``, before a step."""
         if self._away and self._step is None:
             self._recall(last=False)
-        if not self._members:
+        if not self._members or self._rides:
             return True
         if self._owes:
             if launch is not None:
@@ -320,6 +329,48 @@ class Lane:
         tickets = [ticket for ticket in tickets if ticket.program == first.program][:size]
         predicted = decoder.seconds([_generation(t).sequence for t in tickets], _budgets(tickets))
         return tickets, dues[first.id], self._prices.corrected(first.program, len(tickets), predicted)
+
+    # ---- riding
+
+    def ride(self, load: Load, left: float) -> TokenStep | None:
+        """A step that is executed with the prompt of ``load``, which has ``left`` predicted seconds, or None.
+
+        ``arrive`` or ``alight`` must follow.
+        """
+        options = self.options
+        if not options.piggyback or options.max_batch == 1 or self._step is not None or not self._members:
+            return None
+        tickets, due, seconds = self._plan(spared=True)
+        if tickets[0].program != load.owner or not _generation(tickets[0]).decoder.together:
+            return None
+        now, both = self._clock(), left * (1 + len(tickets) / load.tokens)
+        if now + both > due and not self._spared():
+            _, due, _ = self._plan(spared=False)
+        deadlines = [ticket.request.deadline for ticket in load.served]
+        if not fits(now, left, both, seconds, due, deadlines) or (step := self._begin()) is None:
+            return None
+        if step.tickets[0].program != load.owner:
+            self.alight()
+            return None
+        self._rides = True
+        return step
+
+    def arrive(self, begun: float, now: float, share: float) -> None:
+        """What the step rides with is done, executed since ``begun``, a ``share`` of it for the step."""
+        step, self._rides = self._step, False
+        assert step is not None
+        step.executed, step.rode = share * (now - begun), True
+        if self._recorder is not None:
+            self._recorder.decoded([t for t in step.tickets if t.ended is None], begun, now)
+        self.fly(lambda: False, None)
+
+    def alight(self) -> None:
+        """What the step rides with has stopped: it has not been, and another one is made when it is due."""
+        step, self._step, self._rides = self._step, None, False
+        self._plans.clear()
+        if step is not None:
+            step.release()
+            step.undo()
 
     # ---- the step
 
@@ -479,6 +530,8 @@ class Lane:
 
     def _learn(self, step: TokenStep) -> None:
         self._changed()
+        if step.rode:
+            return
         name = step.tickets[0].program
         self._prices.learn(name, len(step.tickets), step.predicted, step.executed)
 

@@ -41,6 +41,7 @@ from fpcompile.engine.registry import Registry
 from fpcompile.engine.relief import Relief
 from fpcompile.engine.renewal import renew
 from fpcompile.engine.reports import Reports
+from fpcompile.engine.rides import Rides
 from fpcompile.engine.statistics import Counts, EngineStatistics
 from fpcompile.errors import (
     DeviceFailedError,
@@ -115,6 +116,7 @@ class Driver(Hearing):
             make_room=self._relief.make_room, recorder=recorder, rooms=memory.rooms, renew=self._renew,
             affords=self._affords, took=memory.took,
         )  # fmt: skip
+        self._rides = Rides(self.lane, self.pilot, prices)
         if memory.decoding is not None:
             memory.decoding.give_way = self._give_way
         if memory.budgeted is not None:
@@ -249,12 +251,15 @@ class Driver(Hearing):
         last = quota is not None and limit == quota
         stop = self._stop_behind if self.core.policy.grain.synchronises else self._stop
         flight.begun, flight.made, flight.lends = self.clock(), 0, False
+        self._rides.begin(flight, lambda: self._flight is flight)
+        if self._flight is not flight:
+            return  # the scheduler failed when it heard that memory is short
         if self.recorder is not None:
             self.recorder.lanes = load.names
         landing = (
             Landing(Ending.FAILED, error=flight.error)
             if flight.error is not None
-            else self.pilot.fly(load.run, stop, limit, cost=load.cost, gives_back=last)
+            else self.pilot.fly(flight.run, stop, limit, cost=flight.cost, gives_back=last)
         )
         now = self._now()
         self.watchdog.at_cut(now)
@@ -266,13 +271,17 @@ class Driver(Hearing):
             made = flight.made if flight.lends else limit or 0
             flight.quota = None if quota is None else quota - made
             return
+        rode = flight.ride is not None
+        if (own := self._rides.landed(flight, landing, now)) is None:
+            return
+        landing = own
         self._land(flight, now)
         if landing.ending is Ending.STOPPED:
             self._yield(load, now)
         elif landing.error is not None:
             self._failed(load, landing.error)
         else:
-            self._completed(load, landing.value)
+            self._completed(load, landing.value, rode=rode)
 
     def _at_cut(self) -> None:
         """Between two launches: hear what has come, and let go of what was copied away."""
@@ -343,7 +352,7 @@ class Driver(Hearing):
         flight = self._flight
         if flight is None:
             return None
-        name, seconds = launch_of(flight.load.program, flight.load.run, behind=behind)
+        name, seconds = launch_of(flight.load.program, flight.run, behind=behind)
         return Launching(flight.load.name, name, seconds)
 
     def _stop_behind(self) -> bool:
@@ -352,6 +361,7 @@ class Driver(Hearing):
         return self._stop()
 
     def _land(self, flight: Flight, now: float) -> None:
+        self._rides.leave(flight)
         for ticket in flight.load.served:
             ticket.stopped(now)
         if flight.requested is not None:
@@ -401,9 +411,10 @@ class Driver(Hearing):
             waiting = sorted(self._known.values(), key=lambda ticket: -ticket.request.deadline)
             return [ticket.id for ticket in waiting]
 
-    def _completed(self, load: Load, value: Any) -> None:
+    def _completed(self, load: Load, value: Any, *, rode: bool) -> None:
         """The run is done: hand out results; a step may leave requests that go on."""
-        self.prices.learn(load.owner, load.tokens, load.whole(), load.executed)
+        if not rode:
+            self.prices.learn(load.owner, load.tokens, load.whole(), load.executed)
         going_on: list[Ticket] = []
         for ticket, result in zip(load.tickets, load.results(value), strict=True):
             if ticket.ended is not None:

@@ -73,6 +73,7 @@ class Engine:
     tokens of requests that name none (None: at most two steps and ``max_blocking_ms`` while a prompt has the
     device); ``max_decode_batch``: sequences of one decode step; ``decode_first``:
     whether the time between tokens is kept where that makes a prefill miss its TTFT, or the other way round;
+    ``piggyback``: whether a step may be executed with a short prompt: cheaper, and both agree to rounding;
     see :mod:`fpcompile.engine.decoding`. ``kv_blocks`` to ``host_memory`` are those of
     :class:`fpcompile.engine.memory_options.MemoryOptions`: a pool of cache blocks, and bounds on what paused
     runs hold. ``deterministic`` turns off what changes a request's bits beside others: prefix reuse and
@@ -100,6 +101,7 @@ class Engine:
         tbt_slo: float | None = None,
         max_decode_batch: int = 256,
         decode_first: bool = True,
+        piggyback: bool = True,
         kv_blocks: int | Mapping[str, int] | None = None,
         kv_memory: int | None = None,
         block_tokens: int = 16,
@@ -116,7 +118,8 @@ class Engine:
         self._programs = Programs(programs)
         batch = 1 if deterministic else max_decode_batch
         launch = max_blocking if max_blocking is not None and math.isfinite(max_blocking) else 0.0
-        self._decoding = DecodeOptions(tbt_slo, batch, decode_first, launch)
+        together = False if deterministic else piggyback
+        self._decoding = DecodeOptions(tbt_slo, batch, decode_first, launch, together)
         options = MemoryOptions(
             kv_blocks=kv_blocks, kv_memory=kv_memory, block_tokens=block_tokens, prefix_cache=prefix_cache,
             memory_budget=memory_budget, host_memory=host_memory, deterministic=deterministic,

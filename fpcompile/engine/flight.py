@@ -6,7 +6,7 @@ was moved away is brought back, and whoever goes on is told.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fpcompile.engine import journal
@@ -14,12 +14,26 @@ from fpcompile.engine.loads import Load, load_of
 from fpcompile.engine.memory import Memory
 from fpcompile.engine.metrics import Ticket
 from fpcompile.engine.pilot import Pilot
-from fpcompile.engine.programs import Programs
+from fpcompile.engine.programs import Programs, RunLike
 from fpcompile.engine.recorder import Recorder
 from fpcompile.engine.registry import Registry
+from fpcompile.executor.together import Together
 from fpcompile.scheduler.events import Launch
 
-__all__ = ["Boarding", "Flight"]
+__all__ = ["Boarding", "Flight", "Ride"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ride:
+    """A decode step and a prompt as one ``run``, since ``begun``; see :mod:`fpcompile.engine.rides`.
+
+    ``share`` of it is the step's. ``cost()``: predicted seconds of the next launch, where that is needed.
+    """
+
+    run: Together
+    begun: float
+    share: float
+    cost: Callable[[], float] | None
 
 
 @dataclass(slots=True)
@@ -42,6 +56,20 @@ class Flight:
     lends: bool = False
     error: Exception | None = None
     """Why it cannot be brought to the device, for the first time or again."""
+    ride: Ride | None = None
+    """With a decode step."""
+    alone: bool = False
+    """Whether no other step will ride with it."""
+
+    @property
+    def run(self) -> RunLike:
+        """What is executed."""
+        return self.load.run if self.ride is None else self.ride.run
+
+    @property
+    def cost(self) -> Callable[[], float] | None:
+        """Predicted seconds of the next launch, where that is needed."""
+        return self.load.cost if self.ride is None else self.ride.cost
 
 
 class Boarding:

@@ -22,7 +22,7 @@ from fpcompile.executor.slices import Chunks, Sliced
 from fpcompile.executor.together import Together
 from fpcompile.scheduler.events import Launch
 
-__all__ = ["UNFINISHED", "Load", "alone", "load_of", "pack", "step"]
+__all__ = ["UNFINISHED", "Load", "alone", "load_of", "pack", "smallest_budget", "step"]
 
 UNFINISHED: Final = object()
 """In place of a result: more slices of this request follow."""
@@ -151,7 +151,7 @@ def alone(ticket: Ticket, program: ProgramLike, price: Price) -> Load:
 def pack(name: str, tickets: Sequence[Ticket], program: ProgramLike, price: Price) -> Load:
     """Several new requests as one run."""
     runs: list[Run] = [ticket.run for ticket in tickets]
-    budget = _budget(tickets, runs[0].program)
+    budget = smallest_budget(tickets, runs[0].program)
     run = Together(runs, [_caught(run.result) for run in runs], max_blocking_ms=budget)
     return _shared(name, tickets, run, program, price, sum(run.tokens for run in runs))
 
@@ -168,12 +168,12 @@ def step(
         return slices
 
     collect = [_put(one, slices, i) for i, one in enumerate(sliced)]
-    run = Together(take, collect, max_blocking_ms=_budget(tickets, sliced[0].run.program))
+    run = Together(take, collect, max_blocking_ms=smallest_budget(tickets, sliced[0].run.program))
     return _shared(name, tickets, run, program, price, sum(sizes), slices=True)
 
 
-def _budget(tickets: Sequence[Ticket], program: Program) -> float | None:
-    """The smallest budget of any member; None for the program's own."""
+def smallest_budget(tickets: Sequence[Ticket], program: Program) -> float | None:
+    """The smallest budget in milliseconds of any of ``tickets``; None for the program's own."""
     own = math.inf if program.max_blocking_ms is None else program.max_blocking_ms
     budgets = [own if ticket.budget is None else ticket.budget for ticket in tickets]
     return None if all(ticket.budget is None for ticket in tickets) else min(budgets)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class TokenStep:
     """
 
     __slots__ = (
-        "_choices", "_left", "_logits", "_plain", "_step", "due", "executed", "predicted", "seconds",
+        "_choices", "_left", "_logits", "_plain", "_step", "due", "executed", "predicted", "rode", "seconds",
         "tickets",
     )  # fmt: skip
 
@@ -52,6 +52,8 @@ class TokenStep:
         self.due, self.seconds, self.executed = due, seconds, 0.0
         self.predicted = step.seconds
         """The same without what was learnt."""
+        self.rode = False
+        """Whether it was executed with a prompt."""
         self._step = step
         self._logits: Tensor | None = None
         self._choices: list[Tensor | Exception | None] = [None] * len(self.tickets)
@@ -60,6 +62,11 @@ class TokenStep:
         self._left = [[i] for i in sorted({*range(len(self.tickets))} - {*plain})]
         if plain:
             self._left.append(plain)
+
+    @property
+    def run(self) -> Any:
+        """What computes the logits."""
+        return self._step.run
 
     @property
     def left(self) -> float:

@@ -57,6 +57,10 @@ def serve(
         bool,
         typer.Option("--decode-first/--prefill-first", help="Which SLO is kept if not both: TBT or TTFT."),
     ] = True,
+    piggyback: Annotated[
+        bool,
+        typer.Option(help="Decode steps may be executed with short prompts: cheaper, agrees to rounding."),
+    ] = True,
     max_decode_batch: Annotated[int, typer.Option(min=1, help="Sequences of a decode step.")] = 256,
     kv_memory: Annotated[
         int | None,
@@ -108,7 +112,7 @@ def serve(
     options: dict[str, Any] = {
         "max_queue": max_queue, "tbt_slo": tbt_slo, "decode_first": decode_first, "kv_memory": kv_memory,
         "max_decode_batch": max_decode_batch, "prefix_cache": prefix_cache, "memory_budget": memory_budget,
-        "host_memory": host_memory, "deterministic": deterministic,
+        "host_memory": host_memory, "deterministic": deterministic, "piggyback": piggyback,
     }  # fmt: skip
     if record is not None:
         options["record"] = record

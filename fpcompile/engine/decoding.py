@@ -55,7 +55,7 @@ from fpcompile.engine.metrics import Ended, Ticket
 from fpcompile.engine.pilot import Ending, Pilot
 from fpcompile.engine.prices import Prices
 from fpcompile.engine.recorder import Recorder
-from fpcompile.engine.rides import fits
+from fpcompile.engine.rides import Offer, fits, sequence_of
 from fpcompile.engine.steps import TokenStep
 from fpcompile.errors import InternalError, InvalidInputError, RequestRejectedError
 from fpcompile.executor.decode import Step
@@ -131,6 +131,8 @@ class Lane:
         self._step: TokenStep | None = None
         self._rides = False
         """Whether the step under way is executed with a prompt."""
+        self._owed = False
+        """What was owed to prompts before it."""
         self._plans: dict[bool, tuple[list[Ticket], float, float]] = {}
         self._share: float | None = None
         self._rounds: dict[str, float] = {}
@@ -262,6 +264,8 @@ class Lane:
         for ticket in self._members.values():
             if ticket.ended is not None or ticket.state != "decoding" or ticket.generation is None:
                 raise InternalError("a member that does not decode", got=f"{ticket.id}: {ticket.state}")
+        if self._rides and self._step is None:
+            raise InternalError("nobody rides")
         for ticket in self._away.values():
             if ticket.ended is not None or ticket.state != "paused" or ticket.id in self._members:
                 raise InternalError("somebody is away who is not", got=f"{ticket.id}: {ticket.state}")
@@ -332,41 +336,41 @@ class Lane:
 
     # ---- riding
 
-    def ride(self, load: Load, left: float) -> TokenStep | None:
-        """A step that is executed with the prompt of ``load``, which has ``left`` predicted seconds, or None.
-
-        ``arrive`` or ``alight`` must follow.
-        """
+    def ride(self, offer: Offer) -> TokenStep | None:
+        """A step that rides with a prompt that begins, or None; ``arrive`` or ``alight`` must follow."""
         options = self.options
         if not options.piggyback or options.max_batch == 1 or self._step is not None or not self._members:
             return None
         tickets, due, seconds = self._plan(spared=True)
-        if tickets[0].program != load.owner or not _generation(tickets[0]).decoder.together:
+        if tickets[0].program != offer.program or not _generation(tickets[0]).decoder.together:
             return None
-        now, both = self._clock(), left * (1 + len(tickets) / load.tokens)
+        now, both = self._clock(), offer.both([sequence_of(ticket) for ticket in tickets])
+        _, latest, _ = self._plan(spared=False)
         if now + both > due and not self._spared():
-            _, due, _ = self._plan(spared=False)
-        deadlines = [ticket.request.deadline for ticket in load.served]
-        if not fits(now, left, both, seconds, due, deadlines) or (step := self._begin()) is None:
+            due = latest
+        owes = self._owes
+        if not fits(offer, now, both, seconds, due, latest) or (step := self._begin()) is None:
             return None
-        if step.tickets[0].program != load.owner:
+        self._rides, self._owed = True, owes
+        if step.tickets[0].program != offer.program:
             self.alight()
             return None
-        self._rides = True
         return step
 
-    def arrive(self, begun: float, now: float, share: float) -> None:
-        """What the step rides with is done, executed since ``begun``, a ``share`` of it for the step."""
+    def arrive(self, seconds: float) -> None:
+        """What the step rides with is done; ``seconds`` of it were the step's. Its tokens are chosen."""
         step, self._rides = self._step, False
         assert step is not None
-        step.executed, step.rode = share * (now - begun), True
-        if self._recorder is not None:
-            self._recorder.decoded([t for t in step.tickets if t.ended is None], begun, now)
-        self.fly(lambda: False, None)
+        step.executed = step.seconds = seconds  # nothing is left of it but choosing
+        step.rode = True
+        self.fly(
+            lambda: False, 1
+        )  # all that want the argmax: before the prompt's sequence is put beside them
 
     def alight(self) -> None:
         """What the step rides with has stopped: it has not been, and another one is made when it is due."""
         step, self._step, self._rides = self._step, None, False
+        self._owes = self._owed
         self._plans.clear()
         if step is not None:
             step.release()

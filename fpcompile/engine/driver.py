@@ -16,6 +16,7 @@ Invariants (``validate``)
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from math import inf
@@ -206,6 +207,9 @@ class Driver(Hearing):
         logger.critical("the engine's loop is broken", exc_info=error)
         self.watchdog.broke(error)
         self.registry.close(error)
+        if self._flight is not None and self._flight.ride is not None:
+            with contextlib.suppress(Exception):
+                self._flight.ride.run.again()
         self._flight = None
         self.lane.clear()
         for ticket in self.registry.live():
@@ -251,7 +255,7 @@ class Driver(Hearing):
         last = quota is not None and limit == quota
         stop = self._stop_behind if self.core.policy.grain.synchronises else self._stop
         flight.begun, flight.made, flight.lends = self.clock(), 0, False
-        self._rides.begin(flight, lambda: self._flight is flight)
+        self._rides.begin(flight, lambda: self._flight is flight and not flight.pause)
         if self._flight is not flight:
             return  # the scheduler failed when it heard that memory is short
         if self.recorder is not None:
@@ -271,17 +275,17 @@ class Driver(Hearing):
             made = flight.made if flight.lends else limit or 0
             flight.quota = None if quota is None else quota - made
             return
-        rode = flight.ride is not None
-        if (own := self._rides.landed(flight, landing, now)) is None:
+        rode = flight.ride
+        if (landed := self._rides.landed(flight, landing)) is None:
             return
-        landing = own
+        landing, own = landed, 1.0 if rode is None else rode.own
         self._land(flight, now)
         if landing.ending is Ending.STOPPED:
             self._yield(load, now)
         elif landing.error is not None:
             self._failed(load, landing.error)
         else:
-            self._completed(load, landing.value, rode=rode)
+            self._completed(load, landing.value, own=own)
 
     def _at_cut(self) -> None:
         """Between two launches: hear what has come, and let go of what was copied away."""
@@ -411,10 +415,12 @@ class Driver(Hearing):
             waiting = sorted(self._known.values(), key=lambda ticket: -ticket.request.deadline)
             return [ticket.id for ticket in waiting]
 
-    def _completed(self, load: Load, value: Any, *, rode: bool) -> None:
-        """The run is done: hand out results; a step may leave requests that go on."""
-        if not rode:
-            self.prices.learn(load.owner, load.tokens, load.whole(), load.executed)
+    def _completed(self, load: Load, value: Any, *, own: float) -> None:
+        """The run is done: hand out results; a step may leave requests that go on.
+
+        ``own``: the part of its seconds that was not a step's that rode with it.
+        """
+        self.prices.learn(load.owner, load.tokens, load.whole(), own * load.executed)
         going_on: list[Ticket] = []
         for ticket, result in zip(load.tickets, load.results(value), strict=True):
             if ticket.ended is not None:

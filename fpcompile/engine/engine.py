@@ -118,8 +118,7 @@ class Engine:
         self._programs = Programs(programs)
         batch = 1 if deterministic else max_decode_batch
         launch = max_blocking if max_blocking is not None and math.isfinite(max_blocking) else 0.0
-        together = False if deterministic else piggyback
-        self._decoding = DecodeOptions(tbt_slo, batch, decode_first, launch, together)
+        self._decoding = DecodeOptions(tbt_slo, batch, decode_first, launch, piggyback)
         options = MemoryOptions(
             kv_blocks=kv_blocks, kv_memory=kv_memory, block_tokens=block_tokens, prefix_cache=prefix_cache,
             memory_budget=memory_budget, host_memory=host_memory, deterministic=deterministic,

@@ -25,14 +25,14 @@ __all__ = ["Boarding", "Flight", "Ride"]
 
 @dataclass(frozen=True, slots=True)
 class Ride:
-    """A decode step and a prompt as one ``run``, since ``begun``; see :mod:`fpcompile.engine.rides`.
+    """A decode step and a prompt as one ``run``; see :mod:`fpcompile.engine.rides`.
 
-    ``share`` of it is the step's. ``cost()``: predicted seconds of the next launch, where that is needed.
+    ``own``: the part of it that the prompt takes by itself. ``cost()``: predicted seconds of the next launch,
+    where that is needed.
     """
 
     run: Together
-    begun: float
-    share: float
+    own: float
     cost: Callable[[], float] | None
 
 
@@ -58,8 +58,6 @@ class Flight:
     """Why it cannot be brought to the device, for the first time or again."""
     ride: Ride | None = None
     """With a decode step."""
-    alone: bool = False
-    """Whether no other step will ride with it."""
 
     @property
     def run(self) -> RunLike:

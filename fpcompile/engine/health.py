@@ -89,7 +89,8 @@ class Watchdog:
 
     def broke(self, error: BaseException) -> None:
         """The loop has ended for good."""
-        reason = f"the engine is closed by {type(error).__name__}: {str(error).splitlines()[0]}"
+        said = (str(error).splitlines() or ["no message"])[0]
+        reason = f"the engine is closed by {type(error).__name__}: {said}"
         self._broken = Health(False, reason, self._clock())
 
     def _recover(self, before: float, now: float) -> None:

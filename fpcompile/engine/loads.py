@@ -44,6 +44,7 @@ class Load:
         "names",
         "program",
         "retried",
+        "rode",
         "run",
         "seconds",
         "shared",
@@ -74,6 +75,8 @@ class Load:
         self._context: float | None = None
         self.retried = False
         """Whether it was begun again because memory ran out."""
+        self.rode = False
+        """Whether a decode step was executed with it, or would have been: no second one is."""
 
     @property
     def served(self) -> list[Ticket]:

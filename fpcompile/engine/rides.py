@@ -6,53 +6,77 @@ executed, or that takes longer than the streams' tokens may, is interrupted by s
 
 Invariants
     Nothing of the prompt's own run, or of the sequences, is changed before the ride ends: left on the way,
-    for a pause or because something raised, both begin again, each by itself. What that repeats is never
-    longer than the time within which the next tokens were wanted.
+    for a pause or because something raised, both begin again, each by itself. That happens to a prompt once
+    at most, and what is repeated is never longer than the time within which the next tokens were wanted.
     The ride has a tile plan of its own, for the smallest budget of all in it.
-    Who rides is computed with others: to rounding, as in a pack.
+    Who rides is computed with others: to rounding, as in a pack. Prompts with a strict budget never ride.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Protocol, final
 
 from fpcompile.engine.flight import Flight, Ride
 from fpcompile.engine.loads import Load, smallest_budget
+from fpcompile.engine.metrics import Ticket
 from fpcompile.engine.pilot import Ending, Landing, Pilot
 from fpcompile.engine.prices import Prices
 from fpcompile.engine.steps import TokenStep
 from fpcompile.executor.faults import forget_frames
 from fpcompile.executor.packed import PackedCall
 from fpcompile.executor.run import Run
+from fpcompile.executor.schedule import Shape
 from fpcompile.executor.together import Together
 
-__all__ = ["Lane", "Rides", "fits"]
+__all__ = ["Lane", "Offer", "Rides", "fits", "sequence_of"]
+
+logger = logging.getLogger(__name__)
 
 _WORTH: Final = 0.8
 """Of a step of its own: one that makes the prompt so much longer does not ride."""
 
 
-def fits(now: float, left: float, both: float, step: float, due: float, deadlines: Iterable[float]) -> bool:
-    """Whether a step shall ride with a prompt that takes ``left`` seconds by itself, ``both`` with the step.
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A ride with a prompt that takes ``left`` seconds by itself, ``both(sequences)`` with a step of these.
 
-    It does if that is cheaper than a ``step`` of its own, if its tokens, which are ``due``, then come in
-    time, if the next prompt like this one would bring them too late, and if the prompt misses none of its
-    ``deadlines`` for it.
+    ``deadlines``: of the prompt, on the engine's clock.
+    """
+
+    program: str
+    left: float
+    both: Callable[[Sequence[Any]], float]
+    deadlines: Sequence[float]
+
+
+def fits(offer: Offer, now: float, both: float, step: float, due: float, latest: float) -> bool:
+    """Whether a step, by itself of ``step`` seconds, shall ride if the ride takes ``both``.
+
+    Its tokens should be there when they are ``due``, and must at the ``latest``. It rides if that is cheaper,
+    if its tokens are in time, even if a step of its own has to follow a ride that was broken off, and if that
+    might not be so with the next prompt like this one. The prompt shall miss none of its deadlines for it,
+    even if it has to begin again at the end of the ride.
     """
     end = now + both
-    in_time = end <= due < end + both
-    return in_time and both - left <= _WORTH * step and not any(now + left <= at < end for at in deadlines)
+    cheap = both - offer.left <= _WORTH * step
+    in_time = end <= due and end + step <= latest
+    next_one = end + both <= due and end + both + step <= latest
+    kept = not any(now + offer.left <= deadline < end + offer.left for deadline in offer.deadlines)
+    return cheap and in_time and not next_one and kept
 
 
 class Lane(Protocol):
     """Whose steps ride."""
 
-    def ride(self, load: Load, left: float) -> TokenStep | None:
-        """A step that rides with ``load``, which has ``left`` predicted seconds; None: it does not."""
+    def ride(self, offer: Offer) -> TokenStep | None:
+        """A step that rides; None: it does not."""
 
-    def arrive(self, begun: float, now: float, share: float) -> None:
-        """The ride is done; of its time a ``share`` was the step's."""
+    def arrive(self, seconds: float) -> None:
+        """The ride is done; of its time so much was the step's."""
 
     def alight(self) -> None:
         """The step has not been."""
@@ -68,40 +92,51 @@ class Rides:
     def begin(self, flight: Flight, goes_on: Callable[[], bool]) -> None:
         """Before the first launch of a flight: a step rides with it, if one may.
 
-        ``goes_on()``: whether the flight still has the device: making a step may tell the scheduler that
-        memory is short.
+        ``goes_on()``: whether the flight still has the device, and keeps it: making a step may tell the
+        scheduler that memory is short.
         """
-        if flight.ride is not None or flight.alone:
+        load = flight.load
+        if flight.ride is not None or flight.quota is not None or flight.error is not None or flight.pause:
             return
-        flight.alone, load = True, flight.load  # it is asked once
-        if flight.quota is not None or flight.error is not None or (own := _fresh(load)) is None:
+        if load.rode or load.retried or (own := _fresh(load)) is None:
             return
-        left = self._prices.corrected(load.owner, load.tokens, load.left())
-        if (step := self._lane.ride(load, left)) is None:
+        left, alone = self._prices.corrected(load.owner, load.tokens, load.left()), load.left()
+        if not alone > 0:
             return
-        if flight.pause or not goes_on():
+
+        def both(sequences: Sequence[Any]) -> float:
+            return left * _joined(own, sequences) / alone
+
+        offer = Offer(load.owner, left, both, [ticket.request.deadline for ticket in load.served])
+        if (step := self._lane.ride(offer)) is None:
+            return
+        if not goes_on():
             self._lane.alight()
             return
+        load.rode = True
         budget = smallest_budget([*load.tickets, *step.tickets], own.program)
         run = Together([step.run, own], [_nothing, own.result], max_blocking_ms=budget)
-        share = step.rows / (step.rows + load.tokens)
-        flight.ride = Ride(run, flight.begun, share, self._pilot.cost(load.program, run))
-        for ticket in load.tickets:
+        part = min(left / both([sequence_of(ticket) for ticket in step.tickets]), 1.0)
+        flight.ride = Ride(run, part, self._pilot.cost(load.program, run))
+        for ticket in (*load.tickets, *step.tickets):
             ticket.shared = True
 
-    def landed(self, flight: Flight, landing: Landing, now: float) -> Landing | None:
+    def landed(self, flight: Flight, landing: Landing) -> Landing | None:
         """How the prompt's flight ended; None when it goes on by itself, because the ride raised: if that
         raises too, the prompt is to blame, or else the step.
         """
-        ride = flight.ride
+        ride, load = flight.ride, flight.load
         if ride is None or landing.ending is Ending.STOPPED:
             return landing
         if landing.error is not None:
+            names = [ticket.id for ticket in load.tickets]
+            logger.warning("a decode step and a prompt failed together, and go on apart: %s", landing.error,
+                           extra={"request_id": names[0]})  # fmt: skip
             self.leave(flight)
             forget_frames(landing.error)
             return None
         flight.ride = None
-        self._lane.arrive(ride.begun, now, ride.share)
+        self._lane.arrive((1 - ride.own) * load.executed)
         return Landing(Ending.DONE, value=landing.value[-1])
 
     def leave(self, flight: Flight) -> None:
@@ -112,12 +147,28 @@ class Rides:
             self._lane.alight()
 
 
+def sequence_of(ticket: Ticket) -> Any:
+    """What continues a request that generates."""
+    assert ticket.generation is not None
+    return ticket.generation.sequence
+
+
 def _fresh(load: Load) -> Run | None:
-    """Its run, if a step can be executed with it: that of one prompt, of which nothing is executed."""
+    """Its run, if a step can be executed with it: that of one prompt, of which nothing is executed, and whose
+    budget may be kept by another plan.
+    """
     run = load.run
-    if load.shared or not isinstance(run, Run) or run.at or not isinstance(run.call, PackedCall):
+    if load.shared or not isinstance(run, Run) or run.at:
         return None
-    return run
+    return run if isinstance(run.call, PackedCall) and not run.call.strict else None
+
+
+def _joined(own: Run, sequences: Sequence[Any]) -> float:
+    """Predicted seconds of the prompt with one token of each sequence."""
+    shape, count = own.call.shape, len(sequences)
+    context = math.ceil(sum(sequence.past + 1 for sequence in sequences) / count)
+    joined = Shape(shape.tokens + count, shape.rows + count, (*shape.groups, (count, 1, context)))
+    return own.program.predict(tokens=joined.tokens, rows=joined.rows, context=joined.mean_context)
 
 
 def _nothing() -> Any:

@@ -43,8 +43,8 @@ class TokenStep:
     """
 
     __slots__ = (
-        "_choices", "_left", "_logits", "_plain", "_step", "due", "executed", "predicted", "rode", "seconds",
-        "tickets",
+        "_choices", "_left", "_logits", "_plain", "_step", "due", "executed", "predicted", "rode",
+        "seconds", "tickets",
     )  # fmt: skip
 
     def __init__(self, tickets: Sequence[Ticket], step: Step, *, due: float, seconds: float) -> None:

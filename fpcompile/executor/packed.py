@@ -58,6 +58,8 @@ class PackedCall(Call):
     scatter: Tensor | None = None
     padding: Tensor | None = None
     returns_cache: bool = True
+    strict: bool = False
+    """Whether its budget was promised: it is executed by its own tile plan only."""
     lengths: Mapping[str, int] = dataclasses.field(init=False)
     """Tokens in the packed row, rows of logits."""
 
@@ -239,6 +241,7 @@ class PackedProgram(Program):
         rows = checks.check_rows(logits_to_keep, int(ids.shape[1]))
         positions = checks.check_positions(position_ids, ids, mask, self.max_tokens)
         packed = checks.pack(ids, mask, past=past, rows=rows, positions=positions)
+        strict = self.strict_budget if strict_budget is None else strict_budget
         call = PackedCall(
             self,
             packed.layout,
@@ -247,6 +250,7 @@ class PackedProgram(Program):
             use_cache=bool(getattr(self.config, "use_cache", True)) if use_cache is None else use_cache,
             scatter=packed.scatter,
             padding=packed.padding,
+            strict=strict,
         )
         values = {
             "input_ids": packed.token_ids,
@@ -258,11 +262,7 @@ class PackedProgram(Program):
             call,
             {name: values[name] for name in self.live[0]},
             [dict(layers) for _ in packed.layout.groups],
-            self.tile_plan(
-                call.shape,
-                max_blocking_ms,
-                strict=self.strict_budget if strict_budget is None else strict_budget,
-            ),
+            self.tile_plan(call.shape, max_blocking_ms, strict=strict),
         )
 
     def _check_weights(self) -> None:

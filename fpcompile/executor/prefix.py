@@ -59,6 +59,7 @@ def go_on_behind(run: Run, tokens: int, max_blocking_ms: float | None) -> None:
         use_cache=call.use_cache,
         scatter=call.scatter,
         returns_cache=call.returns_cache,
+        strict=call.strict,
     )
     run.values = {
         name: value - tokens if name == "logits_to_keep" else value[:, tokens:]

@@ -155,6 +155,12 @@ def test_the_time_of_the_host_between_two_turns_is_not_counted() -> None:
     assert engine.health().healthy
 
 
+def test_an_error_without_a_message_is_reported_too() -> None:
+    watchdog = Watchdog(lambda: 0.0, lambda behind: None)
+    watchdog.broke(SystemExit())
+    assert "SystemExit: no message" in watchdog.health().reason
+
+
 def test_a_broken_loop_stays_unhealthy(monkeypatch: pytest.MonkeyPatch) -> None:
     program = FakeProgram(clock=Clock())
     engine = inline(program)

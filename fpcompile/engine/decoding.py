@@ -193,10 +193,7 @@ class Lane:
         if self._members.pop(ticket.id, None) is None:
             return
         self._changed()
-        step = self._step
-        if step is not None and not self._rides and not any(t.id in self._members for t in step.tickets):
-            self._step = None
-            step.release()
+        self._forsake()
 
     @property
     def share(self) -> float:
@@ -363,9 +360,15 @@ class Lane:
         assert step is not None
         step.executed = step.seconds = seconds  # nothing is left of it but choosing
         step.rode = True
-        self.fly(
-            lambda: False, 1
-        )  # all that want the argmax: before the prompt's sequence is put beside them
+        self.fly(lambda: False, 1)  # who wants the argmax: before the prompt's sequence is put beside them
+        self._forsake()
+
+    def _forsake(self) -> None:
+        """Drop a step that serves nobody any more."""
+        step = self._step
+        if step is not None and not self._rides and not any(t.id in self._members for t in step.tickets):
+            self._step = None
+            step.release()
 
     def alight(self) -> None:
         """What the step rides with has stopped: it has not been, and another one is made when it is due."""

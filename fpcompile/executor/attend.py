@@ -6,6 +6,7 @@ length are attended as one batch, as the unmodified model would.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Hashable, Sequence
 
@@ -122,9 +123,14 @@ def heads_in_front(call: AttentionCall, device: str, threads: int) -> int:
     """
     if call.head_unit != 1 or call.mask.kind is not MaskKind.CAUSAL or not banded(call, device):
         return 0
-    fold = call.heads // call.kv_heads
-    parts = [_by_group(head, head + threads, fold) for head in range(0, call.heads, threads)]
-    return threads if call.heads % threads == 0 and all(len(part) == 1 for part in parts) else call.heads
+    return threads if _one_call_each(call.heads, call.heads // call.kv_heads, threads) else call.heads
+
+
+@functools.cache
+def _one_call_each(heads: int, fold: int, threads: int) -> bool:
+    """Whether heads can be shared out in parts of ``threads``, each attended in one call."""
+    parts = range(0, heads, threads)
+    return heads % threads == 0 and all(len(_by_group(at, at + threads, fold)) == 1 for at in parts)
 
 
 def _by_group(start: int, stop: int, fold: int) -> list[tuple[slice, slice]]:

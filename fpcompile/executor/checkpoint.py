@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fpcompile.executor.program import Program
     from fpcompile.executor.run import Run
 
-FORMAT = "fpcompile-checkpoint-4"
+FORMAT = "fpcompile-checkpoint-5"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

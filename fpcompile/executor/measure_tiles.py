@@ -27,6 +27,7 @@ from fpcompile.executor.schedule import KEY_BLOCK, MIN_ROWS, Launch, keys_given
 from fpcompile.executor.stages import Stage
 from fpcompile.executor.tile_costs import BLOCK, COLLECTED, COLUMNS, PART, RANGE, ROWS, WRITTEN, part_of
 from fpcompile.ir import Segment
+from fpcompile.models.ambient import plain
 
 if TYPE_CHECKING:
     from fpcompile.executor.program import Program
@@ -229,14 +230,21 @@ class _Probe:
         run.kv = before
 
     def _columns(self, index: int, stage: Stage) -> None:
-        """Ranges of columns for few rows, compared with all columns of as many."""
-        units = stage.columns
-        ((name, axis),) = stage.outputs
+        """Ranges of columns for few rows, compared with the model's own linear of as many.
+
+        The rows lie as those of a run that has no others: which kernel torch takes depends on strides.
+        """
+        units, columns = stage.columns, stage.steps[0].columns
+        assert columns is not None
+        ((given, axis),), ((name, _),) = stage.inputs, stage.outputs
+        every = self.run.values[given]
 
         def some(rows: int, first: int, last: int) -> Launch:
             return Launch(index, index + 1, 0, rows, 0, first, last, final=False)
 
         for rows in (n for n in FEW_ROWS if n <= self.run.rows):
+            x = every.narrow(axis, 0, rows).clone(memory_format=torch.contiguous_format)
+            self.run.values[given] = x
             for count in sorted({1, max(1, units // 4)}):
                 for place in _PLACES:
                     self.run.partial.clear()
@@ -244,13 +252,15 @@ class _Probe:
                     spent = self._execute(some(rows, first, first + count))
                     self.seconds[(*stage.key, COLUMNS, str(rows))][count].append(spent)
             self.run.partial.clear()
-            self._execute(some(rows, 0, units))
-            whole = self.run.partial[name].narrow(axis, 0, rows).clone()
-            self.run.partial.clear()
+            whole = columns.room(x)
+            with plain(self.run.program.device_type):
+                dataclasses.replace(columns, packed=()).write(whole, x, 0, units)
             bounds = sorted({0, 1, units // 2, units})
             self._execute(*(some(rows, a, b) for a, b in itertools.pairwise(bounds)))
-            same = _same_bits(whole, self.run.partial[name].narrow(axis, 0, rows))
+            same = _same_bits(whole, self.run.partial[name])
             self.bits[stage.key][f"ranges of columns of {rows} row{'s' * (rows > 1)}"] = same
+        self.run.values[given] = every
+        self.run.partial.clear()
 
     def _experts(self, index: int, stage: Stage) -> None:
         total, experts = self.run.tokens, stage.experts

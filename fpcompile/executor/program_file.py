@@ -21,7 +21,7 @@ from typing import Any
 
 from fpcompile.errors import ProgramFileError
 
-FORMAT = "fpcompile-program-2"
+FORMAT = "fpcompile-program-3"
 MANIFEST = "manifest.json"
 _AGAIN = "save the program again with Program.save"
 

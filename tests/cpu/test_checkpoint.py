@@ -301,7 +301,7 @@ def test_a_file_of_this_format_without_its_description_is_refused(file: Path, tm
     checkpoint = fpcompile.Checkpoint.load(file)
     tensors = {f"s{i}": s for i, s in enumerate(checkpoint.storages)}
     for missing in ("description", "sha256"):
-        metadata = {"format": "fpcompile-checkpoint-4", "description": "{}", "sha256": "0" * 64}
+        metadata = {"format": "fpcompile-checkpoint-5", "description": "{}", "sha256": "0" * 64}
         del metadata[missing]
         save_file(tensors, other, metadata=metadata)
         with pytest.raises(CheckpointError):

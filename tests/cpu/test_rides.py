@@ -26,6 +26,7 @@ from tests.cpu.memory_support import empty
 from tests.cpu.support import model_of, program_of
 from tests.cpu.test_engine_fakes import Clock, drive
 from tests.cpu.test_generate import own
+from tests.cpu.test_sampling import config_of
 
 STREAMS = [sample_ids(n, seed=n) for n in (5, 23, 40)]
 PROMPT = sample_ids(30, seed=99)
@@ -242,6 +243,26 @@ def test_who_is_cancelled_on_a_ride_ends_alone(rides: list[Ride], who: str) -> N
             handle.result(0)
     alive = [(h, p) for h, p in zip([*handles, prompt], [*STREAMS, PROMPT], strict=True) if h not in ended]
     expect([h for h, _ in alive], [p for _, p in alive])
+
+
+def test_a_step_whose_members_ended_on_the_way_is_forgotten(rides: list[Ride]) -> None:
+    """They are drawn for one by one, and the first draw behind the ride leaves some."""
+    timed = Timed(program_of("qwen3"))
+    config = config_of(do_sample=True)
+    drawn = [
+        timed.engine.submit(prompt, max_new_tokens=COUNT, generation_config=config, seed=1)
+        for prompt in STREAMS
+    ]
+    lane_of = timed.engine._driver.lane
+    while lane_of.stepping or not all(handle.metrics.state == "decoding" for handle in drawn):
+        timed.engine.turn(1)
+    rides.clear()
+    prompt = timed.engine.submit(PROMPT)
+    timed.after(1, lambda: [handle.cancel() for handle in drawn])
+    timed.finish()
+    assert rides
+    assert not lane_of.stepping
+    assert prompt.result(0).logits.shape[1] == PROMPT.shape[1]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), torch.OutOfMemoryError("out of memory")], ids=str)

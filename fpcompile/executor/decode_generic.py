@@ -38,12 +38,14 @@ _PROBE: Final = 7  # tokens of the prompts that are tried; odd, and more than a 
 
 @final
 class GenericSequence:
-    """``ids [1, n]`` that the model has seen, and what it is given with the next one."""
+    """``ids [1, n]`` that the model has seen, and what it is given with the next one. ``default_dtype`` is
+    torch's for which its prompt's graph was made: it goes on with such graphs, whatever other threads set.
+    """
 
-    __slots__ = ("ids", "kwargs")
+    __slots__ = ("default_dtype", "ids", "kwargs")
 
-    def __init__(self, ids: Tensor, kwargs: dict[str, Any]) -> None:
-        self.ids, self.kwargs = ids, kwargs
+    def __init__(self, ids: Tensor, kwargs: dict[str, Any], default_dtype: torch.dtype) -> None:
+        self.ids, self.kwargs, self.default_dtype = ids, kwargs, default_dtype
 
 
 @final
@@ -99,7 +101,8 @@ class GenericDecoder(Decoder):
         kwargs = self.model._update_model_kwargs_for_generation(output, dict(begun.inputs))
         if all(kwargs.get(name) is None for name in _STATES):
             raise self._unsupported("its output holds no cache and no state")
-        return GenericSequence(begun.ids, kwargs), output.logits[0, -1]
+        default_dtype = begun.run.program.captured.guards.default_dtype
+        return GenericSequence(begun.ids, kwargs, default_dtype), output.logits[0, -1]
 
     def seconds(self, sequences: Sequence[GenericSequence], budgets: Budgets = ()) -> float:
         """By the program's first variant; engines learn how far that is off."""
@@ -118,7 +121,7 @@ class GenericDecoder(Decoder):
         ids = torch.cat([sequence.ids, sequence.ids.new_tensor([[token]])], dim=1)
         given = self._inputs(ids, sequence.kwargs, first=False)
         budget = min((one for one in budgets if one is not None), default=None)
-        run = self.program.start_next(given, budget)
+        run = self.program.start_next(given, budget, sequence.default_dtype)
         seconds = self.seconds(sequences)
 
         def logits() -> Tensor:

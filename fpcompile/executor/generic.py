@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import logging
 import math
 import os
 import threading
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from fpcompile.errors import CheckpointError, InvalidInputError, UnsupportedModelError, UsageError
 from fpcompile.executor.call import Call
 from fpcompile.executor.checkpoint import check_type
+from fpcompile.executor.faults import forget_frames, out_of_memory
 from fpcompile.executor.generic_check import Example, compare
 from fpcompile.executor.inputs import check_range
 from fpcompile.executor.packed import graph_step
@@ -37,9 +39,9 @@ from fpcompile.executor.schedule import Heads, Launch, Shape
 from fpcompile.executor.stages import Executable, build_stages
 from fpcompile.executor.weights import WeightWatch
 from fpcompile.ir import Granularity, Part, PartKind
-from fpcompile.models.ambient import plain, same_draws, tracing
+from fpcompile.models.ambient import plain, tracing
 from fpcompile.models.generic import GenericBindings, GenericCapture, Guards, pack
-from fpcompile.models.generic_shapes import promises
+from fpcompile.models.generic_shapes import argument_names, promises
 from fpcompile.models.generic_tree import Flat, unflatten
 from fpcompile.models.kept import assigned, attributes, holds_cache, left
 from fpcompile.passes.design import Design
@@ -50,6 +52,10 @@ from fpcompile.passes.lower import lower
 if TYPE_CHECKING:
     from fpcompile.executor.checkpoint import Checkpoint
     from fpcompile.executor.decode import Decoder
+
+logger = logging.getLogger(__name__)
+_NAMED = 8  # tensors of a call that a message names
+_MOST_WAITING = 8  # variants that no call could be checked with yet
 
 
 @final
@@ -237,6 +243,7 @@ class GenericProgram(Program):
         self.variants: list[Variant] = []
         self.verify = verify
         self._refused: list[tuple[Guards, UnsupportedModelError]] = []
+        self._waiting: list[tuple[Variant, Variant]] = []
         self._lock = threading.Lock()
         self._decoder: Decoder | None = None
         self.config = getattr(model, "config", None)
@@ -305,60 +312,92 @@ class GenericProgram(Program):
         return self._decoder
 
     def _variant(
-        self, tree: Example, *, goes_on: bool = False
+        self, tree: Example, *, begun: torch.dtype | None = None
     ) -> tuple[Variant, tuple[Tensor, ...], dict[sympy.Symbol, int]]:
         """The variant that serves a call, compiled if there is none, with its inputs and symbols.
-        ``goes_on``: the cache is of a run of this program and the ids are its choice, so that neither these
-        nor the model need be looked at again.
+        ``begun``: the cache is of a run of this program and the ids are its choice, so that neither these nor
+        the model need be looked at again; it is the default dtype that the run's graph was made for.
         """
         flat, tensors = pack((tree[0], self._plain(tree[1])), self.device)
         if not flat.tensors:
             raise InvalidInputError("the call has no tensor", expected="the model's inputs", got="none")
-        if not goes_on and holds_cache(flat.spec):
+        if begun is None and holds_cache(flat.spec):
             self._look()
-        seen = tuple(self.variants)
-        for variant in seen:  # without the lock: nobody waits for what others compile
-            values = self._bound(variant, flat, tensors)
-            if values is not None:
-                if not goes_on:
-                    variant.check_ids(flat.tensors)
-                return variant, tensors, values
+        seen = tuple(self.variants)  # without the lock: nobody waits for what others compile
+        found = self._serving(seen, flat, tensors, begun)
+        if found is not None:
+            return found[0], tensors, found[1]
         with self._lock:
-            for variant in self.variants:
-                if variant not in seen and (values := self._bound(variant, flat, tensors)) is not None:
-                    variant.check_ids(flat.tensors)
-                    return variant, tensors, values
+            fresh = [variant for variant in self.variants if variant not in seen]
+            found = self._serving(fresh, flat, tensors, begun)
+            if found is not None:
+                return found[0], tensors, found[1]
             for guards, refusal in self._refused:
-                if guards.bind(flat, tensors) is not None:
+                if guards.bind(flat, tensors, torch.get_default_dtype()) is not None:
                     raise copy.copy(refusal)
-            promised = promises(self.model, flat, self.dynamic_shapes)
-            if self.variants:
-                promised = {i: p.softened(tensors[i]) for i, p in promised.items()}
-            known = self.variants[0].captured.opaque if self.variants else ()
-            if goes_on:
+            if begun is not None:
                 self._look()
-            with tracing(self.device.type), same_draws(self.device):
-                captured = capture_generic(self.model, flat, tensors, promised, known, self.kept)
-                values = captured.guards.bind(flat, tensors)
-                if values is None:
-                    raise UsageError("a variant does not hold for the call that it was compiled from")
-                generated, lowered = self._compile(captured)
-                variant = Variant(self, captured.bindings, lowered)
+            variant, checked, values = self._traced(flat, tensors)
             variant.check_ids(flat.tensors)
             if self.verify and self.variants:
-                checked = variant if self.backend == "eager" else Variant(self, captured.bindings, generated)
-                self._check(checked, tree, tensors, values)
+                self._check(checked, tree, flat, tensors, values)
+            self._waiting = [pair for pair in self._waiting if pair[0] is not variant]
             self.variants.insert(0, variant)
             return variant, tensors, values
 
+    def _serving(
+        self, variants: Sequence[Variant], flat: Flat, tensors: Sequence[Tensor], begun: torch.dtype | None
+    ) -> tuple[Variant, dict[sympy.Symbol, int]] | None:
+        """Which of some variants serves a call, with its symbols; see :meth:`_variant`."""
+        now = torch.get_default_dtype()
+        for default_dtype in dict.fromkeys((now if begun is None else begun, now)):
+            for variant in variants:
+                values = self._bound(variant, flat, tensors, default_dtype)
+                if values is not None:
+                    if begun is None:
+                        variant.check_ids(flat.tensors)
+                    return variant, values
+        return None
+
+    def _traced(
+        self, flat: Flat, tensors: tuple[Tensor, ...]
+    ) -> tuple[Variant, Variant, dict[sympy.Symbol, int]]:
+        """A variant for a call, the one to check in its place (generated code), and the call's symbols. It
+        waits for a call that can be checked, so that calls that the model fails on are traced once.
+        """
+        for variant, checked in self._waiting:
+            values = self._bound(variant, flat, tensors, torch.get_default_dtype())
+            if values is not None:
+                return variant, checked, values
+        promised = promises(self.model, flat, self.dynamic_shapes)
+        if self.variants:
+            promised = {i: p.softened(tensors[i]) for i, p in promised.items()}
+        known = self.variants[0].captured.opaque if self.variants else ()
+        with tracing(self.device.type):
+            captured = capture_generic(self.model, flat, tensors, promised, known, self.kept)
+            values = captured.guards.bind(flat, tensors, captured.guards.default_dtype)
+            if values is None:
+                raise UsageError("a variant does not hold for the call that it was compiled from")
+            generated, lowered = self._compile(captured)
+            variant = Variant(self, captured.bindings, lowered)
+        checked = variant if self.backend == "eager" else Variant(self, captured.bindings, generated)
+        self._waiting = [*self._waiting[1 - _MOST_WAITING :], (variant, checked)]
+        return variant, checked, values
+
     def _check(
-        self, variant: Variant, tree: Example, tensors: Sequence[Tensor], values: Mapping[sympy.Symbol, int]
+        self,
+        variant: Variant,
+        tree: Example,
+        flat: Flat,
+        tensors: Sequence[Tensor],
+        values: Mapping[sympy.Symbol, int],
     ) -> None:
         """Raise :class:`UnsupportedModelError` unless a variant gives the model's numbers for the call that
         it was compiled from, now and for every later call that it would serve.
 
         It is generated code that is checked: compiled functions were compared with it one by one, and in the
         middle of serving, rounding that turns a choice of experts shall not look like a wrong program.
+        Where memory runs out in the check, the variant is used unchecked, and the log says so.
         """
 
         def result() -> Any:
@@ -367,16 +406,31 @@ class GenericProgram(Program):
                 run.step()
             return run.result()
 
+        guards = variant.captured.guards
         try:
             compare(self.model, self.device, tree, result, which="a variant for calls of this kind")
         except UnsupportedModelError as error:
-            self._refused.append((variant.captured.guards, copy.copy(error)))
+            if torch.get_default_dtype() is guards.default_dtype:  # the model's own numbers follow it
+                self._refused.append((guards, copy.copy(error)))
+                self._waiting = [pair for pair in self._waiting if pair[1] is not variant]
             raise
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            forget_frames(error)
+            names = argument_names(self.model, flat)
+            logger.warning(
+                "memory ran out while a variant of %s was compared with the model: it is used unchecked; "
+                "it was compiled for a call of %s",
+                type(self.model).__name__,
+                ", ".join(f"{names.get(i, i)} {list(t.shape)}" for i, t in enumerate(flat.tensors[:_NAMED])),
+            )
 
     def serves(self, *args: Any, **kwargs: Any) -> bool:
         """Whether a variant for such a call is compiled."""
         flat, tensors = pack((args, self._plain(kwargs)), self.device)
-        return any(self._bound(variant, flat, tensors) is not None for variant in self.variants)
+        now = torch.get_default_dtype()
+        return any(self._bound(variant, flat, tensors, now) is not None for variant in self.variants)
 
     @property
     def kept(self) -> frozenset[str]:
@@ -392,7 +446,7 @@ class GenericProgram(Program):
         self._left |= assigned(self._found, attributes(self.model))
 
     def _bound(
-        self, variant: Variant, flat: Flat, tensors: Sequence[Tensor]
+        self, variant: Variant, flat: Flat, tensors: Sequence[Tensor], default_dtype: torch.dtype
     ) -> dict[sympy.Symbol, int] | None:
         """The symbols of a call that a variant serves. A variant may have been traced before it was known
         what calls leave in the model: one for calls with a cache is then not trusted, as they may go on from
@@ -400,7 +454,7 @@ class GenericProgram(Program):
         """
         if not self.kept <= variant.captured.distrusted and holds_cache(flat.spec):
             return None
-        return variant.captured.guards.bind(flat, tensors)
+        return variant.captured.guards.bind(flat, tensors, default_dtype)
 
     def _compile(self, captured: GenericCapture) -> tuple[Compiled, Compiled]:
         """A traced variant as segments and their functions: as generated, and lowered for the backend."""
@@ -437,10 +491,14 @@ class GenericProgram(Program):
         variant, tensors, values = self._variant((args, kwargs))
         return variant.begin(tensors, values, max_blocking_ms, strict_budget)
 
-    def start_next(self, kwargs: dict[str, Any], max_blocking_ms: float | None) -> Run:
-        """A run for the next token of a sequence whose first run checked the model: parameters only."""
+    def start_next(
+        self, kwargs: dict[str, Any], max_blocking_ms: float | None, default_dtype: torch.dtype
+    ) -> Run:
+        """A run for the next token of a sequence whose first run checked the model: parameters only.
+        ``default_dtype`` is torch's that the first run's graph was made for.
+        """
         self.watch.check_parameters()
-        variant, tensors, values = self._variant(((), kwargs), goes_on=True)
+        variant, tensors, values = self._variant(((), kwargs), begun=default_dtype)
         return variant.begin(tensors, values, max_blocking_ms, None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from fpcompile.errors import InvalidInputError
 
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # they have no kernel for the smallest and largest
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Group:
@@ -122,6 +124,8 @@ def check_range(name: str, ids: Tensor, rows: int) -> None:
     """Raise :class:`InvalidInputError` unless the argument ``name`` holds rows of a table of ``rows``."""
     if ids.numel() == 0 or ids.is_meta:
         return
+    if ids.dtype in _UNSIGNED:
+        ids = ids.to(torch.int64)
     low, high = (int(x) for x in ids.aminmax())
     if low < 0 or high >= rows:
         raise InvalidInputError(

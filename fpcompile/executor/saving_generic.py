@@ -235,7 +235,7 @@ def _read_variant(
         notes=tuple(row["notes"]),
         length=None if row["length"] is None else expr(row["length"]),
         growing=frozenset(row["growing"]),
-        tables=tuple((int(i), str(name), int(rows)) for i, name, rows in row.get("tables", ())),
+        tables=tuple((int(i), str(name), int(rows)) for i, name, rows in row["tables"]),
         kept=frozenset(row["kept"]),
         memoised=frozenset(row.get("memoised", ())),
         distrusted=frozenset(row["distrusted"]),

@@ -32,7 +32,7 @@ class Guards:
     """When a variant's graph holds for a call.
 
     ``shapes`` and ``strides`` are those of the flat inputs as expressions; ``conditions`` must be true;
-    ``bounds`` limits each symbol. ``default_dtype`` is torch's at the trace, which has it in its constants.
+    ``bounds`` limits each symbol. ``default_dtype`` is torch's at the trace, whose constants have it.
     """
 
     spec: Spec
@@ -44,11 +44,15 @@ class Guards:
     decisions: tuple[Decision, ...]
     default_dtype: torch.dtype
 
-    def bind(self, flat: Flat, tensors: Sequence[Tensor]) -> dict[sympy.Symbol, int] | None:
-        """The symbols' values for a call, or None when the graph does not hold for it."""
+    def bind(
+        self, flat: Flat, tensors: Sequence[Tensor], default_dtype: torch.dtype
+    ) -> dict[sympy.Symbol, int] | None:
+        """The symbols' values for a call, or None when the graph does not hold for it. ``default_dtype`` is
+        torch's when the call, or the sequence that it continues, began.
+        """
         if flat.spec != self.spec or tuple(t.dtype for t in tensors) != self.dtypes:
             return None
-        if torch.get_default_dtype() is not self.default_dtype:
+        if default_dtype is not self.default_dtype:
             return None
         values: dict[sympy.Symbol, int] = {}
         pairs: list[tuple[sympy.Expr, int]] = []

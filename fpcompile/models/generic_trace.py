@@ -19,7 +19,7 @@ from fpcompile.models.attention import NAME as _PACKED
 from fpcompile.models.generic import length_dims, top_level
 from fpcompile.models.generic_decisions import Deciding, Decision, as_eager
 from fpcompile.models.generic_tree import Flat, flatten, unflatten
-from fpcompile.models.kept import assigned, attributes, forget, parts
+from fpcompile.models.kept import assigned, attributes, forget, parts, renew
 from fpcompile.models.lengths import LengthWatch
 from fpcompile.models.opaque import install
 from fpcompile.models.shadow import shadow
@@ -67,6 +67,7 @@ class Trace(LengthWatch):
             self.memoised = frozenset(p for p in changed if _of_weights(deciding, after[p]))
             self.kept = changed - self.memoised
         self.result = flatten(out)
+        renew(model)
         return self.result.tensors
 
 

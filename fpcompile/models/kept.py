@@ -9,7 +9,9 @@ itself since it was compiled, or before, as far as its code tells (:func:`left`)
 pass a cache a :class:`Stale` stands in its place: who assigns it first does not notice, who reads it fails.
 An attribute is *memoised*, and not kept, when a trace computed it from weights alone.
 
-Tensors in lists, dicts and caches that are attributes count as well, all those of one attribute together.
+Tensors in lists, dicts and caches that are attributes count as well, all those of one attribute together. A
+list or a dict stays one that a forward may write into and read what it wrote: :class:`StaleList`, whose
+earlier entries, and how many there are, nobody may read, and :class:`StaleDict`.
 
 Left alone: rotary modules whose frequencies follow the length, which start over with each call
 (:mod:`fpcompile.models.leaves`), and buffers.
@@ -17,9 +19,10 @@ Left alone: rotary modules whose frequencies follow the length, which start over
 
 from __future__ import annotations
 
+import copy
 import dis
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from operator import is_
 from types import CodeType
 from typing import Any, Final
@@ -30,7 +33,7 @@ from transformers import Cache
 from fpcompile.models.generic_tree import Node, Spec, flatten
 from fpcompile.models.leaves import needs_rotary_leaf
 
-__all__ = ["StaleReadError", "assigned", "attributes", "forget", "holds_cache", "left", "parts"]
+__all__ = ["StaleReadError", "assigned", "attributes", "forget", "holds_cache", "left", "parts", "renew"]
 
 _OWN: Final = frozenset(vars(nn.Module()))
 _DEPTH: Final = 3
@@ -64,9 +67,16 @@ def _held(value: Any, depth: int = 0) -> Held | None:
     if isinstance(value, Cache):
         return flatten(value).tensors or None
     if isinstance(value, (list, tuple, dict)) and depth < _DEPTH:
-        found = [_held(v, depth + 1) for v in list(value.values() if isinstance(value, dict) else value)]
+        found = [_held(v, depth + 1) for v in _entries(value)]
         return tuple(part for held in found for part in parts(held)) or None
     return None
+
+
+def _entries(value: Any) -> list[Any]:
+    """Of a list, a tuple or a dict, stale ones too."""
+    if isinstance(value, dict):
+        return list(dict.values(value))
+    return list(list.__iter__(value) if isinstance(value, list) else value)
 
 
 def parts(held: Held | None) -> tuple[Any, ...]:
@@ -107,10 +117,35 @@ def _stores(kind: type) -> Iterator[str]:
 
 
 def forget(model: nn.Module, kept: Collection[str]) -> None:
-    """Put a :class:`Stale` in the place of every kept attribute. ``model`` belongs to a shadow."""
+    """Put a :class:`Stale` in the place of every kept attribute, stale copies in that of lists and dicts.
+    ``model`` belongs to a shadow.
+    """
     for path in kept:
         owner, _, name = path.rpartition(".")
-        setattr(model.get_submodule(owner), name, Stale(path))
+        module = model.get_submodule(owner)
+        value = vars(module).get(name)
+        setattr(module, name, _emptied(value, path) if type(value) in (list, dict) else Stale(path))
+
+
+def _emptied(value: Any, path: str, depth: int = 0) -> Any:
+    """``value`` without what an earlier call left in it."""
+    if depth < _DEPTH and type(value) is list:
+        return StaleList(path, [_emptied(v, path, depth + 1) for v in value])
+    if depth < _DEPTH and type(value) is dict:
+        return StaleDict(path, {k: _emptied(v, path, depth + 1) for k, v in value.items()})
+    return value if _held(value, depth) is None else Stale(path)
+
+
+def renew(model: nn.Module) -> None:
+    """Take what one call wrote out of the stale lists and dicts of a model's modules."""
+    for module in model.modules():
+        for value in list(vars(module).values()):
+            _renew(value)
+
+
+def _renew(value: Any) -> None:
+    if isinstance(value, (StaleList, StaleDict)):
+        value.renew()
 
 
 def holds_cache(spec: Spec) -> bool:
@@ -145,6 +180,95 @@ class Stale:
     __bool__ = __len__ = __iter__ = __getitem__ = __add__ = __radd__ = __sub__ = __rsub__ = _refuse
     __mul__ = __rmul__ = __truediv__ = __matmul__ = __lt__ = __le__ = __gt__ = __ge__ = __neg__ = _refuse
 
+
+class StaleList(list[Any]):
+    """A list with entries that an earlier call left: ``known`` ones, then any number of others. What is added
+    may be read from the end; whatever depends on the others fails, until all are replaced.
+    """
+
+    def __init__(self, path: str, known: list[Any]) -> None:
+        self.path, self.known = path, known
+        self.renew()
+
+    def renew(self) -> None:
+        """As it was made."""
+        for value in self.known:
+            _renew(value)
+        self[:] = [*self.known, Stale(self.path)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StaleList:
+        return StaleList(self.path, copy.deepcopy(self.known, memo))
+
+    def __getitem__(self, index: Any) -> Any:
+        return _known(self)[index] if isinstance(index, slice) else list.__getitem__(self, index)
+
+
+class StaleDict(dict[Any, Any]):
+    """A dict with entries that an earlier call left: ``known`` ones, and any others. What is added may be
+    read by its key; whatever depends on the others fails, until the dict is cleared.
+    """
+
+    def __init__(self, path: str, known: dict[Any, Any]) -> None:
+        self.path, self.known = path, known
+        self.renew()
+
+    def renew(self) -> None:
+        """As it was made."""
+        for value in self.known.values():
+            _renew(value)
+        self.clear()
+        self.update(self.known)
+        self.stale = True
+
+    def clear(self) -> None:
+        dict.clear(self)
+        self.stale = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StaleDict:
+        return StaleDict(self.path, copy.deepcopy(self.known, memo))
+
+
+def _known(value: StaleList | StaleDict) -> Any:
+    """A plain list or dict of the same entries, where all of them are known."""
+    if isinstance(value, StaleDict):
+        if value.stale:
+            raise StaleReadError(value.path)
+        return dict(dict.items(value))
+    entries = _entries(value)
+    if any(isinstance(entry, Stale) for entry in entries):
+        raise StaleReadError(value.path)
+    return entries
+
+
+def _of_all(name: str) -> Callable[..., Any]:
+    """A method that depends on every entry."""
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(_known(self), name)(*args, **kwargs)
+
+    return method
+
+
+def _of_one(name: str) -> Callable[..., Any]:
+    """A method of a dict that depends on the entry of one key."""
+
+    def method(self: StaleDict, key: Any, *rest: Any) -> Any:
+        if self.stale and not dict.__contains__(self, key):
+            raise StaleReadError(self.path)
+        return getattr(dict, name)(self, key, *rest)
+
+    return method
+
+
+for _name in ("__len__", "__iter__", "__reversed__", "__eq__", "__ne__", "copy"):
+    setattr(StaleList, _name, _of_all(_name))
+    setattr(StaleDict, _name, _of_all(_name))
+for _name in ("__contains__", "__add__", "__mul__", "__rmul__", "count", "index"):
+    setattr(StaleList, _name, _of_all(_name))
+for _name in ("__or__", "__ror__", "keys", "values", "items"):
+    setattr(StaleDict, _name, _of_all(_name))
+for _name in ("__contains__", "__getitem__", "get", "pop", "setdefault"):
+    setattr(StaleDict, _name, _of_one(_name))
 
 _HOLDERS: Final = (Tensor, Stale, Cache, list, tuple, dict)
 

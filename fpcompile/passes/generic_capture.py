@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from fpcompile.errors import UnsupportedModelError
 from fpcompile.models import leaves
+from fpcompile.models.ambient import same_draws
 from fpcompile.models.capture import weights_of
 from fpcompile.models.draws import may_draw
 from fpcompile.models.generic import (
@@ -79,22 +80,27 @@ def capture_generic(
     refuse_arrays(flat.spec)
     distrusted = kept if holds_cache(flat.spec) else frozenset[str]()
     for _ in range(_ATTEMPTS):
+        default_dtype = torch.get_default_dtype()  # of the process: other threads may set it meanwhile
         traced = prepare(model, attempt.opaque, distrusted)
         wrapper = Wrapper(traced, flat, tensors, attempt.cloned).eval()
         trace = wrapper.trace
         try:
-            with leaves.collecting() as collected:
+            with leaves.collecting() as collected, same_draws(tensors[0].device):
                 dims = dynamic_dims(flat, tensors, promised) if attempt.dynamic else None
                 exported = export(wrapper, tensors, dims)
         except StaleReadError as error:
             raise reads_what_was_left(model, str(error)) from error
         except Exception as error:
+            if torch.get_default_dtype() is not default_dtype:
+                continue
             if promised and breaks_promise(error):
                 if _worth_a_leaf(model, attempt, trace):
                     continue
                 raise broken_promise(model, error, trace, promised) from error
             if not _try_again(model, attempt, trace, error):
                 raise given_up(model, flat, tensors, error) from error
+            continue
+        if torch.get_default_dtype() is not default_dtype:
             continue
         if attempt.dynamic and _worth_a_leaf(model, attempt, trace):
             continue
@@ -106,7 +112,7 @@ def capture_generic(
         if written - attempt.cloned:
             attempt.cloned |= written
             continue
-        return _finish(traced, exported, trace, flat, tuple(collected), attempt, distrusted)
+        return _finish(traced, exported, trace, flat, tuple(collected), attempt, distrusted, default_dtype)
     raise UnsupportedModelError(
         f"{type(model).__name__} cannot be traced",
         reason=f"still failing after {_ATTEMPTS} attempts; opaque: {attempt.opaque[-3:]}",
@@ -212,6 +218,7 @@ def _finish(
     collected: tuple[leaves.Leaf, ...],
     attempt: _Attempt,
     distrusted: frozenset[str],
+    default_dtype: torch.dtype,
 ) -> GenericCapture:
     graph = exported.graph_module.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"][-len(trace.real) :]
@@ -243,7 +250,7 @@ def _finish(
             tuple(c for c in conditions if c != sympy.true),
             bounds,
             trace.decisions,
-            torch.get_default_dtype(),
+            default_dtype,
         ),
         inputs=tuple(n.name for n in placeholders),
         result=trace.result.spec,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,13 +11,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 import fpcompile
-from fpcompile.errors import InvalidInputError, SegmentError, UnsupportedModelError
-from fpcompile.executor.generic_check import compare
+from fpcompile.errors import InvalidInputError, ProgramFileError, SegmentError, UnsupportedModelError
+from fpcompile.executor import saving_generic
+from fpcompile.executor.generic_check import _difference, compare
+from fpcompile.executor.program_file import FORMAT, MANIFEST, read_folder
+from fpcompile.executor.saving_generic import VARIANTS
+from fpcompile.executor.saving_parts import CONSTANTS, FUNCTIONS
 from fpcompile.executor.verify import _compare
+from fpcompile.models.generic_trace import export
+from fpcompile.models.zoo import sample_ids, tiny_model
 from fpcompile.passes.generic_capture import capture_generic
+from fpcompile.passes.generic_partition import compile_generic
 from tests.cpu.test_generic_toys import WIDTH, Block, Loop, compiled, hidden, same
 
 pytestmark = pytest.mark.slow
@@ -262,16 +272,19 @@ def test_leaves_are_given_tensors_of_inference_mode() -> None:
     assert torch.equal(program(hidden(12)[:, 7:], state)[0], own)
 
 
+class Constant(nn.Module):
+    """Has a constant of the default dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed: Tensor = self.mix(x) * torch.tensor([0.1] * WIDTH)
+        return mixed
+
+
 def test_another_default_dtype_is_another_variant() -> None:
-    class Constant(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mix = nn.Linear(WIDTH, WIDTH)
-
-        def forward(self, x: Tensor) -> Tensor:
-            mixed: Tensor = self.mix(x) * torch.tensor([0.1] * WIDTH)
-            return mixed
-
     model = Constant().eval()
     program = compiled(model, hidden(5))
     x = hidden(6)
@@ -308,3 +321,165 @@ def test_doubles_are_compared_as_doubles() -> None:
     _compare(None, "rounded", middle + 1e-12, middle - 1e-12)
     with pytest.raises(UnsupportedModelError):
         _compare(None, "another", middle, middle + 3e-8)
+
+
+def test_a_default_dtype_that_is_set_during_a_trace_is_that_of_the_whole_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = iter(["first"])
+
+    def interrupted(*given: Any) -> Any:
+        exported = export(*given)
+        if next(made, None):
+            torch.set_default_dtype(torch.float64)  # as another thread does that loads a model
+        return exported
+
+    monkeypatch.setattr("fpcompile.passes.generic_capture.export", interrupted)
+    model, example, x = Constant().eval(), hidden(5), hidden(6)
+    try:
+        program: Any = fpcompile.segment(model, example_inputs=(example,), verify=False)
+        assert program.variants[0].captured.guards.default_dtype is torch.float64
+        assert program(x).dtype is model(x).dtype is torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    same(model, program, x)
+    assert len(program.variants) == 2
+
+
+def test_a_sequence_goes_on_whatever_default_dtype_others_set() -> None:
+    program: Any = fpcompile.segment(tiny_model("gpt2"), route="generic", verify=False)
+    decoder = program.decoder()
+    begun = decoder.begin(sample_ids(9))
+    while not begun.run.done:
+        begun.run.step()
+    sequence, _ = decoder.open(begun, begun.run.result())
+    count = len(program.variants)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        step = decoder.step([sequence], [3])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert step.run.program.captured.guards.default_dtype is torch.float32
+    assert len(program.variants) == count
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), MemoryError()], ids=["device", "host"])
+def test_memory_that_runs_out_in_the_check_is_logged_and_no_error(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Block(nn.GELU())
+    program = compiled(model, hidden(5))
+
+    def short(*given: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("fpcompile.executor.generic_check._called", short)
+    same(model, program, hidden(5, batch=2))
+    same(model, program, hidden(7, batch=3))
+    assert len(program.variants) == 2
+    (record,) = (r for r in caplog.records if r.name == "fpcompile.executor.generic")
+    assert record.levelname == "WARNING"
+    assert "used unchecked" in record.getMessage()
+    assert "x [2, 5, 8]" in record.getMessage()
+
+
+class Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The largest tensor that is made, beside views of what is given."""
+
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.known, self.largest = {t.untyped_storage().data_ptr() for t in given}, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (list, tuple)) else [made]:
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.largest = max(self.largest, tensor.numel())
+        return made
+
+
+def test_results_are_compared_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fpcompile.executor.generic_check._PIECE", 16)
+    for shape in ((7, 5, 8), (1, 1, 300), (40, 3), (90,)):
+        own = torch.linspace(1, 2, torch.Size(shape).numel(), dtype=torch.bfloat16).view(shape)
+        own = own.transpose(0, -1)
+        with Sizes(own) as sizes:
+            assert _difference([own], [own]) is None
+        assert 0 < sizes.largest <= 16
+        for place in (0, own.numel() // 2, own.numel() - 1):
+            other = own.clone().flatten()
+            other[place] += 1
+            assert "differs by" in str(_difference([own], [other.view(own.shape)]))
+            whole = [(100 * t).int() for t in (own, other.view(own.shape))]
+            assert "1 of" in str(_difference(whole[:1], whole[1:]))
+
+
+def test_whole_numbers_are_the_same_unless_something_was_rounded() -> None:
+    one, two, exact = torch.tensor([1]), torch.tensor([2]), torch.ones(3)
+    assert "1 of 1 whole numbers" in str(_difference([one, exact], [two, exact]))
+    assert _difference([one, exact], [two, exact + 1e-6]) is None
+    assert _difference([one, exact], [two, exact], rounds=True) is None
+    assert "5 of 9" in str(_difference([one.repeat(9), exact], [torch.arange(4, 13) % 2, exact + 1e-6]))
+
+
+def test_infinities_and_what_is_no_number_are_told_apart() -> None:
+    inf, nan = float("inf"), float("nan")
+    kinds = (inf, -inf, nan, 1.0)
+    for a in kinds:
+        for b in kinds:
+            found = _difference([torch.tensor([a, 1.0])], [torch.tensor([b, 1.0])])
+            assert (found is None) == (a is b), (a, b, found)
+
+
+def test_a_model_that_draws_is_reported_as_such() -> None:
+    class Drawing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.rand(WIDTH)
+
+    state = torch.get_rng_state()
+    with pytest.raises(UnsupportedModelError, match="same numbers twice"):
+        compare(Drawing(), torch.device("cpu"), ((hidden(5),), {}), lambda: hidden(5), which="it")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_others_draw_while_it_compiles_stays_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[float] = []
+
+    def drawing(real: Any) -> Any:
+        def wrapped(*given: Any) -> Any:
+            drawn.append(float(torch.rand(1)))
+            return real(*given)
+
+        return wrapped
+
+    monkeypatch.setattr("fpcompile.executor.generic.compile_generic", drawing(compile_generic))
+    monkeypatch.setattr("fpcompile.executor.generic_check._difference", drawing(_difference))
+    compiled(Block(nn.GELU()), hidden(5))(hidden(5, batch=2))
+    assert len(drawn) == len(set(drawn)) == 6
+
+
+def test_warnings_of_the_model_are_its_own() -> None:
+    class Loud(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            warnings.warn("of the model", stacklevel=2)
+            return x
+
+    x = hidden(5)
+    with pytest.warns(UserWarning, match="of the model"):
+        compare(Loud(), torch.device("cpu"), ((x,), {}), lambda: x, which="it")
+
+
+def test_a_program_of_an_older_format_is_refused_as_such(tmp_path: Path) -> None:
+    model, folder = Sly().eval(), tmp_path / "program"
+    fpcompile.segment(model, example_inputs=(hidden(5),)).save(folder)
+    manifest, files = read_folder(folder, (FUNCTIONS, CONSTANTS, VARIANTS), ())
+    rows = json.loads(files[VARIANTS])
+    for row in rows:
+        del row["tables"]
+    with pytest.raises(KeyError, match="tables"):
+        saving_generic.load("", manifest, {**files, VARIANTS: json.dumps(rows).encode()}, model, False, True)
+    name, _, number = FORMAT.rpartition("-")
+    older = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**older, "format": f"{name}-{int(number) - 1}"}))
+    with pytest.raises(ProgramFileError, match="no program of this version"):
+        fpcompile.load(folder, model)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import fpcompile
 from fpcompile.errors import InvalidInputError
+from fpcompile.executor.inputs import check_range
 from fpcompile.models.zoo import sample_ids, tiny_any, tiny_model
+from fpcompile.passes.generic_capture import capture_generic
 from tests.cpu.test_generic_toys import compiled, same
 
 pytestmark = pytest.mark.slow
@@ -140,3 +142,28 @@ def test_the_names_of_what_is_passed_by_position() -> None:
     program = compiled(Table(lambda ids: ids), GOOD)
     (table,) = program.variants[0].captured.tables
     assert table == (0, "input_ids", ROWS)
+
+
+def test_calls_with_bad_ids_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[int] = []
+
+    def counted(*given: Any) -> Any:
+        traced.append(1)
+        return capture_generic(*given)
+
+    monkeypatch.setattr("fpcompile.executor.generic.capture_generic", counted)
+    model = Table(lambda ids: ids)
+    program = compiled(model, GOOD)
+    for bad in BAD:
+        with pytest.raises(InvalidInputError, match="outside the vocabulary"):
+            program.start(bad, scale=True)
+    assert len(program.variants) == 1
+    same(model, program, GOOD, scale=True)
+    assert len(program.variants) == len(traced) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_ids_are_checked(dtype: torch.dtype) -> None:
+    check_range("input_ids", torch.tensor([[0, 9]], dtype=dtype), ROWS)
+    with pytest.raises(InvalidInputError, match="outside the vocabulary"):
+        check_range("input_ids", torch.tensor([[0, 10]], dtype=dtype), ROWS)

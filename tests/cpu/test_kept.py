@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -174,6 +175,73 @@ def test_nor_from_what_another_call_left_in_a_container(notes: Any, note: Any) -
     with pytest.raises(UnsupportedModelError, match="keeps a state") as refused:
         program(hidden(1), ours)
     assert "notes" in str(refused.value)
+
+
+class Recording(nn.Module):
+    """Writes into containers what nobody reads from there, except for ``read``."""
+
+    def __init__(self, read: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.mix, self.read = nn.Linear(WIDTH, WIDTH), read
+        self.seen: list[Tensor] = []
+        self.maps: dict[str, Any] = {"inner": {}, "name": "map"}
+
+    def forward(self, x: Tensor, past_key_values: DynamicCache | None = None) -> tuple[Tensor, DynamicCache]:
+        cache = DynamicCache() if past_key_values is None else past_key_values
+        keys, _ = cache.update(self.mix(x)[:, None], self.mix(x)[:, None], 0)
+        self.seen.append(x.mean())
+        self.maps["layer0"] = x.amax()
+        self.maps["inner"]["keys"] = keys
+        summed: Tensor = x + keys.sum(dim=(1, 2)) + (0.0 if past_key_values is None else self.read(self))
+        return summed, cache
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_module_may_record_into_a_container(called: bool) -> None:
+    model = Recording(lambda m: m.seen[-1] + m.maps["layer0"] + (m.maps["name"] == "map")).eval()
+    with torch.no_grad():
+        if called:
+            model(hidden(4))
+        program: Any = fpcompile.segment(model, example_inputs=(hidden(5),))
+        _, ours = program(hidden(6))
+        assert program.kept == {"seen", "maps"}
+        assert len(model.seen) == called
+        for _ in range(2):
+            assert torch.equal(program(hidden(1), ours)[0], model(hidden(1), copy.deepcopy(ours))[0])
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda m: m.seen[0],
+        lambda m: len(m.seen),
+        lambda m: sum(m.seen),
+        lambda m: torch.stack(m.seen).sum(),
+        lambda m: m.seen[-2:][0],
+        lambda m: m.maps.get("other", 0.0),
+        lambda m: len(m.maps["inner"]),
+        lambda m: "other" in m.maps,
+    ],
+)
+def test_but_not_read_what_others_recorded(read: Callable[[Any], Any]) -> None:
+    program: Any = fpcompile.segment(Recording(read).eval(), example_inputs=(hidden(5),), verify=False)
+    _, ours = program(hidden(6))
+    with pytest.raises(UnsupportedModelError, match="keeps a state"):
+        program(hidden(1), ours)
+
+
+def test_what_is_cleared_is_known_again() -> None:
+    def read(m: Any) -> Any:
+        m.maps.clear()
+        m.maps["new"] = m.seen[-1]
+        m.seen[:] = [m.seen[-1], m.seen[-1]]
+        return len(m.maps) * sum(m.seen) + len(m.seen)
+
+    model = Recording(read).eval()
+    program: Any = fpcompile.segment(model, example_inputs=(hidden(5),), verify=False)
+    with torch.no_grad():
+        _, ours = program(hidden(6))
+        assert torch.equal(program(hidden(1), ours)[0], model(hidden(1), copy.deepcopy(ours))[0])
 
 
 def test_what_was_compiled_before_a_state_was_known_is_not_trusted() -> None:

@@ -55,7 +55,7 @@ from fpcompile.engine.metrics import Ended, Ticket
 from fpcompile.engine.pilot import Ending, Pilot
 from fpcompile.engine.prices import Prices
 from fpcompile.engine.recorder import Recorder
-from fpcompile.engine.rides import Offer, fits, sequence_of
+from fpcompile.engine.rides import Offer, fits
 from fpcompile.engine.steps import TokenStep
 from fpcompile.errors import InternalError, InvalidInputError, RequestRejectedError
 from fpcompile.executor.decode import Step
@@ -341,7 +341,7 @@ class Lane:
         tickets, due, seconds = self._plan(spared=True)
         if tickets[0].program != offer.program or not _generation(tickets[0]).decoder.together:
             return None
-        now, both = self._clock(), offer.both([sequence_of(ticket) for ticket in tickets])
+        now, both = self._clock(), offer.both(tickets)
         _, latest, _ = self._plan(spared=False)
         if now + both > due and not self._spared():
             due = latest

@@ -32,7 +32,7 @@ from fpcompile.executor.run import Run
 from fpcompile.executor.schedule import Shape
 from fpcompile.executor.together import Together
 
-__all__ = ["Lane", "Offer", "Rides", "fits", "sequence_of"]
+__all__ = ["Lane", "Offer", "Rides", "fits"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +42,14 @@ _WORTH: Final = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A ride with a prompt that takes ``left`` seconds by itself, ``both(sequences)`` with a step of these.
+    """A ride with a prompt that takes ``left`` seconds by itself, ``both(tickets)`` with a step of these.
 
     ``deadlines``: of the prompt, on the engine's clock.
     """
 
     program: str
     left: float
-    both: Callable[[Sequence[Any]], float]
+    both: Callable[[Sequence[Ticket]], float]
     deadlines: Sequence[float]
 
 
@@ -71,6 +71,9 @@ def fits(offer: Offer, now: float, both: float, step: float, due: float, latest:
 
 class Lane(Protocol):
     """Whose steps ride."""
+
+    def __len__(self) -> int:
+        """Who decodes."""
 
     def ride(self, offer: Offer) -> TokenStep | None:
         """A step that rides; None: it does not."""
@@ -96,16 +99,19 @@ class Rides:
         scheduler that memory is short.
         """
         load = flight.load
-        if flight.ride is not None or flight.quota is not None or flight.error is not None or flight.pause:
+        if not len(self._lane) or flight.ride is not None or flight.quota is not None:
+            return
+        if flight.error is not None or flight.pause:
             return
         if load.rode or load.retried or (own := _fresh(load)) is None:
             return
-        left, alone = self._prices.corrected(load.owner, load.tokens, load.left()), load.left()
+        alone = load.left()
         if not alone > 0:
             return
+        left = self._prices.corrected(load.owner, load.tokens, alone)
 
-        def both(sequences: Sequence[Any]) -> float:
-            return left * _joined(own, sequences) / alone
+        def both(tickets: Sequence[Ticket]) -> float:
+            return left * _joined(own, tickets) / alone
 
         offer = Offer(load.owner, left, both, [ticket.request.deadline for ticket in load.served])
         if (step := self._lane.ride(offer)) is None:
@@ -116,7 +122,7 @@ class Rides:
         load.rode = True
         budget = smallest_budget([*load.tickets, *step.tickets], own.program)
         run = Together([step.run, own], [_nothing, own.result], max_blocking_ms=budget)
-        part = min(left / both([sequence_of(ticket) for ticket in step.tickets]), 1.0)
+        part = min(left / both(step.tickets), 1.0)
         flight.ride = Ride(run, part, self._pilot.cost(load.program, run))
         for ticket in (*load.tickets, *step.tickets):
             ticket.shared = True
@@ -129,9 +135,10 @@ class Rides:
         if ride is None or landing.ending is Ending.STOPPED:
             return landing
         if landing.error is not None:
-            names = [ticket.id for ticket in load.tickets]
-            logger.warning("a decode step and a prompt failed together, and go on apart: %s", landing.error,
-                           extra={"request_id": names[0]})  # fmt: skip
+            about = {"request_id": load.tickets[0].id}
+            logger.warning(
+                "a decode step and a prompt failed together, and go on apart: %s", landing.error, extra=about
+            )
             self.leave(flight)
             forget_frames(landing.error)
             return None
@@ -147,12 +154,6 @@ class Rides:
             self._lane.alight()
 
 
-def sequence_of(ticket: Ticket) -> Any:
-    """What continues a request that generates."""
-    assert ticket.generation is not None
-    return ticket.generation.sequence
-
-
 def _fresh(load: Load) -> Run | None:
     """Its run, if a step can be executed with it: that of one prompt, of which nothing is executed, and whose
     budget may be kept by another plan.
@@ -163,9 +164,10 @@ def _fresh(load: Load) -> Run | None:
     return run if isinstance(run.call, PackedCall) and not run.call.strict else None
 
 
-def _joined(own: Run, sequences: Sequence[Any]) -> float:
-    """Predicted seconds of the prompt with one token of each sequence."""
-    shape, count = own.call.shape, len(sequences)
+def _joined(own: Run, tickets: Sequence[Ticket]) -> float:
+    """Predicted seconds of the prompt with one token of each stream."""
+    shape, count = own.call.shape, len(tickets)
+    sequences = [ticket.generation.sequence for ticket in tickets if ticket.generation is not None]
     context = math.ceil(sum(sequence.past + 1 for sequence in sequences) / count)
     joined = Shape(shape.tokens + count, shape.rows + count, (*shape.groups, (count, 1, context)))
     return own.program.predict(tokens=joined.tokens, rows=joined.rows, context=joined.mean_context)
